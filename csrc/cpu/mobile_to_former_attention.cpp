@@ -1,0 +1,190 @@
+#include "mobile_to_former_attention.h"
+
+#include <math.h>
+
+#include "head_task.h"
+#include "tile.h"
+#include "tile_gemm.h"
+
+namespace mfk {
+namespace MFK_ISA {
+namespace {
+
+// (B, heads, M, P) as a map whose channels are the tokens of the head.
+template <class T>
+FeatureMap<T> logits_of(void* data, const MobileToFormerArgs& args) {
+  return {static_cast<T*>(data), args.heads * args.tokens * args.pixels, args.pixels, 1};
+}
+
+template <class T>
+void forward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  constexpr int64_t n = kLanes<C>;
+  const int64_t tokens = args.tokens, depth = args.channels / args.heads, record = 2 + depth;
+  Buffer<C> q(tokens * depth), scratch(depth * args.tile), logits(tokens * args.tile);
+  for (int64_t index = begin; index < end; ++index) {
+    const HeadTask task(args, index);
+    load_head<T>(args.q, args, task, static_cast<C>(args.scale), q);
+    C* partial = static_cast<C*>(args.partial) + index * tokens * record;
+    for (int64_t m = 0; m < tokens; ++m) {
+      // Not minus infinity: a tile whose logits all are would give a NaN that later tiles cannot mend.
+      partial[m * record] = sizeof(C) == 4 ? -__FLT_MAX__ : -__DBL_MAX__;
+      for (int64_t i = 1; i < record; ++i) partial[m * record + i] = 0;
+    }
+    for (int64_t p = task.p0; p < task.p1; p += args.tile) {
+      const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
+      const int64_t width = round_up(count, n);
+      const Tile<C> x =
+          load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
+      multiply_pixels<C>(logits, width, nullptr, 0, tokens, Matrix<C>{q, depth, 1}, depth, x.data, x.stride,
+                         width);
+      if (args.logits != nullptr) {
+        store_tile<T>(logits_of<T>(args.logits, args), task.b, task.head * tokens, tokens, p, count, logits,
+                      width);
+      }
+      for (int64_t m = 0; m < tokens; ++m) {
+        C* row = logits + m * width;
+        C* state = partial + m * record;
+        if (count < width) {  // pixels beyond the end weigh nothing
+          const vec<C> last = load(row + width - n);
+          store(row + width - n, first_lanes<C>(count - (width - n)) ? last : splat(-C(__builtin_inf())));
+        }
+        vec<C> tops = load(row);
+        for (int64_t j = n; j < width; j += n) {
+          const vec<C> value = load(row + j);
+          tops = value > tops ? value : tops;
+        }
+        const C top = max_lanes<C>(tops), largest = top > state[0] ? top : state[0];
+        const C fade = exp_scalar<C>(state[0] - largest);
+        vec<C> sums{};
+        for (int64_t j = 0; j < width; j += n) {
+          const vec<C> weight = exp(load(row + j) - largest);
+          store(row + j, weight);
+          sums += weight;
+        }
+        state[0] = largest;
+        state[1] = state[1] * fade + sum_lanes<C>(sums);
+        if (fade != 1) {
+          for (int64_t c = 0; c < depth; ++c) state[2 + c] *= fade;
+        }
+      }
+      multiply_reduce<C>(partial + 2, record, 1, tokens, logits, width, depth, x.data, x.stride, width);
+    }
+  }
+}
+
+template <class T>
+void combine(const MobileToFormerCombineArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  const int64_t tokens = args.tokens, depth = args.channels / args.heads, record = 2 + depth;
+  Buffer<C> total(depth);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t b = index / args.heads, head = index % args.heads;
+    const C* parts = static_cast<const C*>(args.partial) + index * args.splits * tokens * record;
+    for (int64_t m = 0; m < tokens; ++m) {
+      const C* first = parts + m * record;
+      C top = first[0];
+      for (int64_t s = 1; s < args.splits; ++s) {
+        const C other = first[s * tokens * record];
+        top = other > top ? other : top;
+      }
+      C sum = 0;
+      for (int64_t c = 0; c < depth; ++c) total[c] = 0;
+      for (int64_t s = 0; s < args.splits; ++s) {
+        const C* part = first + s * tokens * record;
+        const C weight = args.splits == 1 ? C(1) : exp_scalar<C>(part[0] - top);
+        sum += weight * part[1];
+        for (int64_t c = 0; c < depth; ++c) total[c] += weight * part[2 + c];
+      }
+      T* out = static_cast<T*>(args.out) + (b * tokens + m) * args.channels + head * depth;
+      for (int64_t c = 0; c < depth; ++c) store_scalar(out + c, total[c] / sum);
+      // log through the C library: once a token
+      static_cast<C*>(args.logsumexp)[index * tokens + m] = top + static_cast<C>(::log(sum));
+    }
+  }
+}
+
+// P = softmax(L), dP = dO X, dL = P * (dP - rowsum(dO * O)) + grad_logits;
+// dQ = scale * dL X^T, dX = scale * Q^T dL + dO^T P.
+template <class T>
+void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  constexpr int64_t n = kLanes<C>;
+  const int64_t tokens = args.tokens, depth = args.channels / args.heads;
+  const C scale = static_cast<C>(args.scale);
+  Buffer<C> q(tokens * depth), grad_out(tokens * depth), out(tokens * depth), correction(tokens);
+  Buffer<C> scratch(depth * args.tile), grad_x(depth * args.tile), weights(tokens * args.tile),
+      grad_logits(tokens * args.tile), grad_given(tokens * args.tile);
+  for (int64_t index = begin; index < end; ++index) {
+    const HeadTask task(args, index);
+    load_head<T>(args.q, args, task, scale, q);
+    if (args.grad_out != nullptr) {
+      load_head<T>(args.grad_out, args, task, C(1), grad_out);
+      load_head<T>(args.out, args, task, C(1), out);
+    } else {
+      for (int64_t i = 0; i < tokens * depth; ++i) grad_out[i] = out[i] = 0;
+    }
+    for (int64_t m = 0; m < tokens; ++m) {
+      correction[m] = 0;
+      for (int64_t c = 0; c < depth; ++c) correction[m] += grad_out[m * depth + c] * out[m * depth + c];
+    }
+    const C* logsumexp =
+        static_cast<const C*>(args.logsumexp) + (task.b * args.heads + task.head) * tokens;
+    C* partial = static_cast<C*>(args.partial) + index * tokens * depth;
+    for (int64_t i = 0; i < tokens * depth; ++i) partial[i] = 0;
+    for (int64_t p = task.p0; p < task.p1; p += args.tile) {
+      const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
+      const int64_t width = round_up(count, n);
+      const Tile<C> x =
+          load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
+      const Matrix<C> by_token{q, depth, 1}, by_channel{q, 1, depth};
+      multiply_pixels<C>(weights, width, nullptr, 0, tokens, by_token, depth, x.data, x.stride, width);
+      multiply_pixels<C>(grad_logits, width, nullptr, 0, tokens, Matrix<C>{grad_out, depth, 1}, depth, x.data,
+                         x.stride, width);
+      Tile<C> given{nullptr, 0};
+      if (args.grad_logits != nullptr) {
+        given = load_tile<T>(logits_of<const T>(const_cast<void*>(args.grad_logits), args), task.b,
+                             task.head * tokens, tokens, p, count, grad_given);
+      }
+      for (int64_t m = 0; m < tokens; ++m) {
+        for (int64_t j = 0; j < width; j += n) {
+          C* weight = weights + m * width + j;
+          C* grad = grad_logits + m * width + j;
+          vec<C> w = exp(load(weight) - logsumexp[m]);
+          vec<C> g = w * (load(grad) - correction[m]);
+          if (given.data != nullptr) g += load(given.data + m * given.stride + j);
+          if (count - j < n) {  // pixels beyond the end weigh nothing
+            const mask<C> inside = first_lanes<C>(count - j);
+            w = inside ? w : vec<C>{};
+            g = inside ? g : vec<C>{};
+          }
+          store(weight, w);
+          store(grad, g);
+        }
+      }
+      multiply_pixels<C>(grad_x, width, nullptr, 0, depth, by_channel, tokens, grad_logits, width, width);
+      multiply_pixels<C>(grad_x, width, grad_x, width, depth, Matrix<C>{grad_out, 1, depth}, tokens, weights,
+                         width, width);
+      store_tile<T>(args.grad_x.as<T>(), task.b, task.head * depth, depth, p, count, grad_x, width);
+      multiply_reduce<C>(partial, depth, 1, tokens, grad_logits, width, depth, x.data, x.stride, width);
+    }
+    for (int64_t i = 0; i < tokens * depth; ++i) partial[i] *= scale;
+  }
+}
+
+}  // namespace
+
+void mobile_to_former_forward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto zero) { forward<decltype(zero)>(args, begin, end); });
+}
+
+void mobile_to_former_combine(const MobileToFormerCombineArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto zero) { combine<decltype(zero)>(args, begin, end); });
+}
+
+void mobile_to_former_backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto zero) { backward<decltype(zero)>(args, begin, end); });
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

@@ -1,0 +1,43 @@
+#pragma once
+
+#include "../isa.h"
+#include "feature_map.h"
+
+namespace mfk {
+
+// out[b,m,c] = sum_p softmax_p(scale * sum_c q x)[m,p] * x[c,p], per head.
+struct MobileToFormerArgs {
+  Dtype dtype;
+  int64_t batch, channels, pixels, tokens, heads;
+  double scale;
+  AnyMap x;
+  const void* q;   // (B,M,C), contiguous
+  void* logits;    // (B,heads,M,P), contiguous, or null
+  // A head's pixels are done in `splits` parts of `split` pixels, tile by tile of `tile` pixels. Partial
+  // results, in the compute type, one a task: forward (M, 2 + C/heads): maximum, sum, weighted sum of x;
+  // backward (M, C/heads): gradient of q.
+  int64_t splits, split, tile;
+  void* partial;
+  // Backward.
+  const void* grad_out;     // (B,M,C), contiguous, or null
+  const void* grad_logits;  // (B,heads,M,P), contiguous, or null
+  const void* out;          // (B,M,C), contiguous
+  const void* logsumexp;    // (B,heads,M), contiguous, in the compute type
+  AnyMap grad_x;
+};
+
+// The last step of the forward pass, over the partial results.
+struct MobileToFormerCombineArgs {
+  Dtype dtype;
+  int64_t channels, tokens, heads, splits;
+  const void* partial;
+  void* out;        // (B,M,C)
+  void* logsumexp;  // (B,heads,M), in the compute type
+};
+
+// Tasks: one a triple of a sample, a head and a split; to combine, one a pair of a sample and a head.
+MFK_DECLARE_KERNEL(mobile_to_former_forward, MobileToFormerArgs)
+MFK_DECLARE_KERNEL(mobile_to_former_combine, MobileToFormerCombineArgs)
+MFK_DECLARE_KERNEL(mobile_to_former_backward, MobileToFormerArgs)
+
+}  // namespace mfk

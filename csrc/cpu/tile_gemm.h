@@ -1,0 +1,125 @@
+// The two small matrix products that everything between tokens and pixels is made of.
+#pragma once
+
+#include <type_traits>
+
+#include "vec.h"
+
+namespace mfk {
+namespace MFK_ISA {
+
+// A small matrix anywhere in memory: element (i, j) at data[i * row + j * column].
+template <class C>
+struct Matrix {
+  const C* data;
+  int64_t row, column;
+};
+
+namespace detail {
+
+template <class C, int kRows, int kVectors>
+MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t start_stride, Matrix<C> a,
+                             int64_t depth, const C* b, int64_t b_stride) {
+  constexpr int n = kLanes<C>;
+  vec<C> acc[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      acc[r][v] = start == nullptr ? vec<C>{} : load(start + r * start_stride + v * n);
+    }
+  }
+  for (int64_t j = 0; j < depth; ++j) {
+    vec<C> column[kVectors];
+    for (int v = 0; v < kVectors; ++v) column[v] = load(b + j * b_stride + v * n);
+    for (int r = 0; r < kRows; ++r) {
+      vec<C> factor = splat(a.data[r * a.row + j * a.column]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += factor * column[v];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * n, acc[r][v]);
+  }
+}
+
+template <class C, int kRows>
+MFK_INLINE void pixels_rows(C* out, int64_t out_stride, const C* start, int64_t start_stride, Matrix<C> a,
+                            int64_t depth, const C* b, int64_t b_stride, int64_t width) {
+  constexpr int n = kLanes<C>;
+  int64_t p = 0;
+  for (; p + 2 * n <= width; p += 2 * n) {
+    pixels_block<C, kRows, 2>(out + p, out_stride, start == nullptr ? nullptr : start + p, start_stride, a,
+                              depth, b + p, b_stride);
+  }
+  if (p < width) {
+    pixels_block<C, kRows, 1>(out + p, out_stride, start == nullptr ? nullptr : start + p, start_stride, a,
+                              depth, b + p, b_stride);
+  }
+}
+
+template <class C, int kRows, int kColumns>
+MFK_INLINE void reduce_block(C* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,
+                             const C* b, int64_t b_stride, int64_t width) {
+  vec<C> acc[kRows][kColumns] = {};
+  for (int64_t p = 0; p < width; p += kLanes<C>) {
+    vec<C> right[kColumns];
+    for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * b_stride + p);
+    for (int i = 0; i < kRows; ++i) {
+      vec<C> left = load(a + i * a_stride + p);
+      for (int j = 0; j < kColumns; ++j) acc[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) out[i * out_row + j * out_column] += sum_lanes<C>(acc[i][j]);
+  }
+}
+
+template <class C, int kRows>
+MFK_INLINE void reduce_rows(C* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,
+                            const C* b, int64_t b_stride, int64_t columns, int64_t width) {
+  int64_t j = 0;
+  for (; j + 4 <= columns; j += 4) {
+    reduce_block<C, kRows, 4>(out + j * out_column, out_row, out_column, a, a_stride, b + j * b_stride,
+                              b_stride, width);
+  }
+  for (; j < columns; ++j) {
+    reduce_block<C, kRows, 1>(out + j * out_column, out_row, out_column, a, a_stride, b + j * b_stride,
+                              b_stride, width);
+  }
+}
+
+}  // namespace detail
+
+// out[i][p] = start[i][p] + sum_j a(i, j) * b[j][p] for i < rows, j < depth, p < width, a multiple of the
+// lanes. `start` may be null for zero, and may be `out`.
+template <class C>
+void multiply_pixels(C* out, int64_t out_stride, const C* start, int64_t start_stride, int64_t rows,
+                     Matrix<C> a, int64_t depth, const C* b, int64_t b_stride, int64_t width) {
+  int64_t i = 0;
+  auto block = [&](auto block_rows) {
+    constexpr int n = decltype(block_rows)::value;
+    detail::pixels_rows<C, n>(out + i * out_stride, out_stride,
+                              start == nullptr ? nullptr : start + i * start_stride, start_stride,
+                              Matrix<C>{a.data + i * a.row, a.row, a.column}, depth, b, b_stride, width);
+    i += n;
+  };
+  while (rows - i >= 6) block(std::integral_constant<int, 6>());
+  if (rows - i >= 3) block(std::integral_constant<int, 3>());
+  while (rows - i >= 1) block(std::integral_constant<int, 1>());
+}
+
+// out[i * out_row + j * out_column] += sum_p a[i][p] * b[j][p] for i < rows, j < columns, p < width.
+template <class C>
+void multiply_reduce(C* out, int64_t out_row, int64_t out_column, int64_t rows, const C* a, int64_t a_stride,
+                     int64_t columns, const C* b, int64_t b_stride, int64_t width) {
+  int64_t i = 0;
+  for (; i + 3 <= rows; i += 3) {
+    detail::reduce_rows<C, 3>(out + i * out_row, out_row, out_column, a + i * a_stride, a_stride, b, b_stride,
+                              columns, width);
+  }
+  for (; i < rows; ++i) {
+    detail::reduce_rows<C, 1>(out + i * out_row, out_row, out_column, a + i * a_stride, a_stride, b, b_stride,
+                              columns, width);
+  }
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

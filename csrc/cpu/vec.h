@@ -1,0 +1,283 @@
+// A thin vector layer over GCC's vector extensions (clang has them too): the kernels are written once and
+// compiled once for every instruction set, each time in a namespace of its own.
+//
+// Kernel files must not instantiate templates of the standard library: the linker keeps one copy of such
+// a function for the whole binary, and that copy could be the one compiled for AVX-512.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef MFK_ISA
+#error "MFK_ISA must be generic, avx2 or avx512: the build compiles this file once for each"
+#endif
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define MFK_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define MFK_VECTOR_BYTES 32
+#else
+#define MFK_VECTOR_BYTES 16  // SSE2, NEON
+#endif
+
+#define MFK_INLINE inline __attribute__((always_inline))
+
+namespace mfk {
+
+// Storage only: kernels compute in float.
+struct bf16 {
+  uint16_t bits;
+};
+
+namespace MFK_ISA {
+
+// The type in which a kernel computes on elements of type T.
+template <class T>
+struct ComputeType {
+  using type = T;
+};
+template <>
+struct ComputeType<bf16> {
+  using type = float;
+};
+template <class T>
+using compute_t = typename ComputeType<T>::type;
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+// A full vector of floats or doubles.
+template <class C>
+inline constexpr int kLanes = MFK_VECTOR_BYTES / sizeof(C);
+template <class C>
+using vec = typename VectorOf<C, kLanes<C>>::type;
+
+template <class C>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+// What a comparison of two vec<C> gives: all ones or all zeros in each lane.
+template <class C>
+using mask = typename VectorOf<typename IntegerOf<C>::type, kLanes<C>>::type;
+
+template <class C>
+MFK_INLINE vec<C> splat(C value) {
+  return value - vec<C>{};  // minus, not plus: x - 0 is x even for x = -0, so it costs nothing
+}
+
+MFK_INLINE float to_compute(float value) { return value; }
+MFK_INLINE double to_compute(double value) { return value; }
+MFK_INLINE float to_compute(bf16 value) {
+  uint32_t word = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  memcpy(&result, &word, sizeof result);
+  return result;
+}
+
+// Full vectors; no alignment is assumed anywhere.
+MFK_INLINE vec<float> load(const float* p) {
+  vec<float> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+MFK_INLINE vec<double> load(const double* p) {
+  vec<double> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+MFK_INLINE vec<float> load(const bf16* p) {
+  typename VectorOf<uint16_t, kLanes<float>>::type half;
+  memcpy(&half, p, sizeof half);
+  using word = typename VectorOf<uint32_t, kLanes<float>>::type;
+  return reinterpret_cast<vec<float>>(__builtin_convertvector(half, word) << 16);
+}
+MFK_INLINE void store(float* p, vec<float> v) { memcpy(p, &v, sizeof v); }
+MFK_INLINE void store(double* p, vec<double> v) { memcpy(p, &v, sizeof v); }
+MFK_INLINE void store(bf16* p, vec<float> v) {
+  using word = typename VectorOf<uint32_t, kLanes<float>>::type;
+  word bits = reinterpret_cast<word>(v);
+  word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  rounded = v != v ? (word{} + 0x7fc0) : rounded;             // a NaN must not round to infinity
+  auto half = __builtin_convertvector(rounded, typename VectorOf<uint16_t, kLanes<float>>::type);
+  memcpy(p, &half, sizeof half);
+}
+
+// The first n < kLanes lanes; the others are loaded as zero and not stored.
+template <class T>
+MFK_INLINE vec<compute_t<T>> load_part(const T* p, int64_t n) {
+  T lanes[kLanes<compute_t<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+MFK_INLINE void store_part(T* p, vec<compute_t<T>> v, int64_t n) {
+  T lanes[kLanes<compute_t<T>>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+#if defined(__AVX512F__)
+MFK_INLINE vec<float> load_part(const float* p, int64_t n) {
+  return reinterpret_cast<vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
+}
+MFK_INLINE vec<double> load_part(const double* p, int64_t n) {
+  return reinterpret_cast<vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
+}
+MFK_INLINE void store_part(float* p, vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
+}
+MFK_INLINE void store_part(double* p, vec<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), reinterpret_cast<__m512d>(v));
+}
+#endif
+template <class T>
+MFK_INLINE vec<compute_t<T>> load_upto(const T* p, int64_t n) {
+  return n >= kLanes<compute_t<T>> ? load(p) : load_part(p, n);
+}
+template <class T>
+MFK_INLINE void store_upto(T* p, vec<compute_t<T>> v, int64_t n) {
+  if (n >= kLanes<compute_t<T>>) {
+    store(p, v);
+  } else {
+    store_part(p, v, n);
+  }
+}
+
+template <class C>
+MFK_INLINE void store_scalar(C* p, C value) {
+  *p = value;
+}
+MFK_INLINE void store_scalar(bf16* p, float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  p->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// All ones in the first n lanes.
+template <class C>
+MFK_INLINE mask<C> first_lanes(int64_t n) {
+  using lane = typename IntegerOf<C>::type;
+  mask<C> index;
+  for (int i = 0; i < kLanes<C>; ++i) index[i] = i;
+  return index < static_cast<lane>(n);
+}
+
+// NaN wins, as in torch.amax.
+template <class V>
+MFK_INLINE V maximum(V a, V b) {
+  V larger = a > b ? a : b;
+  return a != a ? a : larger;
+}
+
+template <class C>
+MFK_INLINE C sum_lanes(vec<C> v) {
+  C lanes[kLanes<C>];
+  store(lanes, v);
+  for (int width = kLanes<C> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+template <class C>
+MFK_INLINE C max_lanes(vec<C> v) {
+  C lanes[kLanes<C>];
+  store(lanes, v);
+  for (int width = kLanes<C> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// exp(x), within 2 units in the last place; 0 where the result would be denormal, NaN for NaN.
+// x = n ln 2 + r, |r| <= ln(2)/2; exp(r) by its Taylor series, 2^n by its exponent bits.
+MFK_INLINE vec<float> exp(vec<float> x) {
+  const vec<float> low = splat(-87.336544f), high = splat(88.72283f);
+  vec<float> t = x < low ? low : x;
+  t = t > high ? high : t;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  vec<float> shifted = t * 1.44269504f + shift;
+  mask<float> n = reinterpret_cast<mask<float>>(shifted) - 0x4b400000;
+  vec<float> whole = shifted - shift;
+  vec<float> r = t - whole * 0.693145752f;
+  r = r - whole * 1.42860682e-6f;
+  vec<float> p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // In two steps, since 2^128 has no exponent bits.
+  mask<float> half = n >> 1;
+  vec<float> y = p * reinterpret_cast<vec<float>>((half + 127) << 23);
+  y = y * reinterpret_cast<vec<float>>((n - half + 127) << 23);
+  y = x < low ? vec<float>{} : y;
+  y = x > high ? splat(__builtin_inff()) : y;
+  return x != x ? x : y;
+}
+MFK_INLINE vec<double> exp(vec<double> x) {
+  const vec<double> low = splat(-708.3964185322641), high = splat(709.782712893384);
+  vec<double> t = x < low ? low : x;
+  t = t > high ? high : t;
+  const double shift = 6755399441055744.0;  // 1.5 * 2^52
+  vec<double> shifted = t * 1.4426950408889634 + shift;
+  mask<double> n = reinterpret_cast<mask<double>>(shifted) - 0x4338000000000000;
+  vec<double> whole = shifted - shift;
+  vec<double> r = t - whole * 0.6931471803691238;
+  r = r - whole * 1.9082149292705877e-10;
+  vec<double> p = splat(1.0 / 6227020800);
+  p = p * r + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  mask<double> half = n >> 1;
+  vec<double> y = p * reinterpret_cast<vec<double>>((half + 1023) << 52);
+  y = y * reinterpret_cast<vec<double>>((n - half + 1023) << 52);
+  y = x < low ? vec<double>{} : y;
+  y = x > high ? splat(__builtin_inf()) : y;
+  return x != x ? x : y;
+}
+template <class C>
+MFK_INLINE C exp_scalar(C x) {
+  return exp(splat(x))[0];
+}
+
+// Uninitialised working memory for one task, aligned to a cache line.
+template <class C>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<C*>(aligned_alloc(64, (count * sizeof(C) + 63) / 64 * 64 + 64))) {
+    if (data_ == nullptr) abort();
+  }
+  ~Buffer() { free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator C*() { return data_; }
+
+ private:
+  C* data_;
+};
+
+MFK_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+}  // namespace MFK_ISA
+}  // namespace mfk

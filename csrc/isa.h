@@ -1,0 +1,39 @@
+// The choice of instruction set, made when the program runs.
+#pragma once
+
+#include <stdint.h>
+
+namespace mfk {
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+// The one in use: at first the widest that this machine can run.
+__attribute__((visibility("default"))) Isa isa();
+// True if this build has it and this machine can run it.
+__attribute__((visibility("default"))) bool isa_supported(Isa isa);
+__attribute__((visibility("default"))) void set_isa(Isa isa);
+
+}  // namespace mfk
+
+#if defined(__x86_64__)
+#define MFK_ON_X86(...) __VA_ARGS__
+#else
+#define MFK_ON_X86(...)
+#endif
+
+// Declares the kernel `name`, one for each instruction set, and mfk::name, which calls the one in use.
+// Kernels do the tasks begin to end-1 of a call; which tasks there are, each kernel's header says.
+#define MFK_DECLARE_KERNEL(name, Args)                                                  \
+  namespace generic {                                                                   \
+  void name(const Args& args, int64_t begin, int64_t end);                              \
+  }                                                                                     \
+  MFK_ON_X86(namespace avx2 { void name(const Args& args, int64_t begin, int64_t end); } \
+             namespace avx512 { void name(const Args& args, int64_t begin, int64_t end); }) \
+  inline void name(const Args& args, int64_t begin, int64_t end) {                      \
+    switch (isa()) {                                                                    \
+      MFK_ON_X86(case Isa::kAvx512 : return avx512::name(args, begin, end);             \
+                 case Isa::kAvx2 : return avx2::name(args, begin, end);)                \
+      default:                                                                          \
+        return generic::name(args, begin, end);                                         \
+    }                                                                                   \
+  }

@@ -1,0 +1,74 @@
+// mfkernels._C: what is not an operator.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+
+namespace {
+
+const std::map<std::string, mfk::Isa> kIsas = {
+    {"generic", mfk::Isa::kGeneric}, {"avx2", mfk::Isa::kAvx2}, {"avx512", mfk::Isa::kAvx512}};
+
+mfk::Isa parse(const std::string& name) {
+  auto found = kIsas.find(name);
+  if (found == kIsas.end()) throw std::invalid_argument("unknown instruction set '" + name + "'");
+  return found->second;
+}
+
+std::string instruction_set() {
+  for (const auto& [name, isa] : kIsas) {
+    if (isa == mfk::isa()) return name;
+  }
+  throw std::logic_error("the instruction set in use has no name");
+}
+
+void set_instruction_set(const std::string& name) {
+  if (!mfk::isa_supported(parse(name))) {
+    throw std::runtime_error("instruction set '" + name + "' cannot run on this machine");
+  }
+  mfk::set_isa(parse(name));
+}
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> features;
+#if defined(__x86_64__)
+#define MFK_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) features.push_back(name)
+  MFK_FEATURE("sse4.2");
+  MFK_FEATURE("avx");
+  MFK_FEATURE("avx2");
+  MFK_FEATURE("fma");
+  MFK_FEATURE("avx512f");
+  MFK_FEATURE("avx512bw");
+  MFK_FEATURE("avx512dq");
+  MFK_FEATURE("avx512vl");
+  MFK_FEATURE("avx512bf16");
+#undef MFK_FEATURE
+#endif
+  return features;
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"compiler", MFK_COMPILER},
+          {"build_type", MFK_BUILD_TYPE},
+          {"built_with_torch", MFK_TORCH_VERSION},
+          {"cuda", MFK_CUDA}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts, CPU features and the choice of instruction set.";
+  m.def("instruction_set", &instruction_set, "The instruction set whose kernels run.");
+  m.def(
+      "supports", [](const std::string& name) { return mfk::isa_supported(parse(name)); },
+      "True if this build has the instruction set and this machine can run it.");
+  m.def("set_instruction_set", &set_instruction_set, "Choose it, for the whole process.");
+  m.def("cpu_features", &cpu_features, "Features of this CPU that matter to the kernels.");
+  m.def("build_info", &build_info, "How this binary was built.");
+}

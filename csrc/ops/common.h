@@ -1,0 +1,129 @@
+// What the operators' files share: PyTorch's stable ABI, checks that keep the kernels in bounds (the
+// Python functions say the same in more words), and how tensors become FeatureMaps.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/feature_map.h"
+
+namespace mfk {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    case ScalarType::BFloat16:
+      return Dtype::kBf16;
+    default:
+      STD_TORCH_CHECK(false, op, ": x must be float32, float64 or bfloat16");
+  }
+  return Dtype::kFloat;
+}
+
+// The type of sums.
+inline ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "(";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + ")";
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  auto sizes = t.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end());
+}
+
+// `t` has this shape, x's dtype, and is on the CPU.
+inline void check_argument(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                           const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(shape_of(t) == shape, op, ": ", name, " must have shape ", shape_text(shape), ", got ",
+                  shape_text(shape_of(t)));
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x");
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU, as x is");
+}
+
+inline bool is_channels_last(const Tensor& x) {
+  return !x.is_contiguous() && x.size(1) > 1 && x.stride(1) == 1;
+}
+
+// An unwritten map in x's memory format; `empty_map` in mfkernels/operators/layout.py is its twin.
+inline Tensor empty_map(const Tensor& x) {
+  const auto format = is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
+}
+
+inline Tensor empty(std::vector<int64_t> shape, ScalarType type, const Tensor& x) {
+  return torch::stable::empty(shape, type, std::nullopt, x.device());
+}
+
+// The map of a tensor in the memory format asked for. `holder` keeps a copy alive where the strides are
+// not those of a map, or not those of that format.
+inline AnyMap map_of(const Tensor& t, bool channels_last, Tensor& holder) {
+  const int64_t height = t.size(2), width = t.size(3);
+  auto pixel_stride = [&](const Tensor& u) { return width > 1 ? u.stride(3) : u.stride(2); };
+  const bool one_run = height <= 1 || width <= 1 || t.stride(2) == width * t.stride(3);
+  const bool in_format = channels_last ? t.size(1) <= 1 || t.stride(1) == 1
+                                       : height * width <= 1 || pixel_stride(t) == 1;
+  holder = t;
+  if (!one_run || !in_format) {
+    holder = torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast
+                                                        : MemoryFormat::Contiguous);
+  }
+  AnyMap map;
+  map.data = holder.data_ptr();
+  map.stride_b = holder.stride(0);
+  map.stride_c = channels_last ? 1 : holder.stride(1);
+  map.stride_p = channels_last ? pixel_stride(holder) : 1;
+  return map;
+}
+
+// Work is split by the shape alone, never by the number of threads, so that results do not depend on it.
+struct Splits {
+  int64_t count, size;
+};
+inline Splits split_pixels(int64_t pixels, int64_t size) {
+  return {std::max<int64_t>(1, (pixels + size - 1) / size), size};
+}
+
+// The largest tile whose `rows` rows in the compute type fill some three quarters of a first-level cache,
+// a multiple of 32 pixels.
+inline int64_t tile_pixels(int64_t rows, size_t element) {
+  const int64_t fit = static_cast<int64_t>(24576 / element) / std::max<int64_t>(rows, 1) / 32 * 32;
+  return std::min<int64_t>(std::max<int64_t>(fit, 32), 512);
+}
+
+// The sum over the splits of (B, heads, splits, M, C/heads), as (B, M, C) in x's dtype.
+inline Tensor merge_heads(const Tensor& partial, const Tensor& x, const std::vector<int64_t>& shape) {
+  const int64_t dims[] = {2};
+  Tensor sum = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1), false);
+  return torch::stable::reshape(
+      torch::stable::contiguous(torch::stable::transpose(torch::stable::to(sum, x.scalar_type()), 1, 2)),
+      shape);
+}
+
+// So many tasks that starting a thread for them is worth it; `work` is one task's number of steps.
+inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(work, 1)); }
+
+}  // namespace mfk

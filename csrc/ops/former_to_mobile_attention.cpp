@@ -1,0 +1,95 @@
+#include "../cpu/former_to_mobile_attention.h"
+
+#include "common.h"
+
+namespace mfk {
+namespace {
+
+constexpr const char* kOp = "former_to_mobile_attention";
+
+struct Call {
+  FormerToMobileArgs args{};
+  Tensor x, k, v;
+
+  Call(const Tensor& x_in, const Tensor& k_in, const Tensor& v_in, int64_t num_heads,
+       std::optional<double> scale) {
+    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
+    STD_TORCH_CHECK(k_in.dim() == 3, kOp, ": k must have 3 dimensions (B, M, C), got ", k_in.dim());
+    args.dtype = dtype_of(kOp, x_in);
+    args.batch = x_in.size(0);
+    args.channels = x_in.size(1);
+    args.pixels = x_in.size(2) * x_in.size(3);
+    args.tokens = k_in.size(1);
+    args.heads = num_heads;
+    check_argument(kOp, "k", k_in, x_in, {args.batch, args.tokens, args.channels});
+    check_argument(kOp, "v", v_in, x_in, {args.batch, args.tokens, args.channels});
+    STD_TORCH_CHECK(args.tokens >= 1, kOp, ": k must hold at least one token, got M = 0");
+    STD_TORCH_CHECK(num_heads >= 1 && args.channels % num_heads == 0, kOp,
+                    ": num_heads must be positive and divide the channels of x, got ", num_heads, " for ",
+                    args.channels, " channels");
+    const int64_t depth = args.channels / num_heads;
+    args.scale = scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(depth));
+    args.x = map_of(x_in, is_channels_last(x_in), x);
+    k = torch::stable::contiguous(k_in);
+    v = torch::stable::contiguous(v_in);
+    args.k = k.data_ptr();
+    args.v = v.data_ptr();
+    args.tile = tile_pixels(2 * depth, args.dtype == Dtype::kDouble ? 8 : 4);
+    const Splits splits = split_pixels(args.pixels, (1024 + args.tile - 1) / args.tile * args.tile);
+    args.splits = splits.count;
+    args.split = splits.size;
+  }
+  int64_t tasks() const { return args.pixels == 0 ? 0 : args.batch * args.heads * args.splits; }
+  int64_t work() const { return args.split * args.channels / args.heads * args.tokens; }
+};
+
+Tensor forward(const Tensor& x, const Tensor& k, const Tensor& v, int64_t num_heads,
+               std::optional<double> scale) {
+  Call call(x, k, v, num_heads, scale);
+  Tensor y = empty_map(x), holder;
+  call.args.y = map_of(y, is_channels_last(x), holder);
+  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
+    former_to_mobile_forward(call.args, begin, end);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& x, const Tensor& k,
+                                            const Tensor& v, int64_t num_heads,
+                                            std::optional<double> scale) {
+  Call call(x, k, v, num_heads, scale);
+  check_argument(kOp, "grad_out", grad_out, x, shape_of(x));
+  FormerToMobileArgs& args = call.args;
+  const std::vector<int64_t> parts = {args.batch, num_heads, args.splits, args.tokens,
+                                      args.channels / num_heads};
+  Tensor grad_x = empty_map(x), holder_g, holder_x;
+  Tensor partial_k = empty(parts, compute_type(x), x), partial_v = empty(parts, compute_type(x), x);
+  if (args.pixels == 0) {
+    torch::stable::zero_(partial_k);
+    torch::stable::zero_(partial_v);
+  }
+  args.partial_k = partial_k.data_ptr();
+  args.partial_v = partial_v.data_ptr();
+  args.grad_y = map_of(grad_out, is_channels_last(x), holder_g);
+  args.grad_x = map_of(grad_x, is_channels_last(x), holder_x);
+  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
+    former_to_mobile_backward(args, begin, end);
+  });
+  return {grad_x, merge_heads(partial_k, x, shape_of(k)), merge_heads(partial_v, x, shape_of(k))};
+}
+
+}  // namespace
+}  // namespace mfk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
+  m.def(
+      "former_to_mobile_attention(Tensor x, Tensor k, Tensor v, int num_heads, float? scale=None) -> Tensor");
+  m.def(
+      "former_to_mobile_attention_backward(Tensor grad_out, Tensor x, Tensor k, Tensor v, int num_heads, "
+      "float? scale=None) -> (Tensor grad_x, Tensor grad_k, Tensor grad_v)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
+  m.impl("former_to_mobile_attention", TORCH_BOX(&mfk::forward));
+  m.impl("former_to_mobile_attention_backward", TORCH_BOX(&mfk::backward));
+}

@@ -1,0 +1,117 @@
+#include "../cpu/mobile_to_former_attention.h"
+
+#include "common.h"
+
+namespace mfk {
+namespace {
+
+constexpr const char* kOp = "mobile_to_former_attention";
+
+struct Call {
+  MobileToFormerArgs args{};
+  Tensor x, q;
+
+  Call(const Tensor& x_in, const Tensor& q_in, int64_t num_heads, std::optional<double> scale) {
+    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
+    STD_TORCH_CHECK(q_in.dim() == 3, kOp, ": q must have 3 dimensions (B, M, C), got ", q_in.dim());
+    args.dtype = dtype_of(kOp, x_in);
+    args.batch = x_in.size(0);
+    args.channels = x_in.size(1);
+    args.pixels = x_in.size(2) * x_in.size(3);
+    args.tokens = q_in.size(1);
+    args.heads = num_heads;
+    check_argument(kOp, "q", q_in, x_in, {args.batch, args.tokens, args.channels});
+    STD_TORCH_CHECK(num_heads >= 1 && args.channels % num_heads == 0, kOp,
+                    ": num_heads must be positive and divide the channels of x, got ", num_heads, " for ",
+                    args.channels, " channels");
+    STD_TORCH_CHECK(args.pixels >= 1, kOp, ": x must have at least one pixel, got ",
+                    shape_text(shape_of(x_in)));
+    const int64_t depth = args.channels / num_heads;
+    args.scale = scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(depth));
+    args.x = map_of(x_in, is_channels_last(x_in), x);
+    q = torch::stable::contiguous(q_in);
+    args.q = q.data_ptr();
+    args.tile = tile_pixels(depth, args.dtype == Dtype::kDouble ? 8 : 4);
+    const Splits splits = split_pixels(args.pixels, (1024 + args.tile - 1) / args.tile * args.tile);
+    args.splits = splits.count;
+    args.split = splits.size;
+  }
+  int64_t tasks() const { return args.batch * args.heads * args.splits; }
+  int64_t work() const { return args.split * args.channels / args.heads * args.tokens; }
+};
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& q, int64_t num_heads,
+                                           std::optional<double> scale, bool return_logits) {
+  Call call(x, q, num_heads, scale);
+  MobileToFormerArgs& args = call.args;
+  const ScalarType sums = compute_type(x);
+  Tensor out = empty(shape_of(q), x.scalar_type(), x);
+  Tensor logits = return_logits
+                      ? empty({args.batch, num_heads, args.tokens, x.size(2), x.size(3)}, x.scalar_type(), x)
+                      : empty({0}, x.scalar_type(), x);
+  Tensor logsumexp = empty({args.batch, num_heads, args.tokens}, sums, x);
+  Tensor partial = empty({call.tasks(), args.tokens, 2 + args.channels / num_heads}, sums, x);
+  args.logits = return_logits ? logits.data_ptr() : nullptr;
+  args.partial = partial.data_ptr();
+  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
+    mobile_to_former_forward(args, begin, end);
+  });
+  MobileToFormerCombineArgs last{args.dtype,      args.channels,   args.tokens, args.heads, args.splits,
+                                 partial.data_ptr(), out.data_ptr(), logsumexp.data_ptr()};
+  mobile_to_former_combine(last, 0, args.batch * num_heads);
+  return {out, logits, logsumexp};
+}
+
+std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
+                                    const std::optional<Tensor>& grad_logits, const Tensor& x,
+                                    const Tensor& q, const Tensor& out, const Tensor& logsumexp,
+                                    int64_t num_heads, std::optional<double> scale) {
+  Call call(x, q, num_heads, scale);
+  MobileToFormerArgs& args = call.args;
+  check_argument(kOp, "out", out, x, shape_of(q));
+  STD_TORCH_CHECK(shape_of(logsumexp) == std::vector<int64_t>({args.batch, num_heads, args.tokens}) &&
+                      logsumexp.scalar_type() == compute_type(x) && logsumexp.is_cpu(),
+                  kOp, ": logsumexp must be the one that the forward pass gave");
+  Tensor given_out, given_logits, kept_out = torch::stable::contiguous(out),
+                                  kept_sums = torch::stable::contiguous(logsumexp);
+  if (grad_out.has_value()) {
+    check_argument(kOp, "grad_out", *grad_out, x, shape_of(q));
+    given_out = torch::stable::contiguous(*grad_out);
+    args.grad_out = given_out.data_ptr();
+  }
+  if (grad_logits.has_value()) {
+    check_argument(kOp, "grad_logits", *grad_logits, x,
+                   {args.batch, num_heads, args.tokens, x.size(2), x.size(3)});
+    given_logits = torch::stable::contiguous(*grad_logits);
+    args.grad_logits = given_logits.data_ptr();
+  }
+  const int64_t depth = args.channels / num_heads;
+  Tensor grad_x = empty_map(x), holder;
+  Tensor partial =
+      empty({args.batch, num_heads, args.splits, args.tokens, depth}, compute_type(x), x);
+  args.out = kept_out.data_ptr();
+  args.logsumexp = kept_sums.data_ptr();
+  args.partial = partial.data_ptr();
+  args.grad_x = map_of(grad_x, is_channels_last(x), holder);
+  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
+    mobile_to_former_backward(args, begin, end);
+  });
+  return {grad_x, merge_heads(partial, x, shape_of(q))};
+}
+
+}  // namespace
+}  // namespace mfk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
+  m.def(
+      "mobile_to_former_attention(Tensor x, Tensor q, int num_heads, float? scale=None, "
+      "bool return_logits=False) -> (Tensor out, Tensor logits, Tensor logsumexp)");
+  m.def(
+      "mobile_to_former_attention_backward(Tensor? grad_out, Tensor? grad_logits, Tensor x, Tensor q, "
+      "Tensor out, Tensor logsumexp, int num_heads, float? scale=None) -> (Tensor grad_x, Tensor grad_q)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
+  m.impl("mobile_to_former_attention", TORCH_BOX(&mfk::forward));
+  m.impl("mobile_to_former_attention_backward", TORCH_BOX(&mfk::backward));
+}

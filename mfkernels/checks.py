@@ -1,0 +1,51 @@
+"""Checks of arguments. Each message names the operator, the argument, what came and what was expected."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(op: str, name: str, value: object, axes: str) -> Tensor:
+    """`value` is a floating-point tensor with as many axes as there are words in `axes`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must have a floating-point dtype, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
+    if value.dim() != len(axes.split()):
+        raise ValueError(
+            f"{op}: {name} must have {len(axes.split())} dimensions ({axes.replace(' ', ', ')}), "
+            f"got shape {tuple(value.shape)}"
+        )
+    return value
+
+
+def check_like(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """`value` has the dtype and the device of `like`."""
+    if value.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {like_name}, {like.device}, got {value.device}"
+        )
+
+
+def check_shape(op: str, name: str, value: Tensor, axes: str, shape: Sequence[int]) -> None:
+    """`value` has exactly this shape; `axes` says in words what it means."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{op}: {name} must have shape ({axes.replace(' ', ', ')}) = {tuple(shape)}, "
+            f"got {tuple(value.shape)}"
+        )
+
+
+def check_heads(op: str, num_heads: object, channels: int) -> None:
+    if not isinstance(num_heads, (int, torch.SymInt)) or isinstance(num_heads, bool):
+        raise TypeError(f"{op}: num_heads must be an int, got {type(num_heads).__name__}")
+    if num_heads < 1 or channels % num_heads != 0:
+        raise ValueError(
+            f"{op}: num_heads must be positive and divide the channels of x, got {num_heads} "
+            f"for {channels} channels"
+        )

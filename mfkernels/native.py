@@ -1,0 +1,51 @@
+"""Loads the compiled library, `libmfkernels`, and says what it is."""
+
+import os
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("libmfkernels.so")
+
+if not LIBRARY.exists():
+    raise ImportError(
+        f"mfkernels is not built: {LIBRARY.name} is missing from {LIBRARY.parent}. "
+        "Run `pip install . --no-build-isolation` in the source folder (or `pip install -e .` with the same flag)."
+    )
+
+torch.ops.load_library(LIBRARY)
+
+from . import _C  # noqa: E402  (needs libmfkernels, which needs torch)
+
+ISAS = ("generic", "avx2", "avx512")
+
+
+def instruction_set() -> str:
+    """The instruction set whose kernels run: "generic", "avx2" or "avx512"."""
+    return _C.instruction_set()
+
+
+def supported_instruction_sets() -> list[str]:
+    """Those that were built and that this machine can run, slowest first."""
+    return [name for name in ISAS if _C.supports(name)]
+
+
+def set_instruction_set(name: str) -> None:
+    """Choose the instruction set, for the whole process; MFKERNELS_ISA does the same at import.
+
+    Raises:
+        ValueError: not the name of one.
+        RuntimeError: this machine cannot run it, or this build does not have it.
+    """
+    if name not in ISAS:
+        raise ValueError(f"instruction set (MFKERNELS_ISA) must be one of {', '.join(ISAS)}, got {name!r}")
+    if not _C.supports(name):
+        raise RuntimeError(
+            f"instruction set (MFKERNELS_ISA) {name!r} cannot run here; "
+            f"this machine and build can run: {', '.join(supported_instruction_sets())}"
+        )
+    _C.set_instruction_set(name)
+
+
+if os.environ.get("MFKERNELS_ISA"):
+    set_instruction_set(os.environ["MFKERNELS_ISA"])

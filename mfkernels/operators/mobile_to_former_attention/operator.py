@@ -1,0 +1,96 @@
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...checks import check_heads, check_like, check_shape, check_tensor
+from ..layout import empty_map, once
+from .reference import mobile_to_former_attention_reference
+
+OP = "mobile_to_former_attention"
+
+
+def mobile_to_former_attention(
+    x: Tensor, q: Tensor, num_heads: int, scale: float | None = None, return_logits: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross attention from a feature map to a few tokens; keys and values are the pixels themselves.
+
+    Head j takes the j-th of `num_heads` contiguous slices of the channels:
+    `logits = scale * q_j @ x_j`, `out_j = softmax(logits over the H*W pixels) @ x_j^T`. The map is
+    read once (online softmax) and the attention is not stored.
+
+    Args:
+        x: (B, C, H, W), any strides, H*W >= 1.
+        q: (B, M, C), the queries of M tokens.
+        num_heads: number of heads, a divisor of C.
+        scale: factor of the logits, by default `(C / num_heads) ** -0.5`.
+        return_logits: also return the scaled logits before the softmax.
+
+    All of one dtype (kernels: float32, float64, bfloat16) and on one device.
+
+    Returns:
+        (B, M, C); with `return_logits` the pair of it and (B, num_heads, M, H, W).
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or its dtype is not that of `x`.
+        ValueError: a shape, a device or `num_heads` does not fit.
+
+    Source: Chen et al., Mobile-Former, CVPR 2022, equation 1, without its projections.
+    """
+    _check(x, q, num_heads)
+    if backends.use_kernels(OP, x):
+        out, logits, _ = torch.ops.mfkernels.mobile_to_former_attention(x, q, num_heads, scale, return_logits)
+        return (out, logits) if return_logits else out
+    return mobile_to_former_attention_reference(x, q, num_heads, scale, return_logits)
+
+
+def _check(x: Tensor, q: Tensor, num_heads: int) -> None:
+    check_tensor(OP, "x", x, "B C H W")
+    check_tensor(OP, "q", q, "B M C")
+    check_like(OP, "q", q, "x", x)
+    batch, channels, height, width = x.shape
+    check_shape(OP, "q", q, "B M C", (batch, q.shape[1], channels))
+    check_heads(OP, num_heads, channels)
+    if height * width < 1:
+        raise ValueError(f"{OP}: x must have at least one pixel, got shape {tuple(x.shape)}")
+
+
+@torch.library.register_fake(f"mfkernels::{OP}")
+def _(x, q, num_heads, scale=None, return_logits=False):
+    _check(x, q, num_heads)
+    batch, _, height, width = x.shape
+    tokens = q.shape[1]
+    shape = (batch, num_heads, tokens, height, width) if return_logits else (0,)
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        q.new_empty(q.shape),
+        x.new_empty(shape),
+        x.new_empty((batch, num_heads, tokens), dtype=sums),
+    )
+
+
+@torch.library.register_fake(f"mfkernels::{OP}_backward")
+def _(grad_out, grad_logits, x, q, out, logsumexp, num_heads, scale=None):
+    return empty_map(x, x.shape), q.new_empty(q.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, q, ctx.num_heads, ctx.scale, ctx.return_logits = inputs
+    out, logits, logsumexp = output
+    ctx.save_for_backward(x, q, out, logsumexp)
+    # Gradients that nobody asked for come as None and cost nothing.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((logsumexp,) if ctx.return_logits else (logits, logsumexp)))
+
+
+def _backward(ctx, grad_out, grad_logits, grad_logsumexp):
+    x, q, out, logsumexp = ctx.saved_tensors
+    if grad_out is None and grad_logits is None:
+        return None, None, None, None, None
+    grad_x, grad_q = torch.ops.mfkernels.mobile_to_former_attention_backward(
+        grad_out, grad_logits, x, q, out, logsumexp, ctx.num_heads, ctx.scale
+    )
+    return grad_x, grad_q, None, None, None
+
+
+torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
+torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
