@@ -124,86 +124,121 @@ MFK_INLINE void split_gradient(vec<C> g, const vec<C>* values, vec<C>* parts, in
   for (int64_t k = 0; k < count; ++k) parts[k] *= share;
 }
 
+// Long sums are made in two levels, so many steps each: their rounding errors stay those of a pairwise sum.
+constexpr int64_t kSteps = 16;
+
+// The loop variables of the backward pass: with a constant K they live in registers, else in `work`.
+template <class C, int K>
+struct Functions {
+  vec<C> fixed[8 * (K == 0 ? 1 : K)];
+  const int64_t count;
+  vec<C>*slopes, *intercepts, *values, *parts, *slope_run, *intercept_run, *slope_sums, *intercept_sums;
+
+  MFK_INLINE Functions(int64_t functions, vec<C>* work) : count(K == 0 ? functions : K) {
+    vec<C>* p = K == 0 ? work : fixed;
+    slopes = p;
+    intercepts = p + count;
+    values = p + 2 * count;
+    parts = p + 3 * count;
+    slope_run = p + 4 * count;
+    intercept_run = p + 5 * count;
+    slope_sums = p + 6 * count;
+    intercept_sums = p + 7 * count;
+    for (int64_t i = 4 * count; i < 8 * count; ++i) p[i] = vec<C>{};
+  }
+
+  // Takes x and the gradient of y, gives the gradient of x. Lanes outside `inside` count for nothing.
+  template <class Inside>
+  MFK_INLINE vec<C> step(vec<C> x, vec<C> g, Inside inside) {
+    for (int64_t k = 0; k < count; ++k) values[k] = x * slopes[k] + intercepts[k];
+    split_gradient<K, C>(g, values, parts, count);
+    vec<C> out{};
+    for (int64_t k = 0; k < count; ++k) {
+      parts[k] = inside(parts[k]);
+      out += slopes[k] * parts[k];
+      slope_run[k] += x * parts[k];
+      intercept_run[k] += parts[k];
+    }
+    return out;
+  }
+
+  MFK_INLINE void end_run() {
+    for (int64_t k = 0; k < count; ++k) {
+      slope_sums[k] += slope_run[k];
+      intercept_sums[k] += intercept_run[k];
+      slope_run[k] = intercept_run[k] = vec<C>{};
+    }
+  }
+};
+
 // Vectors of pixels, one channel: coefficients are constants of the loop.
 template <class T, int K>
 void backward_row(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0, int64_t p1,
                   vec<compute_t<T>>* work, compute_t<T>* sums) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
-  const int64_t functions = K == 0 ? args.functions : K;
-  // With a constant K these live in registers; otherwise in `work`.
-  vec<C> fixed[6 * (K == 0 ? 1 : K)];
-  vec<C>* local = K == 0 ? work : fixed;
-  vec<C>*slopes = local, *intercepts = slopes + functions, *values = intercepts + functions,
-  *parts = values + functions, *slope_sums = parts + functions, *intercept_sums = slope_sums + functions;
-  for (int64_t k = 0; k < functions; ++k) {
-    const int64_t at = (b * functions + k) * args.channels + c;
-    slopes[k] = splat(to_compute(static_cast<const T*>(args.slopes)[at]));
-    intercepts[k] = args.intercepts == nullptr
-                        ? vec<C>{}
-                        : splat(to_compute(static_cast<const T*>(args.intercepts)[at]));
-    slope_sums[k] = intercept_sums[k] = vec<C>{};
+  Functions<C, K> f(args.functions, work);
+  for (int64_t k = 0; k < f.count; ++k) {
+    const int64_t at = (b * f.count + k) * args.channels + c;
+    f.slopes[k] = splat(to_compute(static_cast<const T*>(args.slopes)[at]));
+    f.intercepts[k] = args.intercepts == nullptr
+                          ? vec<C>{}
+                          : splat(to_compute(static_cast<const T*>(args.intercepts)[at]));
   }
   const T* x = args.x.as<const T>().at(b, c, 0);
   const T* g = args.grad_y.as<const T>().at(b, c, 0);
   T* grad_x = args.grad_x.as<T>().at(b, c, 0);
-  for (int64_t p = p0; p < p1; p += n) {
-    const int64_t rest = p1 - p;
-    const vec<C> value = load_upto(x + p, rest);
-    for (int64_t k = 0; k < functions; ++k) values[k] = value * slopes[k] + intercepts[k];
-    split_gradient<K, C>(load_upto(g + p, rest), values, parts, functions);
-    vec<C> out{};
-    for (int64_t k = 0; k < functions; ++k) {
-      if (rest < n) parts[k] = first_lanes<C>(rest) ? parts[k] : vec<C>{};
-      out += slopes[k] * parts[k];
-      slope_sums[k] += value * parts[k];
-      intercept_sums[k] += parts[k];
+  int64_t p = p0;
+  while (p + n <= p1) {
+    const int64_t run_end = p + kSteps * n < p1 - n + 1 ? p + kSteps * n : p1 - n + 1;
+    for (; p < run_end; p += n) {
+      store(grad_x + p, f.step(load(x + p), load(g + p), [](vec<C> part) { return part; }));
     }
-    store_upto(grad_x + p, out, rest);
+    f.end_run();
   }
-  for (int64_t k = 0; k < functions; ++k) {
-    sums[k] = sum_lanes<C>(slope_sums[k]);
-    sums[functions + k] = sum_lanes<C>(intercept_sums[k]);
+  if (p < p1) {
+    const mask<C> inside = first_lanes<C>(p1 - p);
+    const vec<C> out = f.step(load_part(x + p, p1 - p), load_part(g + p, p1 - p),
+                              [&](vec<C> part) { return inside ? part : vec<C>{}; });
+    store_part(grad_x + p, out, p1 - p);
+    f.end_run();
+  }
+  for (int64_t k = 0; k < f.count; ++k) {
+    sums[k] = sum_lanes<C>(f.slope_sums[k]);
+    sums[f.count + k] = sum_lanes<C>(f.intercept_sums[k]);
   }
 }
 
 // Vectors of channels, one after the other down the pixels.
 template <class T, int K>
 void backward_columns(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0, int64_t p1,
-                      vec<compute_t<T>>* work) {
+                      vec<compute_t<T>>* work, vec<compute_t<T>>* slope_sums,
+                      vec<compute_t<T>>* intercept_sums) {
   using C = compute_t<T>;
-  const int64_t functions = K == 0 ? args.functions : K;
   const int64_t rest = args.channels - c;
-  vec<C> fixed[6 * (K == 0 ? 1 : K)];
-  vec<C>* local = K == 0 ? work : fixed;
-  vec<C>*slopes = local, *intercepts = slopes + functions, *values = intercepts + functions,
-  *parts = values + functions, *slope_sums = parts + functions, *intercept_sums = slope_sums + functions;
-  for (int64_t k = 0; k < functions; ++k) {
-    const int64_t at = (b * functions + k) * args.channels + c;
-    slopes[k] = load_upto(static_cast<const T*>(args.slopes) + at, rest);
-    intercepts[k] = args.intercepts == nullptr
-                        ? vec<C>{}
-                        : load_upto(static_cast<const T*>(args.intercepts) + at, rest);
-    slope_sums[k] = intercept_sums[k] = vec<C>{};
+  Functions<C, K> f(args.functions, work);
+  for (int64_t k = 0; k < f.count; ++k) {
+    const int64_t at = (b * f.count + k) * args.channels + c;
+    f.slopes[k] = load_upto(static_cast<const T*>(args.slopes) + at, rest);
+    f.intercepts[k] = args.intercepts == nullptr
+                          ? vec<C>{}
+                          : load_upto(static_cast<const T*>(args.intercepts) + at, rest);
   }
   const auto x = args.x.as<const T>();
   const auto g = args.grad_y.as<const T>();
   const auto grad_x = args.grad_x.as<T>();
-  for (int64_t p = p0; p < p1; ++p) {
-    const vec<C> value = load_upto(x.at(b, c, p), rest);
-    for (int64_t k = 0; k < functions; ++k) values[k] = value * slopes[k] + intercepts[k];
-    split_gradient<K, C>(load_upto(g.at(b, c, p), rest), values, parts, functions);
-    vec<C> out{};
-    for (int64_t k = 0; k < functions; ++k) {
-      out += slopes[k] * parts[k];
-      slope_sums[k] += value * parts[k];
-      intercept_sums[k] += parts[k];
+  for (int64_t p = p0; p < p1;) {
+    const int64_t run_end = p + kSteps < p1 ? p + kSteps : p1;
+    for (; p < run_end; ++p) {
+      const vec<C> out = f.step(load_upto(x.at(b, c, p), rest), load_upto(g.at(b, c, p), rest),
+                                [](vec<C> part) { return part; });
+      store_upto(grad_x.at(b, c, p), out, rest);
     }
-    store_upto(grad_x.at(b, c, p), out, rest);
+    f.end_run();
   }
-  for (int64_t k = 0; k < functions; ++k) {
-    work[k] = slope_sums[k];
-    work[functions + k] = intercept_sums[k];
+  for (int64_t k = 0; k < f.count; ++k) {
+    slope_sums[k] = f.slope_sums[k];
+    intercept_sums[k] = f.intercept_sums[k];
   }
 }
 
@@ -212,7 +247,7 @@ void backward_shared(const DynamicReluArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   const int64_t functions = args.functions, channels = args.channels;
-  Buffer<vec<C>> work(6 * functions);
+  Buffer<vec<C>> work(8 * functions), slope_sums(functions), intercept_sums(functions);
   Buffer<C> sums(2 * functions);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / args.splits, p0 = task % args.splits * args.split;
@@ -231,11 +266,11 @@ void backward_shared(const DynamicReluArgs& args, int64_t begin, int64_t end) {
       }
     } else {
       for (int64_t c = 0; c < channels; c += n) {
-        backward_columns<T, K>(args, b, c, p0, p1, work);
+        backward_columns<T, K>(args, b, c, p0, p1, work, slope_sums, intercept_sums);
         for (int64_t k = 0; k < functions; ++k) {
-          store_upto(slopes + k * channels + c, work[k], channels - c);
+          store_upto(slopes + k * channels + c, slope_sums[k], channels - c);
           if (intercepts != nullptr) {
-            store_upto(intercepts + k * channels + c, work[functions + k], channels - c);
+            store_upto(intercepts + k * channels + c, intercept_sums[k], channels - c);
           }
         }
       }

@@ -1,7 +1,5 @@
 #include "mobile_to_former_attention.h"
 
-#include <math.h>
-
 #include "head_task.h"
 #include "tile.h"
 #include "tile_gemm.h"
@@ -98,8 +96,9 @@ void combine(const MobileToFormerCombineArgs& args, int64_t begin, int64_t end) 
       }
       T* out = static_cast<T*>(args.out) + (b * tokens + m) * args.channels + head * depth;
       for (int64_t c = 0; c < depth; ++c) store_scalar(out + c, total[c] / sum);
-      // log through the C library: once a token
-      static_cast<C*>(args.logsumexp)[index * tokens + m] = top + static_cast<C>(::log(sum));
+      C* stats = static_cast<C*>(args.softmax_stats) + (index * tokens + m) * 2;
+      stats[0] = top;
+      stats[1] = sum;
     }
   }
 }
@@ -125,11 +124,15 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < tokens * depth; ++i) grad_out[i] = out[i] = 0;
     }
     for (int64_t m = 0; m < tokens; ++m) {
-      correction[m] = 0;
-      for (int64_t c = 0; c < depth; ++c) correction[m] += grad_out[m * depth + c] * out[m * depth + c];
+      // In the very steps of the product dP below, so that they cancel where one pixel has all the weight.
+      C sum = 0;
+      for (int64_t c = 0; c < depth; ++c) {
+        sum = multiply_add(grad_out[m * depth + c], out[m * depth + c], sum);
+      }
+      correction[m] = sum;
     }
-    const C* logsumexp =
-        static_cast<const C*>(args.logsumexp) + (task.b * args.heads + task.head) * tokens;
+    const C* stats =
+        static_cast<const C*>(args.softmax_stats) + (task.b * args.heads + task.head) * tokens * 2;
     C* partial = static_cast<C*>(args.partial) + index * tokens * depth;
     for (int64_t i = 0; i < tokens * depth; ++i) partial[i] = 0;
     for (int64_t p = task.p0; p < task.p1; p += args.tile) {
@@ -147,10 +150,11 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
                              task.head * tokens, tokens, p, count, grad_given);
       }
       for (int64_t m = 0; m < tokens; ++m) {
+        const C largest = stats[2 * m], norm = 1 / stats[2 * m + 1];
         for (int64_t j = 0; j < width; j += n) {
           C* weight = weights + m * width + j;
           C* grad = grad_logits + m * width + j;
-          vec<C> w = exp(load(weight) - logsumexp[m]);
+          vec<C> w = exp(load(weight) - largest) * norm;
           vec<C> g = w * (load(grad) - correction[m]);
           if (given.data != nullptr) g += load(given.data + m * given.stride + j);
           if (count - j < n) {  // pixels beyond the end weigh nothing

@@ -22,7 +22,7 @@ struct MobileToFormerArgs {
   const void* grad_out;     // (B,M,C), contiguous, or null
   const void* grad_logits;  // (B,heads,M,P), contiguous, or null
   const void* out;          // (B,M,C), contiguous
-  const void* logsumexp;    // (B,heads,M), contiguous, in the compute type
+  const void* softmax_stats;  // (B,heads,M,2), contiguous, in the compute type
   AnyMap grad_x;
 };
 
@@ -32,7 +32,9 @@ struct MobileToFormerCombineArgs {
   int64_t channels, tokens, heads, splits;
   const void* partial;
   void* out;        // (B,M,C)
-  void* logsumexp;  // (B,heads,M), in the compute type
+  // (B,heads,M,2), in the compute type: each row's largest logit, and the sum of exp(logit - largest).
+  // Not their logsumexp, which would round every weight by the last place of the largest logit.
+  void* softmax_stats;
 };
 
 // Tasks: one a triple of a sample, a head and a split; to combine, one a pair of a sample and a head.

@@ -21,12 +21,7 @@ template <class C, int kRows, int kVectors>
 MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t start_stride, Matrix<C> a,
                              int64_t depth, const C* b, int64_t b_stride) {
   constexpr int n = kLanes<C>;
-  vec<C> acc[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = start == nullptr ? vec<C>{} : load(start + r * start_stride + v * n);
-    }
-  }
+  vec<C> acc[kRows][kVectors] = {};
   for (int64_t j = 0; j < depth; ++j) {
     vec<C> column[kVectors];
     for (int v = 0; v < kVectors; ++v) column[v] = load(b + j * b_stride + v * n);
@@ -36,7 +31,11 @@ MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * n, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      // Added last, not first: a large start would round every one of the products.
+      if (start != nullptr) acc[r][v] += load(start + r * start_stride + v * n);
+      store(out + r * out_stride + v * n, acc[r][v]);
+    }
   }
 }
 

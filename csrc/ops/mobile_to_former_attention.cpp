@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& q, int
   Tensor logits = return_logits
                       ? empty({args.batch, num_heads, args.tokens, x.size(2), x.size(3)}, x.scalar_type(), x)
                       : empty({0}, x.scalar_type(), x);
-  Tensor logsumexp = empty({args.batch, num_heads, args.tokens}, sums, x);
+  Tensor softmax_stats = empty({args.batch, num_heads, args.tokens, 2}, sums, x);
   Tensor partial = empty({call.tasks(), args.tokens, 2 + args.channels / num_heads}, sums, x);
   args.logits = return_logits ? logits.data_ptr() : nullptr;
   args.partial = partial.data_ptr();
@@ -57,23 +57,23 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& q, int
     mobile_to_former_forward(args, begin, end);
   });
   MobileToFormerCombineArgs last{args.dtype,      args.channels,   args.tokens, args.heads, args.splits,
-                                 partial.data_ptr(), out.data_ptr(), logsumexp.data_ptr()};
+                                 partial.data_ptr(), out.data_ptr(), softmax_stats.data_ptr()};
   mobile_to_former_combine(last, 0, args.batch * num_heads);
-  return {out, logits, logsumexp};
+  return {out, logits, softmax_stats};
 }
 
 std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
                                     const std::optional<Tensor>& grad_logits, const Tensor& x,
-                                    const Tensor& q, const Tensor& out, const Tensor& logsumexp,
+                                    const Tensor& q, const Tensor& out, const Tensor& softmax_stats,
                                     int64_t num_heads, std::optional<double> scale) {
   Call call(x, q, num_heads, scale);
   MobileToFormerArgs& args = call.args;
   check_argument(kOp, "out", out, x, shape_of(q));
-  STD_TORCH_CHECK(shape_of(logsumexp) == std::vector<int64_t>({args.batch, num_heads, args.tokens}) &&
-                      logsumexp.scalar_type() == compute_type(x) && logsumexp.is_cpu(),
-                  kOp, ": logsumexp must be the one that the forward pass gave");
+  STD_TORCH_CHECK(shape_of(softmax_stats) == std::vector<int64_t>({args.batch, num_heads, args.tokens, 2}) &&
+                      softmax_stats.scalar_type() == compute_type(x) && softmax_stats.is_cpu(),
+                  kOp, ": softmax_stats must be the one that the forward pass gave");
   Tensor given_out, given_logits, kept_out = torch::stable::contiguous(out),
-                                  kept_sums = torch::stable::contiguous(logsumexp);
+                                  kept_sums = torch::stable::contiguous(softmax_stats);
   if (grad_out.has_value()) {
     check_argument(kOp, "grad_out", *grad_out, x, shape_of(q));
     given_out = torch::stable::contiguous(*grad_out);
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
   Tensor partial =
       empty({args.batch, num_heads, args.splits, args.tokens, depth}, compute_type(x), x);
   args.out = kept_out.data_ptr();
-  args.logsumexp = kept_sums.data_ptr();
+  args.softmax_stats = kept_sums.data_ptr();
   args.partial = partial.data_ptr();
   args.grad_x = map_of(grad_x, is_channels_last(x), holder);
   torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
@@ -105,10 +105,10 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
 STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
   m.def(
       "mobile_to_former_attention(Tensor x, Tensor q, int num_heads, float? scale=None, "
-      "bool return_logits=False) -> (Tensor out, Tensor logits, Tensor logsumexp)");
+      "bool return_logits=False) -> (Tensor out, Tensor logits, Tensor softmax_stats)");
   m.def(
       "mobile_to_former_attention_backward(Tensor? grad_out, Tensor? grad_logits, Tensor x, Tensor q, "
-      "Tensor out, Tensor logsumexp, int num_heads, float? scale=None) -> (Tensor grad_x, Tensor grad_q)");
+      "Tensor out, Tensor softmax_stats, int num_heads, float? scale=None) -> (Tensor grad_x, Tensor grad_q)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {

@@ -64,30 +64,30 @@ def _(x, q, num_heads, scale=None, return_logits=False):
     return (
         q.new_empty(q.shape),
         x.new_empty(shape),
-        x.new_empty((batch, num_heads, tokens), dtype=sums),
+        x.new_empty((batch, num_heads, tokens, 2), dtype=sums),
     )
 
 
 @torch.library.register_fake(f"mfkernels::{OP}_backward")
-def _(grad_out, grad_logits, x, q, out, logsumexp, num_heads, scale=None):
+def _(grad_out, grad_logits, x, q, out, softmax_stats, num_heads, scale=None):
     return empty_map(x, x.shape), q.new_empty(q.shape)
 
 
 def _setup_context(ctx, inputs, output):
     x, q, ctx.num_heads, ctx.scale, ctx.return_logits = inputs
-    out, logits, logsumexp = output
-    ctx.save_for_backward(x, q, out, logsumexp)
+    out, logits, softmax_stats = output
+    ctx.save_for_backward(x, q, out, softmax_stats)
     # Gradients that nobody asked for come as None and cost nothing.
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*((logsumexp,) if ctx.return_logits else (logits, logsumexp)))
+    ctx.mark_non_differentiable(*((softmax_stats,) if ctx.return_logits else (logits, softmax_stats)))
 
 
-def _backward(ctx, grad_out, grad_logits, grad_logsumexp):
-    x, q, out, logsumexp = ctx.saved_tensors
+def _backward(ctx, grad_out, grad_logits, grad_softmax_stats):
+    x, q, out, softmax_stats = ctx.saved_tensors
     if grad_out is None and grad_logits is None:
         return None, None, None, None, None
     grad_x, grad_q = torch.ops.mfkernels.mobile_to_former_attention_backward(
-        grad_out, grad_logits, x, q, out, logsumexp, ctx.num_heads, ctx.scale
+        grad_out, grad_logits, x, q, out, softmax_stats, ctx.num_heads, ctx.scale
     )
     return grad_x, grad_q, None, None, None
 
