@@ -124,17 +124,19 @@ MFK_INLINE void split_gradient(vec<C> g, const vec<C>* values, vec<C>* parts, in
   for (int64_t k = 0; k < count; ++k) parts[k] *= share;
 }
 
-// Long sums are made in two levels, so many steps each: their rounding errors stay those of a pairwise sum.
-constexpr int64_t kSteps = 16;
+// So many steps are summed in the compute type before the sum goes into a double.
+constexpr int64_t kSteps = 4;
 
 // The loop variables of the backward pass: with a constant K they live in registers, else in `work`.
 template <class C, int K>
 struct Functions {
-  vec<C> fixed[8 * (K == 0 ? 1 : K)];
+  vec<C> fixed[6 * (K == 0 ? 1 : K)];
+  WideSum<C> fixed_sums[2 * (K == 0 ? 1 : K)];
   const int64_t count;
-  vec<C>*slopes, *intercepts, *values, *parts, *slope_run, *intercept_run, *slope_sums, *intercept_sums;
+  vec<C>*slopes, *intercepts, *values, *parts, *slope_run, *intercept_run;
+  WideSum<C>*slope_sums, *intercept_sums;
 
-  MFK_INLINE Functions(int64_t functions, vec<C>* work) : count(K == 0 ? functions : K) {
+  MFK_INLINE Functions(int64_t functions, vec<C>* work, WideSum<C>* sums) : count(K == 0 ? functions : K) {
     vec<C>* p = K == 0 ? work : fixed;
     slopes = p;
     intercepts = p + count;
@@ -142,9 +144,12 @@ struct Functions {
     parts = p + 3 * count;
     slope_run = p + 4 * count;
     intercept_run = p + 5 * count;
-    slope_sums = p + 6 * count;
-    intercept_sums = p + 7 * count;
-    for (int64_t i = 4 * count; i < 8 * count; ++i) p[i] = vec<C>{};
+    slope_sums = K == 0 ? sums : fixed_sums;
+    intercept_sums = slope_sums + count;
+    for (int64_t k = 0; k < count; ++k) {
+      slope_run[k] = intercept_run[k] = vec<C>{};
+      slope_sums[k] = intercept_sums[k] = WideSum<C>();
+    }
   }
 
   // Takes x and the gradient of y, gives the gradient of x. Lanes outside `inside` count for nothing.
@@ -164,8 +169,8 @@ struct Functions {
 
   MFK_INLINE void end_run() {
     for (int64_t k = 0; k < count; ++k) {
-      slope_sums[k] += slope_run[k];
-      intercept_sums[k] += intercept_run[k];
+      slope_sums[k].add(slope_run[k]);
+      intercept_sums[k].add(intercept_run[k]);
       slope_run[k] = intercept_run[k] = vec<C>{};
     }
   }
@@ -174,10 +179,11 @@ struct Functions {
 // Vectors of pixels, one channel: coefficients are constants of the loop.
 template <class T, int K>
 void backward_row(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0, int64_t p1,
-                  vec<compute_t<T>>* work, compute_t<T>* sums) {
+                  vec<compute_t<T>>* work, WideSum<compute_t<T>>* wide, double* slope_sums,
+                  double* intercept_sums) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
-  Functions<C, K> f(args.functions, work);
+  Functions<C, K> f(args.functions, work, wide);
   for (int64_t k = 0; k < f.count; ++k) {
     const int64_t at = (b * f.count + k) * args.channels + c;
     f.slopes[k] = splat(to_compute(static_cast<const T*>(args.slopes)[at]));
@@ -204,19 +210,19 @@ void backward_row(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0,
     f.end_run();
   }
   for (int64_t k = 0; k < f.count; ++k) {
-    sums[k] = sum_lanes<C>(f.slope_sums[k]);
-    sums[f.count + k] = sum_lanes<C>(f.intercept_sums[k]);
+    slope_sums[k * args.channels + c] = sum_lanes<C>(f.slope_sums[k]);
+    if (intercept_sums != nullptr) intercept_sums[k * args.channels + c] = sum_lanes<C>(f.intercept_sums[k]);
   }
 }
 
 // Vectors of channels, one after the other down the pixels.
 template <class T, int K>
 void backward_columns(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0, int64_t p1,
-                      vec<compute_t<T>>* work, vec<compute_t<T>>* slope_sums,
-                      vec<compute_t<T>>* intercept_sums) {
+                      vec<compute_t<T>>* work, WideSum<compute_t<T>>* wide, double* slope_sums,
+                      double* intercept_sums) {
   using C = compute_t<T>;
   const int64_t rest = args.channels - c;
-  Functions<C, K> f(args.functions, work);
+  Functions<C, K> f(args.functions, work, wide);
   for (int64_t k = 0; k < f.count; ++k) {
     const int64_t at = (b * f.count + k) * args.channels + c;
     f.slopes[k] = load_upto(static_cast<const T*>(args.slopes) + at, rest);
@@ -237,8 +243,8 @@ void backward_columns(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t
     f.end_run();
   }
   for (int64_t k = 0; k < f.count; ++k) {
-    slope_sums[k] = f.slope_sums[k];
-    intercept_sums[k] = f.intercept_sums[k];
+    f.slope_sums[k].store_upto(slope_sums + k * args.channels + c, rest);
+    if (intercept_sums != nullptr) f.intercept_sums[k].store_upto(intercept_sums + k * args.channels + c, rest);
   }
 }
 
@@ -247,32 +253,21 @@ void backward_shared(const DynamicReluArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   const int64_t functions = args.functions, channels = args.channels;
-  Buffer<vec<C>> work(8 * functions), slope_sums(functions), intercept_sums(functions);
-  Buffer<C> sums(2 * functions);
+  Buffer<vec<C>> work(6 * functions);
+  Buffer<WideSum<C>> wide(2 * functions);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / args.splits, p0 = task % args.splits * args.split;
     const int64_t p1 = p0 + args.split < args.pixels ? p0 + args.split : args.pixels;
-    C* slopes = static_cast<C*>(args.partial_slopes) + task * functions * channels;
-    C* intercepts = args.partial_intercepts == nullptr
-                        ? nullptr
-                        : static_cast<C*>(args.partial_intercepts) + task * functions * channels;
+    double* slopes = args.partial_slopes + task * functions * channels;
+    double* intercepts =
+        args.partial_intercepts == nullptr ? nullptr : args.partial_intercepts + task * functions * channels;
     if (args.x.stride_p == 1) {
       for (int64_t c = 0; c < channels; ++c) {
-        backward_row<T, K>(args, b, c, p0, p1, work, sums);
-        for (int64_t k = 0; k < functions; ++k) {
-          slopes[k * channels + c] = sums[k];
-          if (intercepts != nullptr) intercepts[k * channels + c] = sums[functions + k];
-        }
+        backward_row<T, K>(args, b, c, p0, p1, work, wide, slopes, intercepts);
       }
     } else {
       for (int64_t c = 0; c < channels; c += n) {
-        backward_columns<T, K>(args, b, c, p0, p1, work, slope_sums, intercept_sums);
-        for (int64_t k = 0; k < functions; ++k) {
-          store_upto(slopes + k * channels + c, slope_sums[k], channels - c);
-          if (intercepts != nullptr) {
-            store_upto(intercepts + k * channels + c, intercept_sums[k], channels - c);
-          }
-        }
+        backward_columns<T, K>(args, b, c, p0, p1, work, wide, slopes, intercepts);
       }
     }
   }
@@ -408,11 +403,10 @@ void backward_mixed(const DynamicReluArgs& args, int64_t begin, int64_t end) {
   Buffer<C> grad_attention(tokens * kPixels);
   Buffer<vec<C>> values(functions), parts(functions);
   for (int64_t task = begin; task < end; ++task) {
-    C* slope_sums = static_cast<C*>(args.partial_slopes) + task * per_task;
-    C* intercept_sums =
-        with_intercepts ? static_cast<C*>(args.partial_intercepts) + task * per_task : nullptr;
-    memset(slope_sums, 0, per_task * sizeof(C));
-    if (with_intercepts) memset(intercept_sums, 0, per_task * sizeof(C));
+    double* slope_sums = args.partial_slopes + task * per_task;
+    double* intercept_sums = with_intercepts ? args.partial_intercepts + task * per_task : nullptr;
+    memset(slope_sums, 0, per_task * sizeof(double));
+    if (with_intercepts) memset(intercept_sums, 0, per_task * sizeof(double));
     auto start = [&](int64_t b, int64_t p, int64_t count) {
       sample.load_sample(b);
       sample.load_attention(b, p, count);

@@ -19,10 +19,10 @@ struct DynamicReluArgs {
   const void* intercepts;  // contiguous, or null
   const void* attention;   // contiguous (B,M,P), or null
   // Backward. Coefficients' gradients are sums over the pixels, made in `splits` parts of `split` pixels;
-  // partial sums, in the compute type, are (B, splits, coefficients of one sample).
+  // partial sums are (B, splits, coefficients of one sample).
   int64_t splits, split;
-  void* partial_slopes;
-  void* partial_intercepts;  // or null
+  double* partial_slopes;
+  double* partial_intercepts;  // or null
   void* grad_attention;      // contiguous, or null
 };
 

@@ -8,13 +8,14 @@ namespace mfk {
 namespace MFK_ISA {
 namespace {
 
-// Softmax over the rows of (tokens, width), for each pixel by itself.
+// Softmax of scale * logits over the rows of (tokens, width), for each pixel by itself.
 template <class C>
-void softmax_over_tokens(C* logits, int64_t tokens, int64_t width) {
+void softmax_over_tokens(C* logits, C scale, int64_t tokens, int64_t width) {
   for (int64_t j = 0; j < width; j += kLanes<C>) {
-    vec<C> top = load(logits + j);
-    for (int64_t m = 1; m < tokens; ++m) {
-      const vec<C> value = load(logits + m * width + j);
+    vec<C> top = splat(-C(__builtin_inf()));
+    for (int64_t m = 0; m < tokens; ++m) {
+      const vec<C> value = load(logits + m * width + j) * scale;
+      store(logits + m * width + j, value);
       top = value > top ? value : top;
     }
     vec<C> sum{};
@@ -23,9 +24,8 @@ void softmax_over_tokens(C* logits, int64_t tokens, int64_t width) {
       store(logits + m * width + j, weight);
       sum += weight;
     }
-    const vec<C> norm = C(1) / sum;
     for (int64_t m = 0; m < tokens; ++m) {
-      store(logits + m * width + j, load(logits + m * width + j) * norm);
+      store(logits + m * width + j, load(logits + m * width + j) / sum);
     }
   }
 }
@@ -34,14 +34,15 @@ template <class T>
 void forward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t tokens = args.tokens, depth = args.channels / args.heads;
+  const C scale = static_cast<C>(args.scale);
   Buffer<C> k(tokens * depth), v(tokens * depth);
   Buffer<C> scratch(depth * args.tile), weights(tokens * args.tile), y(depth * args.tile);
   int64_t loaded = -1;
   for (int64_t index = begin; index < end; ++index) {
     const HeadTask task(args, index);
     if (index / args.splits != loaded) {
-      load_head<T>(args.k, args, task, static_cast<C>(args.scale), k);
-      load_head<T>(args.v, args, task, C(1), v);
+      load_head<T>(args.k, args, task, k);
+      load_head<T>(args.v, args, task, v);
       loaded = index / args.splits;
     }
     for (int64_t p = task.p0; p < task.p1; p += args.tile) {
@@ -51,7 +52,7 @@ void forward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
       multiply_pixels<C>(weights, width, nullptr, 0, tokens, Matrix<C>{k, depth, 1}, depth, x.data, x.stride,
                          width);
-      softmax_over_tokens<C>(weights, tokens, width);
+      softmax_over_tokens<C>(weights, scale, tokens, width);
       multiply_pixels<C>(y, width, x.data, x.stride, depth, Matrix<C>{v, 1, depth}, tokens, weights, width,
                          width);
       store_tile<T>(args.y.as<T>(), task.b, task.head * depth, depth, p, count, y, width);
@@ -60,7 +61,7 @@ void forward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
 }
 
 // With g the gradient of y: dV = P^T g, dP = g V, dS = P * (dP - sum_m P dP),
-// dX = g + scale * K^T dS, dK = scale * dS X^T.
+// dX = g + K^T (scale dS), dK = (scale dS) X^T.
 template <class T>
 void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
@@ -72,10 +73,10 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
       weights(tokens * args.tile), grad_logits(tokens * args.tile);
   for (int64_t index = begin; index < end; ++index) {
     const HeadTask task(args, index);
-    load_head<T>(args.k, args, task, scale, k);
-    load_head<T>(args.v, args, task, C(1), v);
-    C* partial_k = static_cast<C*>(args.partial_k) + index * tokens * depth;
-    C* partial_v = static_cast<C*>(args.partial_v) + index * tokens * depth;
+    load_head<T>(args.k, args, task, k);
+    load_head<T>(args.v, args, task, v);
+    double* partial_k = args.partial_k + index * tokens * depth;
+    double* partial_v = args.partial_v + index * tokens * depth;
     for (int64_t i = 0; i < tokens * depth; ++i) partial_k[i] = partial_v[i] = 0;
     for (int64_t p = task.p0; p < task.p1; p += args.tile) {
       const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
@@ -85,7 +86,7 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
       const Tile<C> g = load_tile<T>(args.grad_y.as<const T>(), task.b, c, depth, p, count, grad_scratch);
       multiply_pixels<C>(weights, width, nullptr, 0, tokens, Matrix<C>{k, depth, 1}, depth, x.data, x.stride,
                          width);
-      softmax_over_tokens<C>(weights, tokens, width);
+      softmax_over_tokens<C>(weights, scale, tokens, width);
       multiply_pixels<C>(grad_logits, width, nullptr, 0, tokens, Matrix<C>{v, depth, 1}, depth, g.data,
                          g.stride, width);
       for (int64_t j = 0; j < width; j += n) {
@@ -95,7 +96,7 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
         }
         for (int64_t m = 0; m < tokens; ++m) {
           C* grad = grad_logits + m * width + j;
-          store(grad, load(weights + m * width + j) * (load(grad) - mean));
+          store(grad, load(weights + m * width + j) * (load(grad) - mean) * scale);  // of x k, not of the logits
         }
       }
       multiply_pixels<C>(grad_x, width, g.data, g.stride, depth, Matrix<C>{k, 1, depth}, tokens, grad_logits,
@@ -104,7 +105,6 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
       multiply_reduce<C>(partial_k, depth, 1, tokens, grad_logits, width, depth, x.data, x.stride, width);
       multiply_reduce<C>(partial_v, depth, 1, tokens, weights, width, depth, g.data, g.stride, width);
     }
-    for (int64_t i = 0; i < tokens * depth; ++i) partial_k[i] *= scale;
   }
 }
 

@@ -16,10 +16,10 @@ struct FormerToMobileArgs {
   AnyMap y;
   // A head's pixels are done in `splits` parts of `split` pixels, tile by tile of `tile` pixels.
   int64_t splits, split, tile;
-  // Backward. Partial sums, in the compute type, one a task: (M, C/heads).
+  // Backward. Partial sums, one a task: (M, C/heads).
   AnyMap grad_y, grad_x;
-  void* partial_k;
-  void* partial_v;
+  double* partial_k;
+  double* partial_v;
 };
 
 // Tasks: one a triple of a sample, a head and a split.

@@ -17,15 +17,14 @@ struct HeadTask {
         p1(p0 + args.split < args.pixels ? p0 + args.split : args.pixels) {}
 };
 
-// The head's slice of (B, M, C) times `factor`, as (M, C/heads) in the compute type.
+// The head's slice of (B, M, C), as (M, C/heads) in the compute type.
 template <class T, class Args>
-void load_head(const void* source, const Args& args, const HeadTask& task, compute_t<T> factor,
-               compute_t<T>* out) {
+void load_head(const void* source, const Args& args, const HeadTask& task, compute_t<T>* out) {
   const int64_t depth = args.channels / args.heads;
   for (int64_t m = 0; m < args.tokens; ++m) {
     const T* row =
         static_cast<const T*>(source) + (task.b * args.tokens + m) * args.channels + task.head * depth;
-    for (int64_t c = 0; c < depth; ++c) out[m * depth + c] = factor * to_compute(row[c]);
+    for (int64_t c = 0; c < depth; ++c) out[m * depth + c] = to_compute(row[c]);
   }
 }
 

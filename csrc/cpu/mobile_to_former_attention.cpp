@@ -19,11 +19,12 @@ void forward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   const int64_t tokens = args.tokens, depth = args.channels / args.heads, record = 2 + depth;
+  const C scale = static_cast<C>(args.scale);
   Buffer<C> q(tokens * depth), scratch(depth * args.tile), logits(tokens * args.tile);
   for (int64_t index = begin; index < end; ++index) {
     const HeadTask task(args, index);
-    load_head<T>(args.q, args, task, static_cast<C>(args.scale), q);
-    C* partial = static_cast<C*>(args.partial) + index * tokens * record;
+    load_head<T>(args.q, args, task, q);
+    double* partial = args.partial + index * tokens * record;
     for (int64_t m = 0; m < tokens; ++m) {
       // Not minus infinity: a tile whose logits all are would give a NaN that later tiles cannot mend.
       partial[m * record] = sizeof(C) == 4 ? -__FLT_MAX__ : -__DBL_MAX__;
@@ -36,13 +37,14 @@ void forward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
       multiply_pixels<C>(logits, width, nullptr, 0, tokens, Matrix<C>{q, depth, 1}, depth, x.data, x.stride,
                          width);
+      for (int64_t i = 0; i < tokens * width; i += n) store(logits + i, load(logits + i) * scale);
       if (args.logits != nullptr) {
         store_tile<T>(logits_of<T>(args.logits, args), task.b, task.head * tokens, tokens, p, count, logits,
                       width);
       }
       for (int64_t m = 0; m < tokens; ++m) {
         C* row = logits + m * width;
-        C* state = partial + m * record;
+        double* state = partial + m * record;
         if (count < width) {  // pixels beyond the end weigh nothing
           const vec<C> last = load(row + width - n);
           store(row + width - n, first_lanes<C>(count - (width - n)) ? last : splat(-C(__builtin_inf())));
@@ -52,8 +54,8 @@ void forward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
           const vec<C> value = load(row + j);
           tops = value > tops ? value : tops;
         }
-        const C top = max_lanes<C>(tops), largest = top > state[0] ? top : state[0];
-        const C fade = exp_scalar<C>(state[0] - largest);
+        const C before = static_cast<C>(state[0]), top = max_lanes<C>(tops);
+        const C largest = top > before ? top : before, fade = exp_scalar<C>(before - largest);
         vec<C> sums{};
         for (int64_t j = 0; j < width; j += n) {
           const vec<C> weight = exp(load(row + j) - largest);
@@ -75,30 +77,30 @@ template <class T>
 void combine(const MobileToFormerCombineArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t tokens = args.tokens, depth = args.channels / args.heads, record = 2 + depth;
-  Buffer<C> total(depth);
+  Buffer<double> total(depth);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t b = index / args.heads, head = index % args.heads;
-    const C* parts = static_cast<const C*>(args.partial) + index * args.splits * tokens * record;
+    const double* parts = args.partial + index * args.splits * tokens * record;
     for (int64_t m = 0; m < tokens; ++m) {
-      const C* first = parts + m * record;
-      C top = first[0];
+      const double* first = parts + m * record;
+      double top = first[0];
       for (int64_t s = 1; s < args.splits; ++s) {
-        const C other = first[s * tokens * record];
+        const double other = first[s * tokens * record];
         top = other > top ? other : top;
       }
-      C sum = 0;
+      double sum = 0;
       for (int64_t c = 0; c < depth; ++c) total[c] = 0;
       for (int64_t s = 0; s < args.splits; ++s) {
-        const C* part = first + s * tokens * record;
-        const C weight = args.splits == 1 ? C(1) : exp_scalar<C>(part[0] - top);
+        const double* part = first + s * tokens * record;
+        const double weight = args.splits == 1 ? 1 : exp_scalar<C>(static_cast<C>(part[0] - top));
         sum += weight * part[1];
         for (int64_t c = 0; c < depth; ++c) total[c] += weight * part[2 + c];
       }
       T* out = static_cast<T*>(args.out) + (b * tokens + m) * args.channels + head * depth;
-      for (int64_t c = 0; c < depth; ++c) store_scalar(out + c, total[c] / sum);
+      for (int64_t c = 0; c < depth; ++c) store_scalar(out + c, static_cast<C>(total[c] / sum));
       C* stats = static_cast<C*>(args.softmax_stats) + (index * tokens + m) * 2;
-      stats[0] = top;
-      stats[1] = sum;
+      stats[0] = static_cast<C>(top);
+      stats[1] = static_cast<C>(sum);
     }
   }
 }
@@ -116,10 +118,10 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
       grad_logits(tokens * args.tile), grad_given(tokens * args.tile);
   for (int64_t index = begin; index < end; ++index) {
     const HeadTask task(args, index);
-    load_head<T>(args.q, args, task, scale, q);
+    load_head<T>(args.q, args, task, q);
     if (args.grad_out != nullptr) {
-      load_head<T>(args.grad_out, args, task, C(1), grad_out);
-      load_head<T>(args.out, args, task, C(1), out);
+      load_head<T>(args.grad_out, args, task, grad_out);
+      load_head<T>(args.out, args, task, out);
     } else {
       for (int64_t i = 0; i < tokens * depth; ++i) grad_out[i] = out[i] = 0;
     }
@@ -133,7 +135,7 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
     }
     const C* stats =
         static_cast<const C*>(args.softmax_stats) + (task.b * args.heads + task.head) * tokens * 2;
-    C* partial = static_cast<C*>(args.partial) + index * tokens * depth;
+    double* partial = args.partial + index * tokens * depth;
     for (int64_t i = 0; i < tokens * depth; ++i) partial[i] = 0;
     for (int64_t p = task.p0; p < task.p1; p += args.tile) {
       const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
@@ -154,7 +156,7 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
         for (int64_t j = 0; j < width; j += n) {
           C* weight = weights + m * width + j;
           C* grad = grad_logits + m * width + j;
-          vec<C> w = exp(load(weight) - largest) * norm;
+          vec<C> w = exp(load(weight) * scale - largest) * norm;
           vec<C> g = w * (load(grad) - correction[m]);
           if (given.data != nullptr) g += load(given.data + m * given.stride + j);
           if (count - j < n) {  // pixels beyond the end weigh nothing
@@ -163,7 +165,7 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
             g = inside ? g : vec<C>{};
           }
           store(weight, w);
-          store(grad, g);
+          store(grad, g * scale);  // of q x, not of the logits
         }
       }
       multiply_pixels<C>(grad_x, width, nullptr, 0, depth, by_channel, tokens, grad_logits, width, width);
@@ -172,7 +174,6 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
       store_tile<T>(args.grad_x.as<T>(), task.b, task.head * depth, depth, p, count, grad_x, width);
       multiply_reduce<C>(partial, depth, 1, tokens, grad_logits, width, depth, x.data, x.stride, width);
     }
-    for (int64_t i = 0; i < tokens * depth; ++i) partial[i] *= scale;
   }
 }
 

@@ -14,10 +14,10 @@ struct MobileToFormerArgs {
   const void* q;   // (B,M,C), contiguous
   void* logits;    // (B,heads,M,P), contiguous, or null
   // A head's pixels are done in `splits` parts of `split` pixels, tile by tile of `tile` pixels. Partial
-  // results, in the compute type, one a task: forward (M, 2 + C/heads): maximum, sum, weighted sum of x;
+  // results, one a task: forward (M, 2 + C/heads): maximum, sum, weighted sum of x;
   // backward (M, C/heads): gradient of q.
   int64_t splits, split, tile;
-  void* partial;
+  double* partial;
   // Backward.
   const void* grad_out;     // (B,M,C), contiguous, or null
   const void* grad_logits;  // (B,heads,M,P), contiguous, or null
@@ -30,7 +30,7 @@ struct MobileToFormerArgs {
 struct MobileToFormerCombineArgs {
   Dtype dtype;
   int64_t channels, tokens, heads, splits;
-  const void* partial;
+  const double* partial;
   void* out;        // (B,M,C)
   // (B,heads,M,2), in the compute type: each row's largest logit, and the sum of exp(logit - largest).
   // Not their logsumexp, which would round every weight by the last place of the largest logit.

@@ -55,7 +55,7 @@ MFK_INLINE void pixels_rows(C* out, int64_t out_stride, const C* start, int64_t 
 }
 
 template <class C, int kRows, int kColumns>
-MFK_INLINE void reduce_block(C* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,
+MFK_INLINE void reduce_block(double* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,
                              const C* b, int64_t b_stride, int64_t width) {
   vec<C> acc[kRows][kColumns] = {};
   for (int64_t p = 0; p < width; p += kLanes<C>) {
@@ -72,7 +72,7 @@ MFK_INLINE void reduce_block(C* out, int64_t out_row, int64_t out_column, const 
 }
 
 template <class C, int kRows>
-MFK_INLINE void reduce_rows(C* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,
+MFK_INLINE void reduce_rows(double* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,
                             const C* b, int64_t b_stride, int64_t columns, int64_t width) {
   int64_t j = 0;
   for (; j + 4 <= columns; j += 4) {
@@ -106,17 +106,22 @@ void multiply_pixels(C* out, int64_t out_stride, const C* start, int64_t start_s
 }
 
 // out[i * out_row + j * out_column] += sum_p a[i][p] * b[j][p] for i < rows, j < columns, p < width.
+// No lane sums more than kRun products before the sum goes into a double.
 template <class C>
-void multiply_reduce(C* out, int64_t out_row, int64_t out_column, int64_t rows, const C* a, int64_t a_stride,
+void multiply_reduce(double* out, int64_t out_row, int64_t out_column, int64_t rows, const C* a, int64_t a_stride,
                      int64_t columns, const C* b, int64_t b_stride, int64_t width) {
-  int64_t i = 0;
-  for (; i + 3 <= rows; i += 3) {
-    detail::reduce_rows<C, 3>(out + i * out_row, out_row, out_column, a + i * a_stride, a_stride, b, b_stride,
-                              columns, width);
-  }
-  for (; i < rows; ++i) {
-    detail::reduce_rows<C, 1>(out + i * out_row, out_row, out_column, a + i * a_stride, a_stride, b, b_stride,
-                              columns, width);
+  constexpr int64_t kRun = 16 * kLanes<C>;
+  for (int64_t p = 0; p < width; p += kRun) {
+    const int64_t run = width - p < kRun ? width - p : kRun;
+    int64_t i = 0;
+    for (; i + 3 <= rows; i += 3) {
+      detail::reduce_rows<C, 3>(out + i * out_row, out_row, out_column, a + i * a_stride + p, a_stride, b + p,
+                                b_stride, columns, run);
+    }
+    for (; i < rows; ++i) {
+      detail::reduce_rows<C, 1>(out + i * out_row, out_row, out_column, a + i * a_stride + p, a_stride, b + p,
+                                b_stride, columns, run);
+    }
   }
 }
 

@@ -193,15 +193,55 @@ MFK_INLINE double multiply_add(double a, double b, double c) {
 #endif
 }
 
+// Sums over many pixels end in doubles: their error must not grow with the size of the map. `WideSum` holds
+// one double for each lane of a vec<C>.
 template <class C>
-MFK_INLINE C sum_lanes(vec<C> v) {
-  C lanes[kLanes<C>];
-  store(lanes, v);
-  for (int width = kLanes<C> / 2; width > 0; width /= 2) {
+struct WideSum;
+template <>
+struct WideSum<double> {
+  vec<double> lanes{};
+
+  MFK_INLINE void add(vec<double> v) { lanes += v; }
+  MFK_INLINE void store_upto(double* p, int64_t n) const;
+  MFK_INLINE vec<double> folded() const { return lanes; }
+};
+template <>
+struct WideSum<float> {
+  vec<double> low{}, high{};
+
+  MFK_INLINE void add(vec<float> v) {
+    typename VectorOf<float, kLanes<double>>::type half[2];
+    memcpy(half, &v, sizeof v);
+    low += __builtin_convertvector(half[0], vec<double>);
+    high += __builtin_convertvector(half[1], vec<double>);
+  }
+  MFK_INLINE void store_upto(double* p, int64_t n) const;
+  MFK_INLINE vec<double> folded() const { return low + high; }
+};
+MFK_INLINE void WideSum<double>::store_upto(double* p, int64_t n) const {
+  MFK_ISA::store_upto(p, lanes, n);
+}
+MFK_INLINE void WideSum<float>::store_upto(double* p, int64_t n) const {
+  MFK_ISA::store_upto(p, low, n);
+  if (n > kLanes<double>) MFK_ISA::store_upto(p + kLanes<double>, high, n - kLanes<double>);
+}
+
+template <class C>
+MFK_INLINE double sum_lanes(const WideSum<C>& sum) {
+  double lanes[kLanes<double>];
+  store(lanes, sum.folded());
+  for (int width = kLanes<double> / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   }
   return lanes[0];
 }
+template <class C>
+MFK_INLINE double sum_lanes(vec<C> v) {
+  WideSum<C> sum;
+  sum.add(v);
+  return sum_lanes<C>(sum);
+}
+
 template <class C>
 MFK_INLINE C max_lanes(vec<C> v) {
   C lanes[kLanes<C>];

@@ -100,11 +100,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   const Splits splits = split_pixels(args.pixels, (size + 63) / 64 * 64);
   args.splits = splits.count;
   args.split = splits.size;
-  Tensor partial_slopes = empty({args.batch, splits.count, per_sample}, compute_type(x), x);
+  Tensor partial_slopes = empty({args.batch, splits.count, per_sample}, ScalarType::Double, x);
   Tensor partial_intercepts =
-      intercepts.has_value() ? empty({args.batch, splits.count, per_sample}, compute_type(x), x) : none;
-  args.partial_slopes = partial_slopes.data_ptr();
-  args.partial_intercepts = intercepts.has_value() ? partial_intercepts.data_ptr() : nullptr;
+      intercepts.has_value() ? empty({args.batch, splits.count, per_sample}, ScalarType::Double, x) : none;
+  args.partial_slopes = partial_slopes.mutable_data_ptr<double>();
+  args.partial_intercepts = intercepts.has_value() ? partial_intercepts.mutable_data_ptr<double>() : nullptr;
   args.grad_attention = mixed ? grad_attention.data_ptr() : nullptr;
   args.grad_y = map_of(grad_out, channels_last, holder_g);
   args.grad_x = map_of(grad_x, channels_last, holder_x);

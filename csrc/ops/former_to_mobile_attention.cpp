@@ -63,13 +63,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   const std::vector<int64_t> parts = {args.batch, num_heads, args.splits, args.tokens,
                                       args.channels / num_heads};
   Tensor grad_x = empty_map(x), holder_g, holder_x;
-  Tensor partial_k = empty(parts, compute_type(x), x), partial_v = empty(parts, compute_type(x), x);
+  Tensor partial_k = empty(parts, ScalarType::Double, x), partial_v = empty(parts, ScalarType::Double, x);
   if (args.pixels == 0) {
     torch::stable::zero_(partial_k);
     torch::stable::zero_(partial_v);
   }
-  args.partial_k = partial_k.data_ptr();
-  args.partial_v = partial_v.data_ptr();
+  args.partial_k = partial_k.mutable_data_ptr<double>();
+  args.partial_v = partial_v.mutable_data_ptr<double>();
   args.grad_y = map_of(grad_out, is_channels_last(x), holder_g);
   args.grad_x = map_of(grad_x, is_channels_last(x), holder_x);
   torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {

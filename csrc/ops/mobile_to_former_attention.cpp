@@ -50,14 +50,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& q, int
                       ? empty({args.batch, num_heads, args.tokens, x.size(2), x.size(3)}, x.scalar_type(), x)
                       : empty({0}, x.scalar_type(), x);
   Tensor softmax_stats = empty({args.batch, num_heads, args.tokens, 2}, sums, x);
-  Tensor partial = empty({call.tasks(), args.tokens, 2 + args.channels / num_heads}, sums, x);
+  Tensor partial = empty({call.tasks(), args.tokens, 2 + args.channels / num_heads}, ScalarType::Double, x);
   args.logits = return_logits ? logits.data_ptr() : nullptr;
-  args.partial = partial.data_ptr();
+  args.partial = partial.mutable_data_ptr<double>();
   torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
     mobile_to_former_forward(args, begin, end);
   });
   MobileToFormerCombineArgs last{args.dtype,      args.channels,   args.tokens, args.heads, args.splits,
-                                 partial.data_ptr(), out.data_ptr(), softmax_stats.data_ptr()};
+                                 partial.const_data_ptr<double>(), out.data_ptr(), softmax_stats.data_ptr()};
   mobile_to_former_combine(last, 0, args.batch * num_heads);
   return {out, logits, softmax_stats};
 }
@@ -88,10 +88,10 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
   const int64_t depth = args.channels / num_heads;
   Tensor grad_x = empty_map(x), holder;
   Tensor partial =
-      empty({args.batch, num_heads, args.splits, args.tokens, depth}, compute_type(x), x);
+      empty({args.batch, num_heads, args.splits, args.tokens, depth}, ScalarType::Double, x);
   args.out = kept_out.data_ptr();
   args.softmax_stats = kept_sums.data_ptr();
-  args.partial = partial.data_ptr();
+  args.partial = partial.mutable_data_ptr<double>();
   args.grad_x = map_of(grad_x, is_channels_last(x), holder);
   torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
     mobile_to_former_backward(args, begin, end);
