@@ -1,0 +1,58 @@
+"""What the modules share: how they take a feature map and tokens."""
+
+from torch import Tensor
+
+from ..checks import check_tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+def map_and_tokens(module: str, x: Tensor | Pair, tokens: Tensor | None, token_dim: int) -> Pair:
+    """`(x, tokens)` from two arguments, or from one pair as the released modules take it.
+
+    Raises as the modules' docstrings say.
+    """
+    if tokens is None:
+        if not isinstance(x, (tuple, list)) or len(x) != 2:
+            raise TypeError(
+                f"{module}: expected x and tokens, or one pair (x, tokens), got {type(x).__name__} alone"
+            )
+        x, tokens = x
+    check_tensor(module, "x", x, "B C H W")
+    check_tokens(module, tokens, token_dim)
+    if tokens.shape[1] != x.shape[0]:
+        raise ValueError(
+            f"{module}: tokens (T, B, d) and x (B, C, H, W) must have the same batch size, "
+            f"got {tuple(tokens.shape)} and {tuple(x.shape)}"
+        )
+    return x, tokens
+
+
+def check_tokens(module: str, tokens: object, token_dim: int) -> Tensor:
+    tokens = check_tensor(module, "tokens", tokens, "T B d")
+    if tokens.shape[2] != token_dim:
+        raise ValueError(
+            f"{module}: tokens must have shape (T, B, d) with d = {token_dim}, got {tuple(tokens.shape)}"
+        )
+    return tokens
+
+
+def check_channels(module: str, x: Tensor, channels: int) -> None:
+    if x.shape[1] != channels:
+        raise ValueError(f"{module}: x must have {channels} channels, got shape {tuple(x.shape)}")
+
+
+def check_positions(module: str, height: int, width: int, positions: int) -> None:
+    """The position-mixing layers are linear over the pixels, so they fix the size of the map."""
+    if height * width != positions:
+        raise ValueError(
+            f"{module}: built with position mixing for maps of {positions} pixels, got {height} x {width}; "
+            "build the network with the image size that it is to run at"
+        )
+
+
+def check_mixing(module: str, mixing: str, positions: int | None) -> None:
+    if mixing not in ("attn", "mlp", "mlp_attn"):
+        raise ValueError(f"{module}: mixing must be 'attn', 'mlp' or 'mlp_attn', got {mixing!r}")
+    if "mlp" in mixing and positions is None:
+        raise ValueError(f"{module}: mixing {mixing!r} needs positions, the number of pixels of its map")

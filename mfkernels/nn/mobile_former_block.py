@@ -1,0 +1,235 @@
+"""The blocks of Mobile-Former: a bottleneck of convolutions (Mobile), tokens (Former), and the two bridges."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .depthwise import depthwise_layers, pointwise_layers
+from .drop_path import DropPath
+from .dynamic_relu import DynamicReLU, HyperNetwork
+from .former import Former
+from .former_to_mobile_attention import FormerToMobile
+from .inputs import Pair, check_channels, map_and_tokens
+from .mobile_to_former_attention import MobileToFormer
+
+
+class _TokenBlock(nn.Module, ABC):
+    """What the two blocks with tokens share; `MobileFormerBlock` explains the arguments."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        expansion: Any,
+        token_dim: int,
+        token_num: int,
+        token_id: int = 0,
+        se_flag: tuple[int, int, int, int] = (2, 0, 2, 0),
+        hyper_reduction: int = 4,
+        groups: int = 1,
+        kernel_size: tuple[int, int] = (3, 3),
+        num_heads: int = 2,
+        gates: tuple[bool, bool, bool] = (True, False, False),
+        ffn: bool = True,
+        mixing: str = "attn",
+        mlp_expansion: int = 4,
+        positions: int | None = None,
+        local_projection: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if token_id == -1 and "attn" not in mixing:
+            raise ValueError(f"{name}: token_id -1 needs attention, got mixing {mixing!r}")
+        if token_id >= token_num:
+            raise ValueError(f"{name}: token_id must be below token_num = {token_num}, got {token_id}")
+        if len(se_flag) != 4 or se_flag[3] not in (0, 1):
+            raise ValueError(f"{name}: se_flag must be four numbers, the last 0 or 1, got {tuple(se_flag)}")
+        self.in_channels, self.stride = in_channels, stride
+        self.token_dim, self.token_id = token_dim, token_id
+        self.skip = stride == 1 and in_channels == out_channels
+        self._hyper_options: dict[str, int] = dict(token_id=token_id, reduction=hyper_reduction)
+        self._add_mobile(in_channels, out_channels, expansion, se_flag, groups, kernel_size)
+        self.drop_path = DropPath(drop_path)
+        common: dict[str, Any] = dict(token_num=token_num, mixing=mixing, drop_path=drop_path)
+        bridge: dict[str, Any] = dict(num_heads=num_heads, local_projection=local_projection, **common)
+        self.local_global = MobileToFormer(
+            in_channels, token_dim, gate=gates[0], positions=positions, **bridge
+        )
+        self.global_block = Former(
+            token_dim, gate=gates[1], ffn=ffn, mlp_expansion=mlp_expansion, **common
+        )
+        out_positions = None if positions is None else positions // stride**2
+        self.global_local = FormerToMobile(
+            out_channels, token_dim, gate=gates[2], positions=out_positions, **bridge
+        )
+
+    @abstractmethod
+    def _add_mobile(
+        self,
+        inputs: int,
+        outputs: int,
+        expansion: Any,
+        se_flag: tuple[int, int, int, int],
+        groups: int,
+        kernel_size: tuple[int, int],
+    ) -> None:
+        """Make the convolutions, activations and hyper networks."""
+
+    @abstractmethod
+    def _mobile(self, x: Tensor, tokens: Tensor, logits: Tensor | None) -> Tensor:
+        """The output map, from the updated tokens."""
+
+    def forward(self, x: Tensor | Pair, tokens: Tensor | None = None) -> Pair:
+        x, tokens = map_and_tokens(type(self).__name__, x, tokens, self.token_dim)
+        check_channels(type(self).__name__, x, self.in_channels)
+        # The released blocks take the dynamic coefficients from the updated tokens, but the attention
+        # that mixes them from the query before the update.
+        tokens, logits = self.local_global(x, tokens, return_logits=self.token_id == -1)
+        tokens = self.global_block(tokens)
+        return self._mobile(x, tokens, logits), tokens
+
+    def _hyper(self, channels: int, functions: int) -> nn.Module:
+        if functions < 1:
+            return nn.Identity()
+        return HyperNetwork(self.token_dim, channels * functions, **self._hyper_options)
+
+    def _attention(self, logits: Tensor | None, size: torch.Size) -> Tensor | None:
+        """The weights (B, T, H', W') that mix the tokens' coefficients, for a map of `size`."""
+        if logits is None:
+            return None
+        logits = logits.mean(dim=1)
+        if self.stride > 1:
+            logits = F.adaptive_avg_pool2d(logits, size)
+        return torch.softmax(logits, dim=1)
+
+
+def _activate(
+    act: DynamicReLU, hyper: nn.Module, x: Tensor, tokens: Tensor, attention: Tensor | None
+) -> Tensor:
+    return act(x, hyper(tokens), attention) if act.num_functions > 0 else act(x)
+
+
+class MobileFormerBlock(_TokenBlock):
+    """The Mobile-Former block: 1x1, depthwise and 1x1 convolution, and tokens.
+
+    Args:
+        in_channels, out_channels, stride: of the feature map.
+        expansion: hidden channels / in_channels.
+        token_dim, token_num: d and T.
+        token_id: the token whose coefficients the dynamic activations take; -1: those of all tokens, mixed
+            per position (spatial-aware).
+        se_flag: functions of the activations as the released code numbers them: [0] and [2] for the two
+            hidden ones (2 dynamic ReLU, 1 squeeze-and-excitation, 0 relu6, -1 none), [3] = 1 for
+            squeeze-and-excitation of the output; [1] is not used.
+        hyper_reduction: the hyper networks have d / hyper_reduction hidden units.
+        groups: of the 1x1 convolutions; with more than one, channels are shuffled.
+        kernel_size: of the depthwise convolutions: of the first, of the second.
+        num_heads, gates, ffn, mixing, mlp_expansion, local_projection: see `MobileToFormer`, `Former` and
+            `FormerToMobile`; one gate for each of the three.
+        positions: pixels of the input map; for position mixing ("mlp") only.
+        drop_path: rate of stochastic depth, of the convolutions and of the tokens.
+        before_skip: ablation: Mobile <- Former before the residual instead of after it.
+
+    Inputs:
+        x (B, in_channels, H, W) and tokens (T, B, d), or one pair of them.
+
+    Returns:
+        x (B, out_channels, ceil(H / stride), ceil(W / stride)) and tokens (T, B, d).
+
+    Raises:
+        TypeError, ValueError: an argument or input that does not fit, named.
+
+    State: the released `DnaBlock`. Source: Chen et al., Mobile-Former, CVPR 2022, section 3.2 and figure 3.
+    """
+
+    def __init__(self, *args: Any, before_skip: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.before_skip = before_skip
+
+    def _add_mobile(self, inputs, outputs, expansion, se_flag, groups, kernel_size):
+        hidden = round(inputs * expansion)
+
+        def shuffle():
+            return nn.ChannelShuffle(groups) if groups > 1 else nn.Identity()
+
+        self.conv1 = nn.Sequential(*pointwise_layers(inputs, hidden, groups), shuffle())
+        self.act1 = DynamicReLU(se_flag[0])
+        self.hyper1 = self._hyper(hidden, se_flag[0])
+        self.conv2 = nn.Sequential(*depthwise_layers(hidden, hidden, kernel_size[0], self.stride, "dw"))
+        self.act2 = DynamicReLU(se_flag[2])
+        self.hyper2 = self._hyper(hidden, se_flag[2])
+        self.conv3 = nn.Sequential(*pointwise_layers(hidden, outputs, groups), shuffle())
+        self.act3 = DynamicReLU(1 if se_flag[3] else -1, relu6_first=False)
+        self.hyper3 = self._hyper(outputs, se_flag[3])
+
+    def _mobile(self, x: Tensor, tokens: Tensor, logits: Tensor | None) -> Tensor:
+        out = self.conv1(x)
+        attention = self._attention(logits, out.shape[2:])
+        out = _activate(self.act1, self.hyper1, out, tokens, attention)
+        out = _activate(self.act2, self.hyper2, self.conv2(out), tokens, attention)
+        out = _activate(self.act3, self.hyper3, self.conv3(out), tokens, attention)
+        if self.before_skip:
+            out = self.global_local(out, tokens)
+        if self.skip:
+            out = self.drop_path(out) + x
+        return out if self.before_skip else self.global_local(out, tokens)
+
+
+class MobileFormerDownsample(_TokenBlock):
+    """The Mobile-Former block that changes the resolution: depthwise, 1x1, depthwise, 1x1, and tokens.
+
+    Arguments, inputs and results are those of `MobileFormerBlock`, but for these:
+
+    Args:
+        expansion: a pair: first hidden channels / in_channels, second hidden channels / out_channels.
+        depthwise: "dw"; ablations "sepdw" and "maxdw", see `mfkernels.nn.depthwise`. There is no
+            `before_skip`.
+
+    State: the released `DnaBlock3`. Source: Chen et al., Mobile-Former, CVPR 2022, section 3.2
+    ("downsample Mobile-Former block").
+    """
+
+    def __init__(self, *args: Any, depthwise: str = "dw", **kwargs: Any) -> None:
+        self._depthwise = depthwise
+        super().__init__(*args, **kwargs)
+
+    def _add_mobile(self, inputs, outputs, expansion, se_flag, groups, kernel_size):
+        hidden1, hidden2 = round(inputs * expansion[0]), round(outputs * expansion[1])
+        kind = self._depthwise
+
+        def shuffle(channels):
+            return nn.ChannelShuffle(channels) if groups > 1 else nn.Identity()
+
+        # The maxima of two convolutions are shuffled otherwise: in `groups`, and only the first.
+        max_kind = kind == "maxdw"
+        self.conv1 = nn.Sequential(
+            *depthwise_layers(inputs, hidden1, kernel_size[0], self.stride, kind),
+            shuffle(groups if max_kind else inputs),
+        )
+        self.act1 = DynamicReLU(se_flag[0])
+        self.hyper1 = self._hyper(hidden1, se_flag[0])
+        self.conv2 = nn.Sequential(*pointwise_layers(hidden1, outputs, groups))
+        self.conv3 = nn.Sequential(
+            *depthwise_layers(outputs, hidden2, kernel_size[1], 1, kind),
+            nn.Identity() if max_kind else shuffle(outputs),
+        )
+        self.act3 = DynamicReLU(se_flag[2])
+        self.hyper3 = self._hyper(hidden2, se_flag[2])
+        self.conv4 = nn.Sequential(*pointwise_layers(hidden2, outputs, groups))
+        self.act4 = DynamicReLU(1 if se_flag[3] else -1, relu6_first=False)
+        self.hyper4 = self._hyper(outputs, se_flag[3])
+
+    def _mobile(self, x: Tensor, tokens: Tensor, logits: Tensor | None) -> Tensor:
+        out = self.conv1(x)
+        attention = self._attention(logits, out.shape[2:])
+        middle = self.conv2(_activate(self.act1, self.hyper1, out, tokens, attention))
+        out = _activate(self.act3, self.hyper3, self.conv3(middle), tokens, attention)
+        out = _activate(self.act4, self.hyper4, self.conv4(out), tokens, attention)
+        out = self.global_local(self.drop_path(out) + middle, tokens)
+        return out + x if self.skip else out

@@ -1,0 +1,102 @@
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from .drop_path import DropPath
+from .gate import gate_layer
+from .inputs import Pair, check_channels, check_mixing, check_positions, map_and_tokens
+
+
+class MobileToFormer(nn.Module):
+    """Mobile -> Former: the tokens attend to the pixels of a feature map.
+
+    Args:
+        channels: C, of the map; divisible by `num_heads`.
+        token_dim: d.
+        num_heads: heads of the attention; head j takes the j-th slice of C / num_heads channels.
+        gate: scale what the tokens gathered by 2 hardsigmoid(Linear(tokens)). On in all released models.
+        mixing: "attn"; ablations "mlp" (a linear layer over the pixels) and "mlp_attn" (their sum).
+        token_num, positions: T, and the pixels of the map; needed for "mlp" only.
+        local_projection: ablation with 1x1 convolutions for keys and values; released models use the map
+            itself for both.
+        drop_path: rate of stochastic depth; along the tokens, see `DropPath`.
+
+    Inputs:
+        x (B, C, H, W) and tokens (T, B, d), or one pair of them.
+
+    Returns:
+        tokens (T, B, d), and the logits (B, num_heads, T, H, W), scaled, before the softmax. The logits
+        are None for "mlp" and with `return_logits=False`, which saves their memory.
+
+    Raises:
+        TypeError, ValueError: an argument or input that does not fit, named.
+
+    State: the released `Local2Global`.
+    Source: Chen et al., Mobile-Former, CVPR 2022, equation 1; gate, biases and W^Q from the released code.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        token_dim: int,
+        *,
+        num_heads: int = 2,
+        gate: bool = True,
+        mixing: str = "attn",
+        token_num: int | None = None,
+        positions: int | None = None,
+        local_projection: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_mixing("MobileToFormer", mixing, positions)
+        if "mlp" in mixing and token_num is None:
+            raise ValueError(f"MobileToFormer: mixing {mixing!r} needs token_num")
+        self.channels, self.token_dim, self.num_heads = channels, token_dim, num_heads
+        if gate:
+            self.alpha = gate_layer(token_dim, channels)
+        if "mlp" in mixing:
+            self.mlp = nn.Linear(positions, token_num)
+        if "attn" in mixing:
+            self.q = nn.Linear(token_dim, channels)
+        self.proj = nn.Linear(channels, token_dim)
+        self.layer_norm = nn.LayerNorm(token_dim)
+        self.drop_path = DropPath(drop_path)
+        if local_projection:
+            self.k = nn.Conv2d(channels, channels, 1, bias=False)
+            self.v = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(
+        self, x: Tensor | Pair, tokens: Tensor | None = None, return_logits: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        x, tokens = map_and_tokens("MobileToFormer", x, tokens, self.token_dim)
+        check_channels("MobileToFormer", x, self.channels)
+        gathered, logits = None, None
+        if hasattr(self, "mlp"):
+            check_positions("MobileToFormer", x.shape[2], x.shape[3], self.mlp.in_features)
+            gathered = self.mlp(x.flatten(2)).permute(2, 0, 1)
+        if hasattr(self, "q"):
+            attended, logits = self._attend(x, self.q(tokens).transpose(0, 1), return_logits)
+            attended = attended.transpose(0, 1)
+            gathered = attended if gathered is None else gathered + attended
+        if hasattr(self, "alpha"):
+            gathered = gathered * (2 * self.alpha(tokens))
+        tokens = self.layer_norm(tokens + self.drop_path(self.proj(gathered)))
+        return tokens, logits
+
+    def _attend(self, x: Tensor, q: Tensor, return_logits: bool) -> tuple[Tensor, Tensor | None]:
+        if hasattr(self, "k"):
+            return self._attend_projected(x, q)
+        if return_logits:
+            return ops.mobile_to_former_attention(x, q, self.num_heads, return_logits=True)
+        return ops.mobile_to_former_attention(x, q, self.num_heads), None
+
+    def _attend_projected(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        batch, channels, height, width = x.shape
+        heads = (batch, self.num_heads, channels // self.num_heads, -1)
+        q = q.transpose(1, 2).reshape(heads).transpose(2, 3)  # (B, h, T, c)
+        k, v = self.k(x).reshape(heads), self.v(x).reshape(heads)
+        logits = q @ k * heads[2] ** -0.5  # (B, h, T, N)
+        out = F.softmax(logits, dim=-1) @ v.transpose(2, 3)
+        return torch.cat(out.unbind(1), dim=-1), logits.unflatten(-1, (height, width))
