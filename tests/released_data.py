@@ -1,0 +1,331 @@
+"""Numbers made by the released implementations (tests/data), and how to run our modules on them."""
+
+import io
+import json
+import lzma
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import mfkernels.nn as mnn
+from mfkernels.models import MobileFormer, create_model
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass
+class Case:
+    name: str
+    tensors: dict[str, Tensor]
+    config: dict
+    modes: list[str] = field(default_factory=lambda: ["eval", "train"])
+    outputs: list[str] = field(default_factory=lambda: ["logits"])
+    fp32_err: dict = field(default_factory=dict)
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name begins with `prefix.`, without it; floats in float64."""
+        return {k[len(prefix) + 1 :]: v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
+
+
+def paths(*folders: str) -> list[Path]:
+    """The files of these folders, ours and those of MFKERNELS_TEST_DATA."""
+    roots = [DATA] + [Path(p) for p in [os.environ.get("MFKERNELS_TEST_DATA")] if p]
+    found = {}
+    for folder in folders:
+        for root in roots:
+            for path in sorted((root / folder).glob("m*")):
+                found.setdefault(path.name.split(".")[0], path)
+    return list(found.values())
+
+
+def read(path: Path) -> Case:
+    name = path.name.split(".")[0]
+    meta: dict = {}
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "np") as file:
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            meta = {k: _json(v) for k, v in (file.metadata() or {}).items()}
+    else:
+        raw = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        with np.load(io.BytesIO(raw)) as file:
+            arrays = {key: file[key] for key in file.files}
+        if "meta" in arrays:
+            meta = json.loads(str(arrays.pop("meta")))
+    tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    tensors = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+    keys = ("modes", "outputs", "fp32_err")
+    return Case(name, tensors, meta.get("config", {}), **{k: meta[k] for k in keys if k in meta})
+
+
+def _json(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+# --- operators, blocks and heads: one function a kind of file, from its settings to a module ---------------
+
+
+def _bridge(c: dict) -> dict:
+    return dict(
+        num_heads=c.get("heads", 2),
+        mixing=c.get("type", "attn"),
+        token_num=c["T"],
+        positions=c["H"] * c["W"],
+        local_projection=c.get("local_proj", False),
+    )
+
+
+def _l2g(c: dict) -> nn.Module:
+    return mnn.MobileToFormer(c["C"], c["d"], gate=c.get("gate", True), **_bridge(c))
+
+
+def _g2l(c: dict) -> nn.Module:
+    return mnn.FormerToMobile(c["C"], c["d"], gate=c.get("gate", False), **_bridge(c))
+
+
+def _former(c: dict) -> nn.Module:
+    return mnn.Former(
+        c["d"],
+        token_num=c["T"],
+        ffn=c.get("ffn", True),
+        gate=c.get("gate", False),
+        mixing=c.get("type", "attn"),
+    )
+
+
+class _Activation(nn.Module):
+    """Returns y and theta, as the files hold them."""
+
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        functions, spatial = c["num_func"], c.get("token_id", 0) == -1
+        if functions > 0:
+            self.hyper = mnn.HyperNetwork(c["d"], functions * c["C"], token_id=c.get("token_id", 0))
+        self.act = mnn.DynamicReLU(functions, relu6_first=c.get("relu_first", True))
+        self.spatial = spatial
+
+    def forward(self, x, tokens=None, alpha=None):
+        if self.act.num_functions < 1:
+            return self.act(x)
+        theta = self.hyper(tokens)
+        if not self.spatial:
+            return self.act(x, theta), theta[..., None, None]
+        return self.act(x, theta, alpha), torch.einsum("btc,bthw->bchw", theta, alpha)
+
+
+class _RawActivation(nn.Module):
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        self.act = mnn.DynamicReLU(c["num_func"], relu6_first=c.get("relu_first", True))
+
+    def forward(self, x, theta):
+        return self.act(x, theta)
+
+
+def _block_options(c: dict) -> dict:
+    keys = dict(token_dim="d", token_num="T", token_id="token_id", groups="groups", ffn="ffn")
+    options = {ours: c[theirs] for ours, theirs in keys.items() if theirs in c}
+    options["mixing"] = c.get("type", "attn")
+    options["positions"] = c["H"] * c["W"]
+    if "k" in c:
+        options["kernel_size"] = tuple(c["k"])
+    if "se_flag" in c:
+        options["se_flag"] = tuple(c["se_flag"])
+    if "gates" in c:
+        options["gates"] = tuple(c["gates"])
+    if "heads" in c:
+        options["num_heads"] = c["heads"]
+    return options
+
+
+def _block(c: dict) -> nn.Module:
+    sizes = (c["Cin"], c["Cout"], c["stride"])
+    if c["e2"] == 0:
+        return mnn.LiteBottleneck(*sizes, expansion=c["e1"], groups=c.get("groups", 1))
+    before = c.get("before_skip", False)
+    return mnn.MobileFormerBlock(*sizes, expansion=c["e1"], before_skip=before, **_block_options(c))
+
+
+def _down(c: dict) -> nn.Module:
+    sizes = (c["Cin"], c["Cout"], c["stride"])
+    kind = c.get("dw", "dw")
+    if c["e2"] == 0:
+        return mnn.LiteBottleneck(*sizes, expansion=c["e1"], groups=c.get("groups", 1), depthwise=kind)
+    return mnn.MobileFormerDownsample(
+        *sizes, expansion=(c["e1"], c["e2"]), depthwise=kind, **_block_options(c)
+    )
+
+
+def _head(c: dict) -> nn.Module:
+    return mnn.ClassifierHead(
+        c["C"],
+        c["classes"],
+        features=c["F"],
+        token_dim=c["d"],
+        groups=c.get("groups", 1),
+        class_tokens=c.get("cls", 1),
+        activation="dynamic_relu" if c.get("act") == "dyrelu" else "relu6",
+    )
+
+
+def _shuffle(c: dict) -> nn.Module:
+    return mnn.ChannelShuffle(c["groups"])
+
+
+BUILDERS = {
+    "mf_l2g": _l2g,
+    "mf_g2l": _g2l,
+    "mf_former": _former,
+    "mf_dyrelu_raw": _RawActivation,
+    "mf_dyrelu": _Activation,
+    "mf_block": _block,
+    "mf_down": _down,
+    "mf_head": _head,
+    "mf_shuffle": _shuffle,
+}
+
+
+def build(case: Case) -> nn.Module:
+    return BUILDERS[case.name.rsplit("_", 1)[0]](case.config)
+
+
+def run(case: Case, module: nn.Module, mode: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, ours, theirs) of all outputs, gradients and running statistics of one mode."""
+    module = module.to(dtype).train(mode == "train")
+    load(module, case.under("p") | case.under("b"), dtype)
+    given = case.under("in")
+    order = [k for k in ("x", "tokens", "alpha", "theta") if k in given]
+    inputs = {k: leaf(given[k], dtype) for k in order}
+    outputs = module(*inputs.values())
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    named = {name: out for name, out in zip(case.outputs, outputs, strict=False) if out is not None}
+    cotangents = case.under("cot")
+    sum((out * cotangents[name].to(dtype)).sum() for name, out in named.items() if out.requires_grad).backward()
+    expected = case.under(mode)
+    ours = {f"out.{k}": v for k, v in named.items()}
+    ours |= {f"gin.{k}": v.grad for k, v in inputs.items()}
+    ours |= {f"gp.{k}": v.grad for k, v in module.named_parameters()}
+    ours |= {f"buf.{k}": v for k, v in module.named_buffers()}
+    for name, value in expected.items():
+        assert ours.get(name) is not None, f"{case.name} {mode}: no {name}"
+        yield f"{mode}.{name}", ours[name].detach().double(), value
+    for name, value in ours.items():  # nothing extra but the gradients that theirs has no path to
+        known = name in expected or name.startswith("buf.") or value is None or value.abs().max() == 0
+        assert known, f"{case.name} {mode}: {name} is not in the file"
+
+
+def leaf(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.detach().clone().to(dtype).requires_grad_()
+
+
+def load(module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    for name, value in module.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, torch.zeros_like(value))
+    module.load_state_dict(state, strict=True)
+
+
+# --- whole networks ------------------------------------------------------------------------------------
+
+
+def build_model(case: Case) -> nn.Module:
+    c = case.config
+    if "model" in c:
+        return create_model(c["model"], num_classes=c["num_classes"])
+    return MobileFormer.from_released(
+        block_args=[[kind, e1, ch, n, s, e2] for kind, e1, ch, n, s, e2 in c["blocks"]],
+        num_classes=c["num_classes"],
+        stem_chs=c["stem"],
+        num_features=c["features"],
+        token_dim=c["d"],
+        token_num=c["T"],
+        hyper_token_id=c["token_id"],
+        group_num=c["groups"],
+        gbr_type="attn",
+        gbr_dynamic=[True, False, False],
+        gbr_ffn=True,
+    )
+
+
+TINY_ROWS = [
+    ["DnaBlock3", 2, 8, 1, 1, 0],
+    ["DnaBlock3", 6, 12, 1, 2, 4],
+    ["DnaBlock", 3, 12, 1, 1, 4],
+    ["DnaBlock3", 6, 16, 1, 2, 4],
+    ["DnaBlock", 4, 24, 1, 1, 4],
+]
+TINY_OPTIONS = {
+    "mf_model_tiny": {},
+    "mf_model_tiny_spatial": {"hyper_token_id": -1},
+    "mf_model_tiny_group4": {"group_num": 4},
+    "mf_model_tiny_onetoken_noffn": {"token_num": 1, "gbr_ffn": False},
+}
+
+
+def build_tiny(name: str) -> nn.Module:
+    settings = dict(
+        block_args=TINY_ROWS, num_classes=10, img_size=32, stem_chs=8, num_features=48, token_dim=32,
+        token_num=4, gbr_type="attn", gbr_dynamic=[True, False, False], gbr_ffn=True, cnn_exp=(6, 4),
+        mlp_token_exp=4, hyper_reduction_ratio=4, attn_num_heads=2, last_act="relu",
+    )  # fmt: skip
+    return MobileFormer.from_released(**(settings | TINY_OPTIONS[name]))
+
+
+def run_model(case: Case, mode: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, ours, theirs): logits, inner points, sampled gradients, running statistics."""
+    module = build_model(case).to(dtype).train(mode == "train")
+    load(module, case.under("p") | case.under("b"), dtype)
+    x = leaf(case.tensors[f"in.x_{mode}"], dtype)
+    taps: dict[str, Tensor] = {}
+    _tap(module, taps)
+    logits = module(x)
+    (logits * case.tensors[f"{mode}.cot.logits"].to(dtype)).sum().backward()
+    ours = {"out.logits": logits, "gin.x": x.grad} | {f"tap.{k}": v for k, v in taps.items()}
+    ours |= {f"buf.{k}": v for k, v in module.named_buffers()}
+    for name, parameter in module.named_parameters():
+        flat = parameter.grad.double().flatten()
+        n, m = flat.numel(), min(flat.numel(), 48)
+        ours[f"gs.{name}"] = flat[[(i * n) // m for i in range(m)]]
+        ours[f"gn.{name}"] = torch.stack([flat.sum(), flat.norm()])
+    for name, value in case.under(mode).items():
+        if not name.startswith("cot."):
+            yield f"{mode}.{name}", ours[name].detach().double(), value
+
+
+def _tap(module: nn.Module, taps: dict[str, Tensor]) -> None:
+    def keep(name):
+        def hook(_module, _inputs, output):
+            pair = output if isinstance(output, tuple) else (output, None)
+            taps[name] = pair[0]
+            if pair[1] is not None:
+                taps[f"{name}.tokens"] = pair[1]
+
+        return hook
+
+    module.stem.register_forward_hook(keep("stem"))
+    for index, block in enumerate(module.features):
+        block.register_forward_hook(keep(f"block{index}"))
+    module.local_global.register_forward_hook(keep("last_tokens"))
+
+
+def run_tiny(case: Case, mode: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    module = build_tiny(case.name).to(dtype).train(mode == "train")
+    load(module, case.under("state"), dtype)
+    x = leaf(case.tensors["in.x"], dtype)
+    out = module(x)
+    (out * case.tensors["cotangent.0"].to(dtype)).sum().backward()
+    ours = {"out.0": out, "grad_in.x": x.grad}
+    ours |= {f"grad_param.{k}": v.grad for k, v in module.named_parameters()}
+    ours |= {f"buffer.{k}": v for k, v in module.named_buffers()}
+    for name, value in case.under(mode).items():
+        yield f"{mode}.{name}", ours[name].detach().double(), value
