@@ -49,7 +49,7 @@ def _check_float64(case: Case, runner, backend: str, roundings: float) -> None:
 def _check_float32(case: Case, runner) -> None:
     """Outputs under the one tolerance. Gradients are checked in float64, and operator by operator: through a
     whole block in float32 a single activation on the other side of its kink changes them at will."""
-    errors = Errors(torch.float32)
+    errors = Errors()
     for name, ours, theirs in _run_all(case, runner, torch.float32, "reference"):
         if ".out." in name or ".tap." in name:
             errors.reference(ours, theirs)
@@ -89,7 +89,7 @@ def test_tiny_network(path, mode, instruction_set):
     thousand times, by luck: the reference's error is the largest of eight runs, whose weights differ in the
     last place."""
     case = read(path)
-    theirs_errors, our_errors = Errors(torch.float32), Errors(torch.float32)
+    theirs_errors, our_errors = Errors(), Errors()
     with mfkernels.use_backend("reference"):
         truth = {name: ours for name, ours, _ in run_tiny(case, mode, torch.float64)}
         for seed in range(8):

@@ -4,14 +4,18 @@ import torch
 from torch import Tensor
 
 
-def largest_error(value: Tensor, truth: Tensor) -> float:
-    """max |value - truth|; infinite where exactly one of them is not finite, or their infinities differ."""
+def largest_error(value: Tensor, truth: Tensor, rest: Tensor | None = None) -> float:
+    """max |value - truth|; infinite where exactly one of them is not finite, or their infinities differ.
+
+    Where float64 cannot hold the truth, it is truth + rest.
+    """
     assert value.shape == truth.shape, f"shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
     if value.numel() == 0:
         return 0.0
-    value, truth = value.to(truth.dtype), truth
-    same = (value == truth) | (value.isnan() & truth.isnan())
-    error = torch.where(same, 0.0, (value - truth).abs())
+    value = value.to(truth.dtype)
+    error = value - truth if rest is None else value - truth - rest
+    same = (value.isinf() & (value == truth)) | (value.isnan() & truth.isnan())
+    error = torch.where(same, 0.0, error.abs())
     return error.nan_to_num(nan=float("inf")).max().item()
 
 
@@ -31,20 +35,22 @@ class Errors:
     A tensor of a few numbers can have a reference that happens to be exact. Several of them cannot.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self._reference, self._kernel = dtype, 0.0, 0.0
+    def __init__(self) -> None:
+        self._reference, self._kernel = 0.0, 0.0
 
-    def _units(self, value: Tensor, truth: Tensor) -> float:
-        floor = torch.finfo(self.dtype).eps / 8 * max(0.3, truth.abs().max().item() if truth.numel() else 0.0)
-        return largest_error(value, truth) / max(rounding(truth, self.dtype), floor)
+    def reference(self, value: Tensor, truth: Tensor, rest: Tensor | None = None) -> None:
+        self._reference = max(self._reference, _in_roundings(value, truth, rest))
 
-    def reference(self, value: Tensor, truth: Tensor) -> None:
-        self._reference = max(self._reference, self._units(value, truth))
-
-    def kernel(self, value: Tensor, truth: Tensor) -> None:
-        self._kernel = max(self._kernel, self._units(value, truth))
+    def kernel(self, value: Tensor, truth: Tensor, rest: Tensor | None = None) -> None:
+        self._kernel = max(self._kernel, _in_roundings(value, truth, rest))
 
     def check(self, what: str) -> None:
         assert self._kernel <= 2 * self._reference + 2, (
             f"{what}: error {self._kernel:.3g} roundings, of the reference {self._reference:.3g}"
         )
+
+
+def _in_roundings(value: Tensor, truth: Tensor, rest: Tensor | None) -> float:
+    largest = truth.abs().max().item() if truth.numel() else 0.0
+    floor = torch.finfo(value.dtype).eps / 8 * max(0.3, largest)
+    return largest_error(value, truth, rest) / max(rounding(truth, value.dtype), floor)

@@ -8,6 +8,23 @@ namespace mfk {
 namespace MFK_ISA {
 namespace {
 
+// term(0) + ... + term(count - 1). There may be many tokens, and one running sum would gather errors.
+template <class C, class F>
+MFK_INLINE vec<C> sum_in_four(int64_t count, F term) {
+  vec<C> a{}, b{}, c{}, d{};
+  int64_t m = 0;
+  for (; m + 4 <= count; m += 4) {
+    a += term(m);
+    b += term(m + 1);
+    c += term(m + 2);
+    d += term(m + 3);
+  }
+  if (m < count) a += term(m++);
+  if (m < count) b += term(m++);
+  if (m < count) c += term(m++);
+  return (a + b) + (c + d);
+}
+
 // Softmax of scale * logits over the rows of (tokens, width), for each pixel by itself.
 template <class C>
 void softmax_over_tokens(C* logits, C scale, int64_t tokens, int64_t width) {
@@ -18,12 +35,11 @@ void softmax_over_tokens(C* logits, C scale, int64_t tokens, int64_t width) {
       store(logits + m * width + j, value);
       top = value > top ? value : top;
     }
-    vec<C> sum{};
-    for (int64_t m = 0; m < tokens; ++m) {
+    const vec<C> sum = sum_in_four<C>(tokens, [&](int64_t m) {
       const vec<C> weight = exp(load(logits + m * width + j) - top);
       store(logits + m * width + j, weight);
-      sum += weight;
-    }
+      return weight;
+    });
     for (int64_t m = 0; m < tokens; ++m) {
       store(logits + m * width + j, load(logits + m * width + j) / sum);
     }
@@ -90,10 +106,9 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
       multiply_pixels<C>(grad_logits, width, nullptr, 0, tokens, Matrix<C>{v, depth, 1}, depth, g.data,
                          g.stride, width);
       for (int64_t j = 0; j < width; j += n) {
-        vec<C> mean{};
-        for (int64_t m = 0; m < tokens; ++m) {
-          mean += load(weights + m * width + j) * load(grad_logits + m * width + j);
-        }
+        const vec<C> mean = sum_in_four<C>(tokens, [&](int64_t m) {
+          return load(weights + m * width + j) * load(grad_logits + m * width + j);
+        });
         for (int64_t m = 0; m < tokens; ++m) {
           C* grad = grad_logits + m * width + j;
           store(grad, load(weights + m * width + j) * (load(grad) - mean) * scale);  // of x k, not of the logits

@@ -14,6 +14,15 @@ FeatureMap<T> logits_of(void* data, const MobileToFormerArgs& args) {
   return {static_cast<T*>(data), args.heads * args.tokens * args.pixels, args.pixels, 1};
 }
 
+// scale * q x, tokens rows of `width` numbers. The product with the scale is rounded in a loop of its own:
+// fused into the subtraction of the largest logit, it would make that one's weight differ from exp(0).
+template <class C>
+void multiply_logits(C* logits, const C* q, C scale, int64_t tokens, int64_t depth, const Tile<C>& x,
+                     int64_t width) {
+  multiply_pixels<C>(logits, width, nullptr, 0, tokens, Matrix<C>{q, depth, 1}, depth, x.data, x.stride, width);
+  for (int64_t i = 0; i < tokens * width; i += kLanes<C>) store(logits + i, load(logits + i) * scale);
+}
+
 template <class T>
 void forward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
@@ -35,9 +44,7 @@ void forward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
       const int64_t width = round_up(count, n);
       const Tile<C> x =
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
-      multiply_pixels<C>(logits, width, nullptr, 0, tokens, Matrix<C>{q, depth, 1}, depth, x.data, x.stride,
-                         width);
-      for (int64_t i = 0; i < tokens * width; i += n) store(logits + i, load(logits + i) * scale);
+      multiply_logits<C>(logits, q, scale, tokens, depth, x, width);
       if (args.logits != nullptr) {
         store_tile<T>(logits_of<T>(args.logits, args), task.b, task.head * tokens, tokens, p, count, logits,
                       width);
@@ -105,36 +112,78 @@ void combine(const MobileToFormerCombineArgs& args, int64_t begin, int64_t end) 
   }
 }
 
-// P = softmax(L), dP = dO X, dL = P * (dP - rowsum(dO * O)) + grad_logits;
+// The backward pass: P = softmax(L), dP = dO X, dL = P * (dP - sum_p P dP) + grad_logits;
 // dQ = scale * dL X^T, dX = scale * Q^T dL + dO^T P.
+// It takes two steps, since the sum goes over all pixels. dO * O is the same sum on paper, and would need
+// no such step; but where one pixel has nearly all the weight, dP and the sum cancel, and do so only when
+// the sum is made of the very dP that it is subtracted from.
+template <class T>
+void backward_weights(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  constexpr int64_t n = kLanes<C>;
+  const int64_t tokens = args.tokens, depth = args.channels / args.heads;
+  const C scale = static_cast<C>(args.scale);
+  Buffer<C> q(tokens * depth), grad_out(tokens * depth), scratch(depth * args.tile);
+  for (int64_t index = begin; index < end; ++index) {
+    const HeadTask task(args, index);
+    load_head<T>(args.q, args, task, q);
+    if (args.grad_out != nullptr) {
+      load_head<T>(args.grad_out, args, task, grad_out);
+    } else {
+      for (int64_t i = 0; i < tokens * depth; ++i) grad_out[i] = 0;
+    }
+    const C* stats =
+        static_cast<const C*>(args.softmax_stats) + (task.b * args.heads + task.head) * tokens * 2;
+    C* weights = static_cast<C*>(args.weights) + index * args.room;
+    C* grad_weights = static_cast<C*>(args.grad_weights) + index * args.room;
+    double* products = args.products + index * tokens;
+    for (int64_t m = 0; m < tokens; ++m) products[m] = 0;
+    for (int64_t p = task.p0; p < task.p1; p += args.tile) {
+      const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
+      const int64_t width = round_up(count, n);
+      const Tile<C> x =
+          load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
+      multiply_logits<C>(weights, q, scale, tokens, depth, x, width);
+      multiply_pixels<C>(grad_weights, width, nullptr, 0, tokens, Matrix<C>{grad_out, depth, 1}, depth, x.data,
+                         x.stride, width);
+      for (int64_t m = 0; m < tokens; ++m) {
+        const C largest = stats[2 * m], norm = 1 / stats[2 * m + 1];
+        WideSum<C> sum;
+        for (int64_t j = 0; j < width; j += n) {
+          C* at = weights + m * width + j;
+          vec<C> weight = exp(load(at) - largest) * norm;
+          if (count - j < n) weight = first_lanes<C>(count - j) ? weight : vec<C>{};  // beyond the end
+          store(at, weight);
+          sum.add(weight * load(grad_weights + m * width + j));
+        }
+        products[m] += sum_lanes<C>(sum);
+      }
+      weights += tokens * width;
+      grad_weights += tokens * width;
+    }
+  }
+}
+
 template <class T>
 void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   const int64_t tokens = args.tokens, depth = args.channels / args.heads;
   const C scale = static_cast<C>(args.scale);
-  Buffer<C> q(tokens * depth), grad_out(tokens * depth), out(tokens * depth), correction(tokens);
-  Buffer<C> scratch(depth * args.tile), grad_x(depth * args.tile), weights(tokens * args.tile),
-      grad_logits(tokens * args.tile), grad_given(tokens * args.tile);
+  Buffer<C> q(tokens * depth), grad_out(tokens * depth), correction(tokens);
+  Buffer<C> scratch(depth * args.tile), grad_x(depth * args.tile), grad_given(tokens * args.tile);
   for (int64_t index = begin; index < end; ++index) {
     const HeadTask task(args, index);
     load_head<T>(args.q, args, task, q);
-    if (args.grad_out != nullptr) {
-      load_head<T>(args.grad_out, args, task, grad_out);
-      load_head<T>(args.out, args, task, out);
-    } else {
-      for (int64_t i = 0; i < tokens * depth; ++i) grad_out[i] = out[i] = 0;
-    }
+    if (args.grad_out != nullptr) load_head<T>(args.grad_out, args, task, grad_out);
+    const double* products = args.products + index / args.splits * args.splits * tokens;
     for (int64_t m = 0; m < tokens; ++m) {
-      // In the very steps of the product dP below, so that they cancel where one pixel has all the weight.
-      C sum = 0;
-      for (int64_t c = 0; c < depth; ++c) {
-        sum = multiply_add(grad_out[m * depth + c], out[m * depth + c], sum);
-      }
-      correction[m] = sum;
+      double sum = 0;
+      for (int64_t s = 0; s < args.splits; ++s) sum += products[s * tokens + m];
+      correction[m] = static_cast<C>(sum);
     }
-    const C* stats =
-        static_cast<const C*>(args.softmax_stats) + (task.b * args.heads + task.head) * tokens * 2;
+    const C* weights = static_cast<const C*>(args.weights) + index * args.room;
+    C* grad_logits = static_cast<C*>(args.grad_weights) + index * args.room;  // overwritten in place
     double* partial = args.partial + index * tokens * depth;
     for (int64_t i = 0; i < tokens * depth; ++i) partial[i] = 0;
     for (int64_t p = task.p0; p < task.p1; p += args.tile) {
@@ -142,37 +191,30 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
       const int64_t width = round_up(count, n);
       const Tile<C> x =
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
-      const Matrix<C> by_token{q, depth, 1}, by_channel{q, 1, depth};
-      multiply_pixels<C>(weights, width, nullptr, 0, tokens, by_token, depth, x.data, x.stride, width);
-      multiply_pixels<C>(grad_logits, width, nullptr, 0, tokens, Matrix<C>{grad_out, depth, 1}, depth, x.data,
-                         x.stride, width);
       Tile<C> given{nullptr, 0};
       if (args.grad_logits != nullptr) {
         given = load_tile<T>(logits_of<const T>(const_cast<void*>(args.grad_logits), args), task.b,
                              task.head * tokens, tokens, p, count, grad_given);
       }
       for (int64_t m = 0; m < tokens; ++m) {
-        const C largest = stats[2 * m], norm = 1 / stats[2 * m + 1];
         for (int64_t j = 0; j < width; j += n) {
-          C* weight = weights + m * width + j;
           C* grad = grad_logits + m * width + j;
-          vec<C> w = exp(load(weight) * scale - largest) * norm;
-          vec<C> g = w * (load(grad) - correction[m]);
+          vec<C> g = load(weights + m * width + j) * (load(grad) - correction[m]);
           if (given.data != nullptr) g += load(given.data + m * given.stride + j);
-          if (count - j < n) {  // pixels beyond the end weigh nothing
-            const mask<C> inside = first_lanes<C>(count - j);
-            w = inside ? w : vec<C>{};
-            g = inside ? g : vec<C>{};
-          }
-          store(weight, w);
+          if (count - j < n) g = first_lanes<C>(count - j) ? g : vec<C>{};
           store(grad, g * scale);  // of q x, not of the logits
         }
       }
-      multiply_pixels<C>(grad_x, width, nullptr, 0, depth, by_channel, tokens, grad_logits, width, width);
-      multiply_pixels<C>(grad_x, width, grad_x, width, depth, Matrix<C>{grad_out, 1, depth}, tokens, weights,
-                         width, width);
+      multiply_pixels<C>(grad_x, width, nullptr, 0, depth, Matrix<C>{q, 1, depth}, tokens, grad_logits, width,
+                         width);
+      if (args.grad_out != nullptr) {
+        multiply_pixels<C>(grad_x, width, grad_x, width, depth, Matrix<C>{grad_out, 1, depth}, tokens, weights,
+                           width, width);
+      }
       store_tile<T>(args.grad_x.as<T>(), task.b, task.head * depth, depth, p, count, grad_x, width);
       multiply_reduce<C>(partial, depth, 1, tokens, grad_logits, width, depth, x.data, x.stride, width);
+      weights += tokens * width;
+      grad_logits += tokens * width;
     }
   }
 }
@@ -185,6 +227,10 @@ void mobile_to_former_forward(const MobileToFormerArgs& args, int64_t begin, int
 
 void mobile_to_former_combine(const MobileToFormerCombineArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&](auto zero) { combine<decltype(zero)>(args, begin, end); });
+}
+
+void mobile_to_former_backward_weights(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto zero) { backward_weights<decltype(zero)>(args, begin, end); });
 }
 
 void mobile_to_former_backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {

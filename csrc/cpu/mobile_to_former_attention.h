@@ -21,8 +21,12 @@ struct MobileToFormerArgs {
   // Backward.
   const void* grad_out;     // (B,M,C), contiguous, or null
   const void* grad_logits;  // (B,heads,M,P), contiguous, or null
-  const void* out;          // (B,M,C), contiguous
   const void* softmax_stats;  // (B,heads,M,2), contiguous, in the compute type
+  // What the first step of the backward pass leaves to the second, one a task: the softmax weights P and
+  // their gradients dP, both M rows tile by tile in `room` numbers of the compute type; and sum_p P dP, (M).
+  int64_t room;
+  void *weights, *grad_weights;
+  double* products;
   AnyMap grad_x;
 };
 
@@ -40,6 +44,7 @@ struct MobileToFormerCombineArgs {
 // Tasks: one a triple of a sample, a head and a split; to combine, one a pair of a sample and a head.
 MFK_DECLARE_KERNEL(mobile_to_former_forward, MobileToFormerArgs)
 MFK_DECLARE_KERNEL(mobile_to_former_combine, MobileToFormerCombineArgs)
+MFK_DECLARE_KERNEL(mobile_to_former_backward_weights, MobileToFormerArgs)
 MFK_DECLARE_KERNEL(mobile_to_former_backward, MobileToFormerArgs)
 
 }  // namespace mfk

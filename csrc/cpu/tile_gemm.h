@@ -17,24 +17,34 @@ struct Matrix {
 
 namespace detail {
 
+// A sum of so many products is added to the total as one: long chains would gather rounding errors.
+constexpr int64_t kChain = 8;
+
 template <class C, int kRows, int kVectors>
 MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t start_stride, Matrix<C> a,
                              int64_t depth, const C* b, int64_t b_stride) {
   constexpr int n = kLanes<C>;
-  vec<C> acc[kRows][kVectors] = {};
-  for (int64_t j = 0; j < depth; ++j) {
-    vec<C> column[kVectors];
-    for (int v = 0; v < kVectors; ++v) column[v] = load(b + j * b_stride + v * n);
+  vec<C> total[kRows][kVectors] = {};
+  for (int64_t begin = 0; begin < depth; begin += kChain) {
+    const int64_t end = depth - begin < kChain ? depth : begin + kChain;
+    vec<C> acc[kRows][kVectors] = {};
+    for (int64_t j = begin; j < end; ++j) {
+      vec<C> column[kVectors];
+      for (int v = 0; v < kVectors; ++v) column[v] = load(b + j * b_stride + v * n);
+      for (int r = 0; r < kRows; ++r) {
+        vec<C> factor = splat(a.data[r * a.row + j * a.column]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] += factor * column[v];
+      }
+    }
     for (int r = 0; r < kRows; ++r) {
-      vec<C> factor = splat(a.data[r * a.row + j * a.column]);
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += factor * column[v];
+      for (int v = 0; v < kVectors; ++v) total[r][v] += acc[r][v];
     }
   }
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
       // Added last, not first: a large start would round every one of the products.
-      if (start != nullptr) acc[r][v] += load(start + r * start_stride + v * n);
-      store(out + r * out_stride + v * n, acc[r][v]);
+      if (start != nullptr) total[r][v] += load(start + r * start_stride + v * n);
+      store(out + r * out_stride + v * n, total[r][v]);
     }
   }
 }

@@ -177,22 +177,6 @@ MFK_INLINE V maximum(V a, V b) {
   return a != a ? a : larger;
 }
 
-// a * b + c, rounded as the vector code rounds it: once where the machine has fused multiply-add.
-MFK_INLINE float multiply_add(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-MFK_INLINE double multiply_add(double a, double b, double c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 // Sums over many pixels end in doubles: their error must not grow with the size of the map. `WideSum` holds
 // one double for each lane of a vec<C>.
 template <class C>

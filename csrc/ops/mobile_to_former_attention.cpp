@@ -64,16 +64,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& q, int
 
 std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
                                     const std::optional<Tensor>& grad_logits, const Tensor& x,
-                                    const Tensor& q, const Tensor& out, const Tensor& softmax_stats,
-                                    int64_t num_heads, std::optional<double> scale) {
+                                    const Tensor& q, const Tensor& softmax_stats, int64_t num_heads,
+                                    std::optional<double> scale) {
   Call call(x, q, num_heads, scale);
   MobileToFormerArgs& args = call.args;
-  check_argument(kOp, "out", out, x, shape_of(q));
   STD_TORCH_CHECK(shape_of(softmax_stats) == std::vector<int64_t>({args.batch, num_heads, args.tokens, 2}) &&
                       softmax_stats.scalar_type() == compute_type(x) && softmax_stats.is_cpu(),
                   kOp, ": softmax_stats must be the one that the forward pass gave");
-  Tensor given_out, given_logits, kept_out = torch::stable::contiguous(out),
-                                  kept_sums = torch::stable::contiguous(softmax_stats);
+  Tensor given_out, given_logits, kept_stats = torch::stable::contiguous(softmax_stats);
   if (grad_out.has_value()) {
     check_argument(kOp, "grad_out", *grad_out, x, shape_of(q));
     given_out = torch::stable::contiguous(*grad_out);
@@ -89,10 +87,20 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
   Tensor grad_x = empty_map(x), holder;
   Tensor partial =
       empty({args.batch, num_heads, args.splits, args.tokens, depth}, ScalarType::Double, x);
-  args.out = kept_out.data_ptr();
-  args.softmax_stats = kept_sums.data_ptr();
+  // A tile's rows are padded to whole vectors, of 16 numbers at most.
+  args.room = args.tokens * std::min(args.split, (args.pixels + 15) / 16 * 16);
+  const ScalarType sums = compute_type(x);
+  Tensor weights = empty({call.tasks(), args.room}, sums, x), grad_weights = empty({call.tasks(), args.room}, sums, x);
+  Tensor products = empty({call.tasks(), args.tokens}, ScalarType::Double, x);
+  args.weights = weights.data_ptr();
+  args.grad_weights = grad_weights.data_ptr();
+  args.products = products.mutable_data_ptr<double>();
+  args.softmax_stats = kept_stats.data_ptr();
   args.partial = partial.mutable_data_ptr<double>();
   args.grad_x = map_of(grad_x, is_channels_last(x), holder);
+  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
+    mobile_to_former_backward_weights(args, begin, end);
+  });
   torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
     mobile_to_former_backward(args, begin, end);
   });
@@ -108,7 +116,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
       "bool return_logits=False) -> (Tensor out, Tensor logits, Tensor softmax_stats)");
   m.def(
       "mobile_to_former_attention_backward(Tensor? grad_out, Tensor? grad_logits, Tensor x, Tensor q, "
-      "Tensor out, Tensor softmax_stats, int num_heads, float? scale=None) -> (Tensor grad_x, Tensor grad_q)");
+      "Tensor softmax_stats, int num_heads, float? scale=None) -> (Tensor grad_x, Tensor grad_q)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {

@@ -69,13 +69,13 @@ def _check(x: Tensor, slopes: Tensor, intercepts: Tensor | None, attention: Tens
 
 
 @torch.library.register_fake(f"mfkernels::{OP}")
-def _(x, slopes, intercepts, attention):
+def _(x, slopes, intercepts=None, attention=None):
     _check(x, slopes, intercepts, attention)
     return empty_map(x, x.shape)
 
 
 @torch.library.register_fake(f"mfkernels::{OP}_backward")
-def _(grad_out, x, slopes, intercepts, attention):
+def _(grad_out, x, slopes, intercepts=None, attention=None):
     return (
         empty_map(x, x.shape),
         slopes.new_empty(slopes.shape),

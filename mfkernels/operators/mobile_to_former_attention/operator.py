@@ -69,25 +69,25 @@ def _(x, q, num_heads, scale=None, return_logits=False):
 
 
 @torch.library.register_fake(f"mfkernels::{OP}_backward")
-def _(grad_out, grad_logits, x, q, out, softmax_stats, num_heads, scale=None):
+def _(grad_out, grad_logits, x, q, softmax_stats, num_heads, scale=None):
     return empty_map(x, x.shape), q.new_empty(q.shape)
 
 
 def _setup_context(ctx, inputs, output):
     x, q, ctx.num_heads, ctx.scale, ctx.return_logits = inputs
-    out, logits, softmax_stats = output
-    ctx.save_for_backward(x, q, out, softmax_stats)
+    _, logits, softmax_stats = output
+    ctx.save_for_backward(x, q, softmax_stats)
     # Gradients that nobody asked for come as None and cost nothing.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((softmax_stats,) if ctx.return_logits else (logits, softmax_stats)))
 
 
 def _backward(ctx, grad_out, grad_logits, grad_softmax_stats):
-    x, q, out, softmax_stats = ctx.saved_tensors
+    x, q, softmax_stats = ctx.saved_tensors
     if grad_out is None and grad_logits is None:
         return None, None, None, None, None
     grad_x, grad_q = torch.ops.mfkernels.mobile_to_former_attention_backward(
-        grad_out, grad_logits, x, q, out, softmax_stats, ctx.num_heads, ctx.scale
+        grad_out, grad_logits, x, q, softmax_stats, ctx.num_heads, ctx.scale
     )
     return grad_x, grad_q, None, None, None
 

@@ -1,0 +1,88 @@
+"""PyTorch's operators in 80-bit arithmetic, for the truth that float64 kernels are measured against."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+
+def _axes(dims):
+    return tuple(dims) if dims else None
+
+
+def _add(a, b, alpha=1):
+    return a + alpha * b
+
+
+def _softmax(x, dim, half_to_float):
+    weights = np.exp(x - x.max(axis=dim, keepdims=True))
+    return weights / weights.sum(axis=dim, keepdims=True)
+
+
+def _softmax_backward(grad, output, dim, dtype):
+    return output * (grad - (grad * output).sum(axis=dim, keepdims=True))
+
+
+def _expand(x, shape):
+    lead = (1,) * (len(shape) - x.ndim) + x.shape
+    return np.broadcast_to(x, [m if n == -1 else n for n, m in zip(shape, lead, strict=True)])
+
+
+_FUNCTIONS = {
+    aten.mul: np.multiply,
+    aten.add: _add,
+    aten.sub: np.subtract,
+    aten.div: np.divide,
+    aten.eq: lambda a, b: (a == b).astype(np.longdouble),
+    aten.bmm: np.matmul,
+    aten.mm: np.matmul,
+    aten.sum: lambda x, dims=(), keepdim=False, dtype=None: x.sum(axis=_axes(dims), keepdims=keepdim),
+    aten.amax: lambda x, dims=(), keepdim=False: x.max(axis=_axes(dims), keepdims=keepdim),
+    aten._softmax: _softmax,
+    aten._softmax_backward_data: _softmax_backward,
+    aten.masked_fill: lambda x, mask, value: np.where(mask != 0, np.longdouble(value), x),
+    aten.scalar_tensor: lambda value, **_: np.longdouble(value),
+    aten.view: lambda x, shape: x.reshape(shape),
+    aten._unsafe_view: lambda x, shape: x.reshape(shape),
+    aten.expand: _expand,
+    aten.permute: np.transpose,
+    aten.transpose: np.swapaxes,
+    aten.t: np.transpose,
+    aten.unsqueeze: np.expand_dims,
+    aten.squeeze: np.squeeze,
+    aten.clone: lambda x, memory_format=None: x,
+    aten._to_copy: lambda x, **_: x,
+    aten.detach: lambda x: x,
+    aten.alias: lambda x: x,
+}
+
+
+class Wide(Tensor):
+    """A float64 tensor for autograd; its numbers are the 80-bit ones of `array`."""
+
+    array: np.ndarray
+
+    @staticmethod
+    def __new__(cls, array):
+        wide = Tensor._make_wrapper_subclass(cls, array.shape, dtype=torch.float64)
+        wide.array = array
+        return wide
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = tree_map_only(Tensor, lambda t: t.array if isinstance(t, Wide) else t.numpy(), args)
+        with np.errstate(all="ignore"):
+            return cls(np.asarray(_FUNCTIONS[func.overloadpacket](*args, **kwargs or {})))
+
+
+def widen(x: Tensor) -> Wide:
+    return Wide(x.detach().numpy().astype(np.longdouble))
+
+
+def narrow(results: dict[str, Wide]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The numbers rounded to float64, and what that leaves off."""
+    high = {k: v.array.astype(np.float64) for k, v in results.items()}
+    low = {k: (v.array - high[k]).astype(np.float64) for k, v in results.items()}
+    return tuple({k: torch.from_numpy(v) for k, v in part.items()} for part in (high, low))
