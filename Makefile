@@ -1,13 +1,32 @@
 PYTHON ?= python3
-# The version is named: a bare `torch` would download the newest CUDA build, several gigabytes.
+# The version is named: a bare `torch` may download the newest CUDA build, several gigabytes.
 TORCH ?= torch==2.13.0
+CXX ?= c++
 
-.PHONY: test
+.PHONY: demo test lint clean
+demo: .venv/installed
+	.venv/bin/mfkernels demo
+
 test: .venv/installed
 	.venv/bin/python -m pytest
 
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv build demo-output *.egg-info mfkernels/*.so
+
+# Everything that any target needs, again whenever the C++ sources or the build change. The Python sources
+# are used where they lie.
 .venv/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q $(TORCH) setuptools wheel cmake ninja
-	.venv/bin/pip install -q -e '.[test]' --no-build-isolation
-	touch $@
+	@command -v $(PYTHON) >/dev/null || { echo "mfkernels: no $(PYTHON): install Python >= 3.10, or type make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mfkernels: $(PYTHON) is older than 3.10: type make PYTHON=/path/to/a/newer/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "mfkernels: $(PYTHON) has no venv: install it (on Debian: python3-venv)" >&2; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "mfkernels: no C++17 compiler: install g++ or clang++, or type make CXX=/path/to/compiler" >&2; exit 1; }
+	@test -x .venv/bin/python || { echo "making .venv and installing (a few minutes)"; $(PYTHON) -m venv .venv; }
+	.venv/bin/pip install -q --disable-pip-version-check $(TORCH) setuptools wheel cmake ninja
+	CXX="$(CXX)" .venv/bin/pip install -q --disable-pip-version-check -e '.[demo,test,lint]' --no-build-isolation
+	@touch $@

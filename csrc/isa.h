@@ -23,17 +23,19 @@ __attribute__((visibility("default"))) void set_isa(Isa isa);
 
 // Declares the kernel `name`, one for each instruction set, and mfk::name, which calls the one in use.
 // Kernels do the tasks begin to end-1 of a call; which tasks there are, each kernel's header says.
-#define MFK_DECLARE_KERNEL(name, Args)                                                  \
-  namespace generic {                                                                   \
-  void name(const Args& args, int64_t begin, int64_t end);                              \
-  }                                                                                     \
-  MFK_ON_X86(namespace avx2 { void name(const Args& args, int64_t begin, int64_t end); } \
-             namespace avx512 { void name(const Args& args, int64_t begin, int64_t end); }) \
-  inline void name(const Args& args, int64_t begin, int64_t end) {                      \
-    switch (isa()) {                                                                    \
-      MFK_ON_X86(case Isa::kAvx512 : return avx512::name(args, begin, end);             \
-                 case Isa::kAvx2 : return avx2::name(args, begin, end);)                \
-      default:                                                                          \
-        return generic::name(args, begin, end);                                         \
-    }                                                                                   \
+#define MFK_DECLARE_KERNEL(name, Args)                                                               \
+  namespace generic {                                                                                \
+  void name(const Args& args, int64_t begin, int64_t end);                                           \
+  }                                                                                                  \
+  MFK_ON_X86(                                                                                        \
+      namespace avx2 { void name(const Args& args, int64_t begin, int64_t end); } namespace avx512 { \
+        void name(const Args& args, int64_t begin, int64_t end);                                     \
+      })                                                                                             \
+  inline void name(const Args& args, int64_t begin, int64_t end) {                                   \
+    switch (isa()) {                                                                                 \
+      MFK_ON_X86(case Isa::kAvx512 : return avx512::name(args, begin, end);                          \
+                 case Isa::kAvx2 : return avx2::name(args, begin, end);)                             \
+      default:                                                                                       \
+        return generic::name(args, begin, end);                                                      \
+    }                                                                                                \
   }

@@ -45,17 +45,21 @@ def current_backend() -> str:
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
+def unavailable(backend: str) -> str | None:
+    """Why `backend` cannot run anything in this installation; None if it can."""
+    if backend in ("reference", "cpu"):
+        return None
+    return f"mfkernels has no {'Triton' if backend == 'triton' else 'CUDA'} kernels yet"
+
+
 def why_not(backend: str, x: Tensor) -> str | None:
     """Why `backend` cannot run on a tensor like `x`; None if it can."""
-    if backend == "reference":
-        return None
     if backend == "cpu":
         if x.device.type not in ("cpu", "meta"):
             return f"runs on CPU tensors, got device {x.device}"
         if x.dtype not in _CPU_DTYPES:
             return f"runs in float32, float64 and bfloat16, got {x.dtype}"
-        return None
-    return f"mfkernels has no {'Triton' if backend == 'triton' else 'CUDA'} kernels yet"
+    return unavailable(backend)
 
 
 def use_kernels(op: str, x: Tensor) -> bool:

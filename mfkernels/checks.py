@@ -1,6 +1,8 @@
 """Checks of arguments. Each message names the operator, the argument, what came and what was expected."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +43,21 @@ def check_shape(op: str, name: str, value: Tensor, axes: str, shape: Sequence[in
         )
 
 
+def match_autocast(*values: Any) -> tuple[Any, ...]:
+    """The tensors in the widest of their dtypes where autocast is on: it leaves a network with a map in one
+    dtype and coefficients in another. Where it is off, different dtypes are the caller's mistake."""
+    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    device = tensors[0].device.type if tensors else "meta"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return values
+    widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return tuple(v.to(widest) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
+
+
 def check_heads(op: str, num_heads: object, channels: int) -> None:
     if not isinstance(num_heads, (int, torch.SymInt)) or isinstance(num_heads, bool):
         raise TypeError(f"{op}: num_heads must be an int, got {type(num_heads).__name__}")
-    if num_heads < 1 or channels % num_heads != 0:
+    if num_heads < 1 or channels % int(num_heads) != 0:
         raise ValueError(
             f"{op}: num_heads must be positive and divide the channels of x, got {num_heads} "
             f"for {channels} channels"

@@ -10,7 +10,7 @@ LIBRARY = Path(__file__).with_name("libmfkernels.so")
 if not LIBRARY.exists():
     raise ImportError(
         f"mfkernels is not built: {LIBRARY.name} is missing from {LIBRARY.parent}. "
-        "Run `pip install . --no-build-isolation` in the source folder (or `pip install -e .` with the same flag)."
+        "Type `pip install . --no-build-isolation` in the source folder."
     )
 
 torch.ops.load_library(LIBRARY)

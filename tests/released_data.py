@@ -53,7 +53,8 @@ def read(path: Path) -> Case:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             meta = {k: _json(v) for k, v in (file.metadata() or {}).items()}
     else:
-        raw = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        raw = path.read_bytes()
+        raw = lzma.decompress(raw) if path.suffix == ".xz" else raw
         with np.load(io.BytesIO(raw)) as file:
             arrays = {key: file[key] for key in file.files}
         if "meta" in arrays:
@@ -209,7 +210,9 @@ def run(case: Case, module: nn.Module, mode: str, dtype: torch.dtype) -> Iterato
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     named = {name: out for name, out in zip(case.outputs, outputs, strict=False) if out is not None}
     cotangents = case.under("cot")
-    sum((out * cotangents[name].to(dtype)).sum() for name, out in named.items() if out.requires_grad).backward()
+    sum(
+        (out * cotangents[name].to(dtype)).sum() for name, out in named.items() if out.requires_grad
+    ).backward()
     expected = case.under(mode)
     ours = {f"out.{k}": v for k, v in named.items()}
     ours |= {f"gin.{k}": v.grad for k, v in inputs.items()}

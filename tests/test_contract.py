@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import Sample, modules
-from torch import Tensor
 from tolerance import Errors
+from torch import Tensor
 from wide import narrow, widen
 
 import mfkernels
@@ -155,9 +155,7 @@ def test_fuzz(op, dtype, instruction_set):
         comparison = Comparison(op, dtype)
         for _ in range(20):
             sample = op.make(op.random_shape(rng), generator)
-            comparison.add(
-                sample, generator, rng.choice(LAYOUTS), rng.choice((*LAYOUTS, expanded))
-            )
+            comparison.add(sample, generator, rng.choice(LAYOUTS), rng.choice((*LAYOUTS, expanded)))
         comparison.check(f"seed {seed}")
 
 
@@ -256,9 +254,7 @@ def test_gradcheck(op, instruction_set):
         names = list(sample.given())
 
         def function(*values, sample=sample, names=names):
-            return Sample(
-                sample.tensors | dict(zip(names, values, strict=True)), sample.others
-            ).call(op.OP)
+            return Sample(sample.tensors | dict(zip(names, values, strict=True)), sample.others).call(op.OP)
 
         values = [v.requires_grad_() for v in sample.given().values()]
         assert torch.autograd.gradcheck(function, values, fast_mode=False)

@@ -7,11 +7,11 @@ import lzma
 import pytest
 import torch
 from released_data import DATA, Case, build, paths, read, run, run_model, run_tiny
+from tolerance import Errors, largest_error
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfkernels
 from mfkernels.models import create_model, list_models
-from tolerance import Errors, largest_error
 
 OPERATORS, MODELS, TINY = paths("ops_mobileformer"), paths("models"), paths("tiny")
 BACKENDS = ("reference", "cpu")
@@ -118,7 +118,7 @@ def _perturbed(case: Case, seed: int) -> Case:
     return dataclasses.replace(case, tensors=nudged)
 
 
-MANIFESTS = json.loads(lzma.open(DATA / "manifests.json.xz").read())
+MANIFESTS = json.loads(lzma.decompress((DATA / "manifests.json.xz").read_bytes()))
 
 
 def test_all_released_models_are_here():

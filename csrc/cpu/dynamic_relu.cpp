@@ -187,9 +187,8 @@ void backward_row(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0,
   for (int64_t k = 0; k < f.count; ++k) {
     const int64_t at = (b * f.count + k) * args.channels + c;
     f.slopes[k] = splat(to_compute(static_cast<const T*>(args.slopes)[at]));
-    f.intercepts[k] = args.intercepts == nullptr
-                          ? vec<C>{}
-                          : splat(to_compute(static_cast<const T*>(args.intercepts)[at]));
+    f.intercepts[k] =
+        args.intercepts == nullptr ? vec<C>{} : splat(to_compute(static_cast<const T*>(args.intercepts)[at]));
   }
   const T* x = args.x.as<const T>().at(b, c, 0);
   const T* g = args.grad_y.as<const T>().at(b, c, 0);
@@ -226,9 +225,8 @@ void backward_columns(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t
   for (int64_t k = 0; k < f.count; ++k) {
     const int64_t at = (b * f.count + k) * args.channels + c;
     f.slopes[k] = load_upto(static_cast<const T*>(args.slopes) + at, rest);
-    f.intercepts[k] = args.intercepts == nullptr
-                          ? vec<C>{}
-                          : load_upto(static_cast<const T*>(args.intercepts) + at, rest);
+    f.intercepts[k] =
+        args.intercepts == nullptr ? vec<C>{} : load_upto(static_cast<const T*>(args.intercepts) + at, rest);
   }
   const auto x = args.x.as<const T>();
   const auto g = args.grad_y.as<const T>();
@@ -244,7 +242,8 @@ void backward_columns(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t
   }
   for (int64_t k = 0; k < f.count; ++k) {
     f.slope_sums[k].store_upto(slope_sums + k * args.channels + c, rest);
-    if (intercept_sums != nullptr) f.intercept_sums[k].store_upto(intercept_sums + k * args.channels + c, rest);
+    if (intercept_sums != nullptr)
+      f.intercept_sums[k].store_upto(intercept_sums + k * args.channels + c, rest);
   }
 }
 
@@ -283,11 +282,11 @@ template <class T>
 struct MixedSample {
   using C = compute_t<T>;
   const DynamicReluArgs& args;
-  const int64_t coefficients;  // K * C
-  Buffer<C> slopes, intercepts;                  // (M, K, C)
-  Buffer<C> attention;                           // (M, kPixels)
-  Buffer<C> tile_slopes, tile_intercepts;        // (K * kChannels, kPixels)
-  Buffer<C> x, y, g;                             // (kChannels, kPixels)
+  const int64_t coefficients;              // K * C
+  Buffer<C> slopes, intercepts;            // (M, K, C)
+  Buffer<C> attention;                     // (M, kPixels)
+  Buffer<C> tile_slopes, tile_intercepts;  // (K * kChannels, kPixels)
+  Buffer<C> x, y, g;                       // (kChannels, kPixels)
   int64_t loaded = -1;
 
   explicit MixedSample(const DynamicReluArgs& a)
@@ -412,53 +411,52 @@ void backward_mixed(const DynamicReluArgs& args, int64_t begin, int64_t end) {
       sample.load_attention(b, p, count);
       memset(grad_attention, 0, tokens * kPixels * sizeof(C));
     };
-    for_tiles<T>(
-        args, task, start,
-        [&](int64_t b, int64_t c, int64_t rows, int64_t p, int64_t count, int64_t width) {
-          sample.mix(c, rows, width);
-          const Tile<C> x = load_tile<T>(args.x.as<const T>(), b, c, rows, p, count, sample.x);
-          const Tile<C> g = load_tile<T>(args.grad_y.as<const T>(), b, c, rows, p, count, sample.g);
-          for (int64_t i = 0; i < rows; ++i) {
-            for (int64_t j = 0; j < width; j += n) {
-              const vec<C> value = load(x.data + i * x.stride + j);
-              for (int64_t k = 0; k < functions; ++k) {
-                values[k] = value * sample.slope(k, i, j) + sample.intercept(k, i, j);
-              }
-              split_gradient<0, C>(load(g.data + i * g.stride + j), values, parts, functions);
-              vec<C> out{};
-              for (int64_t k = 0; k < functions; ++k) {
-                if (count - j < n) parts[k] = first_lanes<C>(count - j) ? parts[k] : vec<C>{};
-                out += sample.slope(k, i, j) * parts[k];
-                store(slope_parts + (k * kChannels + i) * kPixels + j, value * parts[k]);
-                store(intercept_parts + (k * kChannels + i) * kPixels + j, parts[k]);
-              }
-              store(sample.y + i * kPixels + j, out);
-            }
-          }
-          store_tile<T>(args.grad_x.as<T>(), b, c, rows, p, count, sample.y, kPixels);
-          for (int64_t k = 0; k < functions; ++k) {
-            const int64_t first = k * channels + c;
-            const C* slope_part = slope_parts + k * kChannels * kPixels;
-            const C* intercept_part = intercept_parts + k * kChannels * kPixels;
-            multiply_reduce<C>(slope_sums + first, sample.coefficients, 1, tokens, sample.attention, kPixels,
-                               rows, slope_part, kPixels, width);
-            multiply_pixels<C>(grad_attention, kPixels, grad_attention, kPixels, tokens,
-                               Matrix<C>{sample.slopes + first, sample.coefficients, 1}, rows, slope_part,
-                               kPixels, width);
-            if (with_intercepts) {
-              multiply_reduce<C>(intercept_sums + first, sample.coefficients, 1, tokens, sample.attention,
-                                 kPixels, rows, intercept_part, kPixels, width);
-              multiply_pixels<C>(grad_attention, kPixels, grad_attention, kPixels, tokens,
-                                 Matrix<C>{sample.intercepts + first, sample.coefficients, 1}, rows,
-                                 intercept_part, kPixels, width);
-            }
-          }
-          if (c + rows == channels) {
-            const FeatureMap<T> map{static_cast<T*>(args.grad_attention), tokens * args.pixels, args.pixels,
-                                    1};
-            store_tile<T>(map, b, 0, tokens, p, count, grad_attention, kPixels);
-          }
-        });
+    for_tiles<T>(args, task, start,
+                 [&](int64_t b, int64_t c, int64_t rows, int64_t p, int64_t count, int64_t width) {
+                   sample.mix(c, rows, width);
+                   const Tile<C> x = load_tile<T>(args.x.as<const T>(), b, c, rows, p, count, sample.x);
+                   const Tile<C> g = load_tile<T>(args.grad_y.as<const T>(), b, c, rows, p, count, sample.g);
+                   for (int64_t i = 0; i < rows; ++i) {
+                     for (int64_t j = 0; j < width; j += n) {
+                       const vec<C> value = load(x.data + i * x.stride + j);
+                       for (int64_t k = 0; k < functions; ++k) {
+                         values[k] = value * sample.slope(k, i, j) + sample.intercept(k, i, j);
+                       }
+                       split_gradient<0, C>(load(g.data + i * g.stride + j), values, parts, functions);
+                       vec<C> out{};
+                       for (int64_t k = 0; k < functions; ++k) {
+                         if (count - j < n) parts[k] = first_lanes<C>(count - j) ? parts[k] : vec<C>{};
+                         out += sample.slope(k, i, j) * parts[k];
+                         store(slope_parts + (k * kChannels + i) * kPixels + j, value * parts[k]);
+                         store(intercept_parts + (k * kChannels + i) * kPixels + j, parts[k]);
+                       }
+                       store(sample.y + i * kPixels + j, out);
+                     }
+                   }
+                   store_tile<T>(args.grad_x.as<T>(), b, c, rows, p, count, sample.y, kPixels);
+                   for (int64_t k = 0; k < functions; ++k) {
+                     const int64_t first = k * channels + c;
+                     const C* slope_part = slope_parts + k * kChannels * kPixels;
+                     const C* intercept_part = intercept_parts + k * kChannels * kPixels;
+                     multiply_reduce<C>(slope_sums + first, sample.coefficients, 1, tokens, sample.attention,
+                                        kPixels, rows, slope_part, kPixels, width);
+                     multiply_pixels<C>(grad_attention, kPixels, grad_attention, kPixels, tokens,
+                                        Matrix<C>{sample.slopes + first, sample.coefficients, 1}, rows,
+                                        slope_part, kPixels, width);
+                     if (with_intercepts) {
+                       multiply_reduce<C>(intercept_sums + first, sample.coefficients, 1, tokens,
+                                          sample.attention, kPixels, rows, intercept_part, kPixels, width);
+                       multiply_pixels<C>(grad_attention, kPixels, grad_attention, kPixels, tokens,
+                                          Matrix<C>{sample.intercepts + first, sample.coefficients, 1}, rows,
+                                          intercept_part, kPixels, width);
+                     }
+                   }
+                   if (c + rows == channels) {
+                     const FeatureMap<T> map{static_cast<T*>(args.grad_attention), tokens * args.pixels,
+                                             args.pixels, 1};
+                     store_tile<T>(map, b, 0, tokens, p, count, grad_attention, kPixels);
+                   }
+                 });
   }
 }
 
@@ -478,9 +476,8 @@ void forward(const DynamicReluArgs& args, int64_t begin, int64_t end) {
 template <class T>
 void backward(const DynamicReluArgs& args, int64_t begin, int64_t end) {
   if (args.tokens > 0) return backward_mixed<T>(args, begin, end);
-  with_functions(args.functions, [&](auto functions) {
-    backward_shared<T, decltype(functions)::value>(args, begin, end);
-  });
+  with_functions(args.functions,
+                 [&](auto functions) { backward_shared<T, decltype(functions)::value>(args, begin, end); });
 }
 
 }  // namespace

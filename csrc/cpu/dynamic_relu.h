@@ -10,11 +10,11 @@ namespace mfk {
 struct DynamicReluArgs {
   Dtype dtype;
   int64_t batch, channels, pixels, functions;
-  int64_t tokens;        // M, or 0 without attention
-  AnyMap x;              // read
-  AnyMap y;              // forward: written
-  AnyMap grad_y;         // backward: read; strides of the same kind as those of x
-  AnyMap grad_x;         // backward: written; likewise
+  int64_t tokens;          // M, or 0 without attention
+  AnyMap x;                // read
+  AnyMap y;                // forward: written
+  AnyMap grad_y;           // backward: read; strides of the same kind as those of x
+  AnyMap grad_x;           // backward: written; likewise
   const void* slopes;      // contiguous
   const void* intercepts;  // contiguous, or null
   const void* attention;   // contiguous (B,M,P), or null
@@ -23,7 +23,7 @@ struct DynamicReluArgs {
   int64_t splits, split;
   double* partial_slopes;
   double* partial_intercepts;  // or null
-  void* grad_attention;      // contiguous, or null
+  void* grad_attention;        // contiguous, or null
 };
 
 // Tasks: forward, one a row (B * C) where x has stride_p == 1, else one a pixel (B * P); with attention,

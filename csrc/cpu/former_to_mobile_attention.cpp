@@ -111,7 +111,8 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
         });
         for (int64_t m = 0; m < tokens; ++m) {
           C* grad = grad_logits + m * width + j;
-          store(grad, load(weights + m * width + j) * (load(grad) - mean) * scale);  // of x k, not of the logits
+          store(grad,
+                load(weights + m * width + j) * (load(grad) - mean) * scale);  // of x k, not of the logits
         }
       }
       multiply_pixels<C>(grad_x, width, g.data, g.stride, depth, Matrix<C>{k, 1, depth}, tokens, grad_logits,

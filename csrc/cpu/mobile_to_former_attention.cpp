@@ -19,7 +19,8 @@ FeatureMap<T> logits_of(void* data, const MobileToFormerArgs& args) {
 template <class C>
 void multiply_logits(C* logits, const C* q, C scale, int64_t tokens, int64_t depth, const Tile<C>& x,
                      int64_t width) {
-  multiply_pixels<C>(logits, width, nullptr, 0, tokens, Matrix<C>{q, depth, 1}, depth, x.data, x.stride, width);
+  multiply_pixels<C>(logits, width, nullptr, 0, tokens, Matrix<C>{q, depth, 1}, depth, x.data, x.stride,
+                     width);
   for (int64_t i = 0; i < tokens * width; i += kLanes<C>) store(logits + i, load(logits + i) * scale);
 }
 
@@ -144,8 +145,8 @@ void backward_weights(const MobileToFormerArgs& args, int64_t begin, int64_t end
       const Tile<C> x =
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
       multiply_logits<C>(weights, q, scale, tokens, depth, x, width);
-      multiply_pixels<C>(grad_weights, width, nullptr, 0, tokens, Matrix<C>{grad_out, depth, 1}, depth, x.data,
-                         x.stride, width);
+      multiply_pixels<C>(grad_weights, width, nullptr, 0, tokens, Matrix<C>{grad_out, depth, 1}, depth,
+                         x.data, x.stride, width);
       for (int64_t m = 0; m < tokens; ++m) {
         const C largest = stats[2 * m], norm = 1 / stats[2 * m + 1];
         WideSum<C> sum;
@@ -208,8 +209,8 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
       multiply_pixels<C>(grad_x, width, nullptr, 0, depth, Matrix<C>{q, 1, depth}, tokens, grad_logits, width,
                          width);
       if (args.grad_out != nullptr) {
-        multiply_pixels<C>(grad_x, width, grad_x, width, depth, Matrix<C>{grad_out, 1, depth}, tokens, weights,
-                           width, width);
+        multiply_pixels<C>(grad_x, width, grad_x, width, depth, Matrix<C>{grad_out, 1, depth}, tokens,
+                           weights, width, width);
       }
       store_tile<T>(args.grad_x.as<T>(), task.b, task.head * depth, depth, p, count, grad_x, width);
       multiply_reduce<C>(partial, depth, 1, tokens, grad_logits, width, depth, x.data, x.stride, width);

@@ -11,16 +11,16 @@ struct MobileToFormerArgs {
   int64_t batch, channels, pixels, tokens, heads;
   double scale;
   AnyMap x;
-  const void* q;   // (B,M,C), contiguous
-  void* logits;    // (B,heads,M,P), contiguous, or null
+  const void* q;  // (B,M,C), contiguous
+  void* logits;   // (B,heads,M,P), contiguous, or null
   // A head's pixels are done in `splits` parts of `split` pixels, tile by tile of `tile` pixels. Partial
   // results, one a task: forward (M, 2 + C/heads): maximum, sum, weighted sum of x;
   // backward (M, C/heads): gradient of q.
   int64_t splits, split, tile;
   double* partial;
   // Backward.
-  const void* grad_out;     // (B,M,C), contiguous, or null
-  const void* grad_logits;  // (B,heads,M,P), contiguous, or null
+  const void* grad_out;       // (B,M,C), contiguous, or null
+  const void* grad_logits;    // (B,heads,M,P), contiguous, or null
   const void* softmax_stats;  // (B,heads,M,2), contiguous, in the compute type
   // What the first step of the backward pass leaves to the second, one a task: the softmax weights P and
   // their gradients dP, both M rows tile by tile in `room` numbers of the compute type; and sum_p P dP, (M).
@@ -35,7 +35,7 @@ struct MobileToFormerCombineArgs {
   Dtype dtype;
   int64_t channels, tokens, heads, splits;
   const double* partial;
-  void* out;        // (B,M,C)
+  void* out;  // (B,M,C)
   // (B,heads,M,2), in the compute type: each row's largest logit, and the sum of exp(logit - largest).
   // Not their logsumexp, which would round every weight by the last place of the largest logit.
   void* softmax_stats;

@@ -118,8 +118,8 @@ void multiply_pixels(C* out, int64_t out_stride, const C* start, int64_t start_s
 // out[i * out_row + j * out_column] += sum_p a[i][p] * b[j][p] for i < rows, j < columns, p < width.
 // No lane sums more than kRun products before the sum goes into a double.
 template <class C>
-void multiply_reduce(double* out, int64_t out_row, int64_t out_column, int64_t rows, const C* a, int64_t a_stride,
-                     int64_t columns, const C* b, int64_t b_stride, int64_t width) {
+void multiply_reduce(double* out, int64_t out_row, int64_t out_column, int64_t rows, const C* a,
+                     int64_t a_stride, int64_t columns, const C* b, int64_t b_stride, int64_t width) {
   constexpr int64_t kRun = 16 * kLanes<C>;
   for (int64_t p = 0; p < width; p += kRun) {
     const int64_t run = width - p < kRun ? width - p : kRun;

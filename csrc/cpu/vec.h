@@ -202,9 +202,7 @@ struct WideSum<float> {
   MFK_INLINE void store_upto(double* p, int64_t n) const;
   MFK_INLINE vec<double> folded() const { return low + high; }
 };
-MFK_INLINE void WideSum<double>::store_upto(double* p, int64_t n) const {
-  MFK_ISA::store_upto(p, lanes, n);
-}
+MFK_INLINE void WideSum<double>::store_upto(double* p, int64_t n) const { MFK_ISA::store_upto(p, lanes, n); }
 MFK_INLINE void WideSum<float>::store_upto(double* p, int64_t n) const {
   MFK_ISA::store_upto(p, low, n);
   if (n > kLanes<double>) MFK_ISA::store_upto(p + kLanes<double>, high, n - kLanes<double>);

@@ -84,12 +84,12 @@ inline AnyMap map_of(const Tensor& t, bool channels_last, Tensor& holder) {
   const int64_t height = t.size(2), width = t.size(3);
   auto pixel_stride = [&](const Tensor& u) { return width > 1 ? u.stride(3) : u.stride(2); };
   const bool one_run = height <= 1 || width <= 1 || t.stride(2) == width * t.stride(3);
-  const bool in_format = channels_last ? t.size(1) <= 1 || t.stride(1) == 1
-                                       : height * width <= 1 || pixel_stride(t) == 1;
+  const bool in_format =
+      channels_last ? t.size(1) <= 1 || t.stride(1) == 1 : height * width <= 1 || pixel_stride(t) == 1;
   holder = t;
   if (!one_run || !in_format) {
-    holder = torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast
-                                                        : MemoryFormat::Contiguous);
+    holder =
+        torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   }
   AnyMap map;
   map.data = holder.data_ptr();

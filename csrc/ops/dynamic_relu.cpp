@@ -69,9 +69,8 @@ Tensor forward(const Tensor& x, const Tensor& slopes, const std::optional<Tensor
     tasks = args.batch * (rows ? args.channels : args.pixels);
     work = rows ? args.pixels : args.channels;
   }
-  torch::stable::parallel_for(0, tasks, grain(work), [&](int64_t begin, int64_t end) {
-    dynamic_relu_forward(args, begin, end);
-  });
+  torch::stable::parallel_for(0, tasks, grain(work),
+                              [&](int64_t begin, int64_t end) { dynamic_relu_forward(args, begin, end); });
   return y;
 }
 
@@ -108,9 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   args.grad_attention = mixed ? grad_attention.data_ptr() : nullptr;
   args.grad_y = map_of(grad_out, channels_last, holder_g);
   args.grad_x = map_of(grad_x, channels_last, holder_x);
-  torch::stable::parallel_for(
-      0, args.batch * splits.count, grain(splits.size * args.channels * std::max<int64_t>(1, args.tokens)),
-      [&](int64_t begin, int64_t end) { dynamic_relu_backward(args, begin, end); });
+  torch::stable::parallel_for(0, args.batch * splits.count,
+                              grain(splits.size * args.channels * std::max<int64_t>(1, args.tokens)),
+                              [&](int64_t begin, int64_t end) { dynamic_relu_backward(args, begin, end); });
   return {grad_x, sum_splits(partial_slopes, x, call.coefficients),
           intercepts.has_value() ? sum_splits(partial_intercepts, x, call.coefficients) : none,
           grad_attention};

@@ -55,8 +55,7 @@ Tensor forward(const Tensor& x, const Tensor& k, const Tensor& v, int64_t num_he
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& x, const Tensor& k,
-                                            const Tensor& v, int64_t num_heads,
-                                            std::optional<double> scale) {
+                                            const Tensor& v, int64_t num_heads, std::optional<double> scale) {
   Call call(x, k, v, num_heads, scale);
   check_argument(kOp, "grad_out", grad_out, x, shape_of(x));
   FormerToMobileArgs& args = call.args;

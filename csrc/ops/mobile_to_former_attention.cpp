@@ -56,8 +56,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& q, int
   torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
     mobile_to_former_forward(args, begin, end);
   });
-  MobileToFormerCombineArgs last{args.dtype,      args.channels,   args.tokens, args.heads, args.splits,
-                                 partial.const_data_ptr<double>(), out.data_ptr(), softmax_stats.data_ptr()};
+  MobileToFormerCombineArgs last{args.dtype,     args.channels,
+                                 args.tokens,    args.heads,
+                                 args.splits,    partial.const_data_ptr<double>(),
+                                 out.data_ptr(), softmax_stats.data_ptr()};
   mobile_to_former_combine(last, 0, args.batch * num_heads);
   return {out, logits, softmax_stats};
 }
@@ -85,12 +87,12 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
   }
   const int64_t depth = args.channels / num_heads;
   Tensor grad_x = empty_map(x), holder;
-  Tensor partial =
-      empty({args.batch, num_heads, args.splits, args.tokens, depth}, ScalarType::Double, x);
+  Tensor partial = empty({args.batch, num_heads, args.splits, args.tokens, depth}, ScalarType::Double, x);
   // A tile's rows are padded to whole vectors, of 16 numbers at most.
   args.room = args.tokens * std::min(args.split, (args.pixels + 15) / 16 * 16);
   const ScalarType sums = compute_type(x);
-  Tensor weights = empty({call.tasks(), args.room}, sums, x), grad_weights = empty({call.tasks(), args.room}, sums, x);
+  Tensor weights = empty({call.tasks(), args.room}, sums, x),
+         grad_weights = empty({call.tasks(), args.room}, sums, x);
   Tensor products = empty({call.tasks(), args.tokens}, ScalarType::Double, x);
   args.weights = weights.data_ptr();
   args.grad_weights = grad_weights.data_ptr();

@@ -77,7 +77,7 @@ def _find_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     if others or not state_dict:
         raise TypeError(
             "load_released: expected names and tensors, or a checkpoint with them under "
-            f"{', '.join(_KEYS)}; got {'an empty mapping' if not state_dict else f'other values at {others[:5]}'}"
+            f"{', '.join(_KEYS)}; got {f'other values at {others[:5]}' if others else 'an empty mapping'}"
         )
     prefix = "module."
     if all(name.startswith(prefix) for name in state_dict):

@@ -77,6 +77,7 @@ class MobileFormer(nn.Module):
         **block: Any,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels
         tokens: dict[str, Any] = dict(token_dim=token_dim, token_num=token_num)
         self.tokens = nn.Embedding(token_num, token_dim)
         self.stem = nn.Sequential(
@@ -136,7 +137,7 @@ class MobileFormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("MobileFormer", "x", x, "B C H W")
-        check_channels("MobileFormer", x, self.stem[0].in_channels)
+        check_channels("MobileFormer", x, self.in_channels)
         tokens = self.tokens.weight[:, None].expand(-1, x.shape[0], -1)
         x, tokens = self.features((self.stem(x), tokens))
         tokens, _ = self.local_global(x, tokens, return_logits=False)
@@ -190,7 +191,8 @@ class MobileFormer(nn.Module):
             kind, e1, channels, repeat, stride, e2 = row
             if kind not in ("DnaBlock", "DnaBlock3"):
                 raise ValueError(
-                    f"from_released: block_args[{index}] must begin with 'DnaBlock' or 'DnaBlock3', got {kind!r}"
+                    f"from_released: block_args[{index}] must begin with 'DnaBlock' or 'DnaBlock3', "
+                    f"got {kind!r}"
                 )
             divisor = 8 if width_mult > 1.01 and index > 0 else 4
             width = _make_divisible(channels * width_mult, divisor)
@@ -211,7 +213,7 @@ class MobileFormer(nn.Module):
             class_tokens=cls_token_num,
             head_activation="dynamic_relu" if last_act == "dyrelu" else "relu6",
             dropout=drop_rate,
-            drop_branch=tuple(gbr_drop),
+            drop_branch=(gbr_drop[0], gbr_drop[1]),
             drop_path=drop_path_rate,
             depthwise=dw_conv,
             before_skip=gbr_before_skip,

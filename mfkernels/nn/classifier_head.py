@@ -79,16 +79,16 @@ class ClassifierHead(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, num_classes))
 
     def forward(self, x: Tensor | Pair, tokens: Tensor | None = None) -> Tensor:
-        x, tokens = map_and_tokens("ClassifierHead", x, tokens, self.token_dim)
-        check_channels("ClassifierHead", x, self.channels)
+        pixels, tokens = map_and_tokens("ClassifierHead", x, tokens, self.token_dim)
+        check_channels("ClassifierHead", pixels, self.channels)
         if tokens.shape[0] < self.class_tokens:
             raise ValueError(
                 f"ClassifierHead: needs {self.class_tokens} class tokens, "
                 f"got tokens of shape {tuple(tokens.shape)}"
             )
-        x = self.conv(x)
-        x = self.act(x, self.hyper(tokens)) if self.act.num_functions else self.act(x)
-        pooled = F.hardswish(x.mean(dim=(2, 3)))
+        pixels = self.conv(pixels)
+        pixels = self.act(pixels, self.hyper(tokens)) if self.act.num_functions else self.act(pixels)
+        pooled = F.hardswish(pixels.mean(dim=(2, 3)))
         if self.class_tokens > 0:
             parts = [pooled, *tokens[: self.class_tokens]]
         elif self.class_tokens == 0:
@@ -100,7 +100,7 @@ class ClassifierHead(nn.Module):
         return self.classifier(self.fc(torch.cat(parts, dim=1)))
 
     def _drop(self, pooled: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        # One random number for both, from opposite ends: never are both dropped, if the rates sum to at most 1.
+        # One random number for both, from opposite ends: never are both dropped, if the rates sum to 1.
         drop_pooled, drop_token = self.drop_branch
         random = torch.rand(pooled.shape[0], 1, dtype=pooled.dtype, device=pooled.device)
         keep_pooled, keep_token = random >= drop_pooled, random < 1 - drop_token

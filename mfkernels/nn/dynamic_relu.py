@@ -31,7 +31,9 @@ class HyperNetwork(nn.Module):
     def __init__(self, token_dim: int, outputs: int, *, token_id: int = 0, reduction: int = 4) -> None:
         super().__init__()
         if token_id < -1:
-            raise ValueError(f"HyperNetwork: token_id must be -1 (all) or the index of a token, got {token_id}")
+            raise ValueError(
+                f"HyperNetwork: token_id must be -1 (all) or the index of a token, got {token_id}"
+            )
         self.token_dim, self.token_id = token_dim, token_id
         hidden = token_dim // reduction
         self.hyper = nn.Sequential(
@@ -88,7 +90,7 @@ class DynamicReLU(nn.Module):
             x = F.relu6(x)
         if functions == 0:
             return x
-        self._check(x, theta, attention)
+        theta = self._checked(x, theta, attention)
         if attention is not None:
             theta, attention = self._with_constant(theta, attention)
             return ops.dynamic_relu(x, theta, attention=attention)
@@ -100,7 +102,7 @@ class DynamicReLU(nn.Module):
             slopes = slopes - _offset(slopes)
         return ops.dynamic_relu(x, slopes)
 
-    def _check(self, x: Tensor, theta: Tensor | None, attention: Tensor | None) -> None:
+    def _checked(self, x: Tensor, theta: Tensor | None, attention: Tensor | None) -> Tensor:
         if theta is None:
             raise TypeError(f"DynamicReLU: theta must be given for {self.num_functions} functions")
         outputs = self.num_functions * x.shape[1]
@@ -111,6 +113,7 @@ class DynamicReLU(nn.Module):
             if attention is not None:
                 expected = f"({x.shape[0]}, T, {outputs})"
             raise ValueError(f"DynamicReLU: theta must have shape {expected}, got {tuple(theta.shape)}")
+        return theta
 
     def _with_constant(self, theta: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
         """Slopes (B, T, m, C) for the mix, in which a2 = 2 sum(attention theta) - 1.

@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 from .drop_path import DropPath
 from .gate import gate_layer
-from .inputs import check_mixing, check_tokens
+from .inputs import check_mixing, check_tokens, needed
 
 
 class Former(nn.Module):
@@ -47,7 +47,7 @@ class Former(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        check_mixing("Former", mixing, token_num)
+        check_mixing("Former", mixing)
         if token_dim % num_heads:
             raise ValueError(f"Former: num_heads must divide token_dim = {token_dim}, got {num_heads}")
         self.token_dim, self.num_heads = token_dim, num_heads
@@ -59,10 +59,9 @@ class Former(nn.Module):
         if gate:
             self.alpha = gate_layer(token_dim, token_dim)
         if "mlp" in mixing:
-            hidden = token_num * mlp_expansion
-            self.token_mlp = nn.Sequential(
-                nn.Linear(token_num, hidden), nn.GELU(), nn.Linear(hidden, token_num)
-            )
+            tokens = needed("Former", mixing, "token_num", token_num)
+            hidden = tokens * mlp_expansion
+            self.token_mlp = nn.Sequential(nn.Linear(tokens, hidden), nn.GELU(), nn.Linear(hidden, tokens))
         if "attn" in mixing:
             self.q = nn.Linear(token_dim, token_dim)
         self.channel_mlp = nn.Linear(token_dim, token_dim)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from .. import ops
 from .drop_path import DropPath
 from .gate import gate_layer
-from .inputs import Pair, check_channels, check_mixing, check_positions, map_and_tokens
+from .inputs import Pair, check_channels, check_mixing, check_positions, map_and_tokens, needed
 
 
 class FormerToMobile(nn.Module):
@@ -49,13 +49,13 @@ class FormerToMobile(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        check_mixing("FormerToMobile", mixing, positions)
+        check_mixing("FormerToMobile", mixing)
         self.channels, self.token_dim, self.token_num = channels, token_dim, token_num
         self.num_heads = num_heads
         if gate:
             self.alpha = gate_layer(token_dim, channels)
         if "mlp" in mixing:
-            self.mlp = nn.Linear(token_num, positions)
+            self.mlp = nn.Linear(token_num, needed("FormerToMobile", mixing, "positions", positions))
         if "attn" in mixing:
             self.k = nn.Linear(token_dim, channels)
         self.proj = nn.Linear(token_dim, channels)

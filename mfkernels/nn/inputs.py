@@ -12,20 +12,19 @@ def map_and_tokens(module: str, x: Tensor | Pair, tokens: Tensor | None, token_d
 
     Raises as the modules' docstrings say.
     """
-    if tokens is None:
-        if not isinstance(x, (tuple, list)) or len(x) != 2:
-            raise TypeError(
-                f"{module}: expected x and tokens, or one pair (x, tokens), got {type(x).__name__} alone"
-            )
-        x, tokens = x
-    check_tensor(module, "x", x, "B C H W")
-    check_tokens(module, tokens, token_dim)
-    if tokens.shape[1] != x.shape[0]:
+    pair = (x, tokens) if tokens is not None else x
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(
+            f"{module}: expected x and tokens, or one pair (x, tokens), got {type(x).__name__} alone"
+        )
+    feature_map = check_tensor(module, "x", pair[0], "B C H W")
+    tokens = check_tokens(module, pair[1], token_dim)
+    if tokens.shape[1] != feature_map.shape[0]:
         raise ValueError(
             f"{module}: tokens (T, B, d) and x (B, C, H, W) must have the same batch size, "
-            f"got {tuple(tokens.shape)} and {tuple(x.shape)}"
+            f"got {tuple(tokens.shape)} and {tuple(feature_map.shape)}"
         )
-    return x, tokens
+    return feature_map, tokens
 
 
 def check_tokens(module: str, tokens: object, token_dim: int) -> Tensor:
@@ -51,8 +50,13 @@ def check_positions(module: str, height: int, width: int, positions: int) -> Non
         )
 
 
-def check_mixing(module: str, mixing: str, positions: int | None) -> None:
+def check_mixing(module: str, mixing: str) -> None:
     if mixing not in ("attn", "mlp", "mlp_attn"):
         raise ValueError(f"{module}: mixing must be 'attn', 'mlp' or 'mlp_attn', got {mixing!r}")
-    if "mlp" in mixing and positions is None:
-        raise ValueError(f"{module}: mixing {mixing!r} needs positions, the number of pixels of its map")
+
+
+def needed(module: str, mixing: str, name: str, value: int | None) -> int:
+    """The argument `name`, which `mixing` cannot do without."""
+    if value is None:
+        raise ValueError(f"{module}: mixing {mixing!r} needs {name}, got None")
+    return value

@@ -1,6 +1,7 @@
-"""The blocks of Mobile-Former: a bottleneck of convolutions (Mobile), tokens (Former), and the two bridges."""
+"""The blocks of Mobile-Former: a bottleneck of convolutions (Mobile), tokens (Former), and two bridges."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class _TokenBlock(nn.Module, ABC):
         positions: int | None = None,
         local_projection: bool = False,
         drop_path: float = 0.0,
+        depthwise: str = "dw",
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -54,16 +56,14 @@ class _TokenBlock(nn.Module, ABC):
         self.token_dim, self.token_id = token_dim, token_id
         self.skip = stride == 1 and in_channels == out_channels
         self._hyper_options: dict[str, int] = dict(token_id=token_id, reduction=hyper_reduction)
-        self._add_mobile(in_channels, out_channels, expansion, se_flag, groups, kernel_size)
+        self._add_mobile(in_channels, out_channels, expansion, se_flag, groups, kernel_size, depthwise)
         self.drop_path = DropPath(drop_path)
         common: dict[str, Any] = dict(token_num=token_num, mixing=mixing, drop_path=drop_path)
         bridge: dict[str, Any] = dict(num_heads=num_heads, local_projection=local_projection, **common)
         self.local_global = MobileToFormer(
             in_channels, token_dim, gate=gates[0], positions=positions, **bridge
         )
-        self.global_block = Former(
-            token_dim, gate=gates[1], ffn=ffn, mlp_expansion=mlp_expansion, **common
-        )
+        self.global_block = Former(token_dim, gate=gates[1], ffn=ffn, mlp_expansion=mlp_expansion, **common)
         out_positions = None if positions is None else positions // stride**2
         self.global_local = FormerToMobile(
             out_channels, token_dim, gate=gates[2], positions=out_positions, **bridge
@@ -78,6 +78,7 @@ class _TokenBlock(nn.Module, ABC):
         se_flag: tuple[int, int, int, int],
         groups: int,
         kernel_size: tuple[int, int],
+        depthwise: str,
     ) -> None:
         """Make the convolutions, activations and hyper networks."""
 
@@ -99,13 +100,13 @@ class _TokenBlock(nn.Module, ABC):
             return nn.Identity()
         return HyperNetwork(self.token_dim, channels * functions, **self._hyper_options)
 
-    def _attention(self, logits: Tensor | None, size: torch.Size) -> Tensor | None:
+    def _attention(self, logits: Tensor | None, size: Sequence[int]) -> Tensor | None:
         """The weights (B, T, H', W') that mix the tokens' coefficients, for a map of `size`."""
         if logits is None:
             return None
         logits = logits.mean(dim=1)
         if self.stride > 1:
-            logits = F.adaptive_avg_pool2d(logits, size)
+            logits = F.adaptive_avg_pool2d(logits, (size[0], size[1]))
         return torch.softmax(logits, dim=1)
 
 
@@ -152,7 +153,7 @@ class MobileFormerBlock(_TokenBlock):
         super().__init__(*args, **kwargs)
         self.before_skip = before_skip
 
-    def _add_mobile(self, inputs, outputs, expansion, se_flag, groups, kernel_size):
+    def _add_mobile(self, inputs, outputs, expansion, se_flag, groups, kernel_size, depthwise):
         hidden = round(inputs * expansion)
 
         def shuffle():
@@ -161,7 +162,7 @@ class MobileFormerBlock(_TokenBlock):
         self.conv1 = nn.Sequential(*pointwise_layers(inputs, hidden, groups), shuffle())
         self.act1 = DynamicReLU(se_flag[0])
         self.hyper1 = self._hyper(hidden, se_flag[0])
-        self.conv2 = nn.Sequential(*depthwise_layers(hidden, hidden, kernel_size[0], self.stride, "dw"))
+        self.conv2 = nn.Sequential(*depthwise_layers(hidden, hidden, kernel_size[0], self.stride, depthwise))
         self.act2 = DynamicReLU(se_flag[2])
         self.hyper2 = self._hyper(hidden, se_flag[2])
         self.conv3 = nn.Sequential(*pointwise_layers(hidden, outputs, groups), shuffle())
@@ -196,27 +197,25 @@ class MobileFormerDownsample(_TokenBlock):
     """
 
     def __init__(self, *args: Any, depthwise: str = "dw", **kwargs: Any) -> None:
-        self._depthwise = depthwise
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, depthwise=depthwise, **kwargs)
 
-    def _add_mobile(self, inputs, outputs, expansion, se_flag, groups, kernel_size):
+    def _add_mobile(self, inputs, outputs, expansion, se_flag, groups, kernel_size, depthwise):
         hidden1, hidden2 = round(inputs * expansion[0]), round(outputs * expansion[1])
-        kind = self._depthwise
 
         def shuffle(channels):
             return nn.ChannelShuffle(channels) if groups > 1 else nn.Identity()
 
         # The maxima of two convolutions are shuffled otherwise: in `groups`, and only the first.
-        max_kind = kind == "maxdw"
+        max_kind = depthwise == "maxdw"
         self.conv1 = nn.Sequential(
-            *depthwise_layers(inputs, hidden1, kernel_size[0], self.stride, kind),
+            *depthwise_layers(inputs, hidden1, kernel_size[0], self.stride, depthwise),
             shuffle(groups if max_kind else inputs),
         )
         self.act1 = DynamicReLU(se_flag[0])
         self.hyper1 = self._hyper(hidden1, se_flag[0])
         self.conv2 = nn.Sequential(*pointwise_layers(hidden1, outputs, groups))
         self.conv3 = nn.Sequential(
-            *depthwise_layers(outputs, hidden2, kernel_size[1], 1, kind),
+            *depthwise_layers(outputs, hidden2, kernel_size[1], 1, depthwise),
             nn.Identity() if max_kind else shuffle(outputs),
         )
         self.act3 = DynamicReLU(se_flag[2])

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from .. import ops
 from .drop_path import DropPath
 from .gate import gate_layer
-from .inputs import Pair, check_channels, check_mixing, check_positions, map_and_tokens
+from .inputs import Pair, check_channels, check_mixing, check_positions, map_and_tokens, needed
 
 
 class MobileToFormer(nn.Module):
@@ -50,14 +50,15 @@ class MobileToFormer(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        check_mixing("MobileToFormer", mixing, positions)
-        if "mlp" in mixing and token_num is None:
-            raise ValueError(f"MobileToFormer: mixing {mixing!r} needs token_num")
+        check_mixing("MobileToFormer", mixing)
         self.channels, self.token_dim, self.num_heads = channels, token_dim, num_heads
         if gate:
             self.alpha = gate_layer(token_dim, channels)
         if "mlp" in mixing:
-            self.mlp = nn.Linear(positions, token_num)
+            self.mlp = nn.Linear(
+                needed("MobileToFormer", mixing, "positions", positions),
+                needed("MobileToFormer", mixing, "token_num", token_num),
+            )
         if "attn" in mixing:
             self.q = nn.Linear(token_dim, channels)
         self.proj = nn.Linear(channels, token_dim)
@@ -83,14 +84,13 @@ class MobileToFormer(nn.Module):
         if hasattr(self, "alpha"):
             gathered = gathered * (2 * self.alpha(tokens))
         tokens = self.layer_norm(tokens + self.drop_path(self.proj(gathered)))
-        return tokens, logits
+        return tokens, logits if return_logits else None
 
     def _attend(self, x: Tensor, q: Tensor, return_logits: bool) -> tuple[Tensor, Tensor | None]:
         if hasattr(self, "k"):
             return self._attend_projected(x, q)
-        if return_logits:
-            return ops.mobile_to_former_attention(x, q, self.num_heads, return_logits=True)
-        return ops.mobile_to_former_attention(x, q, self.num_heads), None
+        out = ops.mobile_to_former_attention(x, q, self.num_heads, return_logits=return_logits)
+        return out if isinstance(out, tuple) else (out, None)
 
     def _attend_projected(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         batch, channels, height, width = x.shape

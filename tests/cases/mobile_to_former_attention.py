@@ -42,9 +42,7 @@ def make(shape, generator) -> Sample:
     B, C, H, W, M = (shape[k] for k in "BCHWM")
     return Sample(
         dict(x=normal(generator, B, C, H, W), q=normal(generator, B, M, C)),
-        dict(
-            num_heads=shape["heads"], scale=shape.get("scale"), return_logits=shape.get("logits", False)
-        ),
+        dict(num_heads=shape["heads"], scale=shape.get("scale"), return_logits=shape.get("logits", False)),
     )
 
 

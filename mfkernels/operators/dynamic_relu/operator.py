@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...checks import check_like, check_shape, check_tensor
+from ...checks import check_like, check_shape, check_tensor, match_autocast
 from ..layout import empty_map, once
 from .reference import dynamic_relu_reference
 
@@ -24,7 +24,8 @@ def dynamic_relu(
         intercepts: None for zeros, or of the shape of `slopes`.
         attention: None, or (B, M, H, W), M >= 1. Need not sum to one.
 
-    All of one dtype (kernels: float32, float64, bfloat16) and on one device.
+    All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
+    differ, and the widest dtype is taken.
 
     Returns:
         (B, C, H, W) in x's dtype and memory format. Where several functions attain the maximum, the
@@ -37,6 +38,7 @@ def dynamic_relu(
     Source: Chen et al., Mobile-Former, CVPR 2022, section 3.2 (dynamic ReLU from a token) and
     equation 3 (spatial-aware); Chen et al., Dynamic ReLU, ECCV 2020, equation 2.
     """
+    x, slopes, intercepts, attention = match_autocast(x, slopes, intercepts, attention)
     _check(x, slopes, intercepts, attention)
     if backends.use_kernels(OP, x):
         return torch.ops.mfkernels.dynamic_relu(x, slopes, intercepts, attention)
@@ -46,6 +48,7 @@ def dynamic_relu(
 def _check(x: Tensor, slopes: Tensor, intercepts: Tensor | None, attention: Tensor | None) -> None:
     check_tensor(OP, "x", x, "B C H W")
     batch, channels, height, width = x.shape
+    shape: tuple[int, ...]
     if attention is None:
         check_tensor(OP, "slopes", slopes, "B K C")
         axes, shape = "B K C", (batch, slopes.shape[1], channels)

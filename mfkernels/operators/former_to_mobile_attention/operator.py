@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...checks import check_heads, check_like, check_shape, check_tensor
+from ...checks import check_heads, check_like, check_shape, check_tensor, match_autocast
 from ..layout import empty_map, once
 from .reference import former_to_mobile_attention_reference
 
@@ -24,7 +24,8 @@ def former_to_mobile_attention(
         num_heads: number of heads, a divisor of C.
         scale: factor of the logits, by default `(C / num_heads) ** -0.5`.
 
-    All of one dtype (kernels: float32, float64, bfloat16) and on one device.
+    All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
+    differ, and the widest dtype is taken.
 
     Returns:
         (B, C, H, W) in x's dtype and memory format. The gradient of a constant added to all of `k` is
@@ -36,6 +37,7 @@ def former_to_mobile_attention(
 
     Source: Chen et al., Mobile-Former, CVPR 2022, equation 2, without its projections.
     """
+    x, k, v = match_autocast(x, k, v)
     _check(x, k, v, num_heads)
     if backends.use_kernels(OP, x):
         return torch.ops.mfkernels.former_to_mobile_attention(x, k, v, num_heads, scale)

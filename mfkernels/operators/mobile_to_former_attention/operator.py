@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...checks import check_heads, check_like, check_shape, check_tensor
+from ...checks import check_heads, check_like, check_shape, check_tensor, match_autocast
 from ..layout import empty_map, once
 from .reference import mobile_to_former_attention_reference
 
@@ -25,7 +25,8 @@ def mobile_to_former_attention(
         scale: factor of the logits, by default `(C / num_heads) ** -0.5`.
         return_logits: also return the scaled logits before the softmax.
 
-    All of one dtype (kernels: float32, float64, bfloat16) and on one device.
+    All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
+    differ, and the widest dtype is taken.
 
     Returns:
         (B, M, C); with `return_logits` the pair of it and (B, num_heads, M, H, W).
@@ -36,6 +37,7 @@ def mobile_to_former_attention(
 
     Source: Chen et al., Mobile-Former, CVPR 2022, equation 1, without its projections.
     """
+    x, q = match_autocast(x, q)
     _check(x, q, num_heads)
     if backends.use_kernels(OP, x):
         out, logits, _ = torch.ops.mfkernels.mobile_to_former_attention(x, q, num_heads, scale, return_logits)

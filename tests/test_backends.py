@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+import mfkernels
+from mfkernels import current_backend, native, ops, use_backend
+
+
+def test_nesting_and_exceptions():
+    assert current_backend() == "auto"
+    with use_backend("reference"):
+        assert current_backend() == "reference"
+        with pytest.raises(KeyError), use_backend("cpu"):
+            assert current_backend() == "cpu"
+            raise KeyError
+        assert current_backend() == "reference"
+    assert current_backend() == "auto"
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_lists_every_reason(name):
+    x = torch.ones(1, 4, 2, 2)
+    with use_backend(name), pytest.raises(RuntimeError) as error:
+        ops.dynamic_relu(x, torch.ones(1, 2, 4))
+    for part in (
+        "dynamic_relu",
+        "reference: can run",
+        "cpu: can run",
+        "triton: mfkernels has",
+        "cuda: mfkernels",
+    ):
+        assert part in str(error.value)
+
+
+def test_dtypes_without_kernels_run_the_reference():
+    x, slopes = torch.randn(1, 4, 2, 2).half(), torch.randn(1, 2, 4).half()
+    with use_backend("reference"):
+        expected = ops.dynamic_relu(x, slopes)
+    assert torch.equal(ops.dynamic_relu(x, slopes), expected)
+    with (
+        use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"float32, float64 and bfloat16, got torch\.float16"),
+    ):
+        ops.dynamic_relu(x, slopes)
+
+
+def test_the_choice_is_seen(monkeypatch):
+    """Which code runs, not only what it returns."""
+    seen = []
+    registered = torch.ops.mfkernels.dynamic_relu
+    monkeypatch.setattr(torch.ops.mfkernels, "dynamic_relu", lambda *a: seen.append(1) or registered(*a))
+    x, slopes = torch.randn(1, 4, 2, 2), torch.randn(1, 2, 4)
+    for name, kernels in (("reference", False), ("cpu", True), ("auto", True)):
+        seen.clear()
+        with use_backend(name):
+            ops.dynamic_relu(x, slopes)
+        assert bool(seen) == kernels, name
+
+
+def test_compiled_code_follows_the_choice():
+    x, slopes = torch.randn(1, 4, 2, 2), torch.randn(1, 2, 4)
+    compiled = torch.compile(lambda: ops.dynamic_relu(x, slopes), backend="eager", fullgraph=True)
+    compiled()
+    with use_backend("triton"), pytest.raises(Exception, match="no Triton kernels"):
+        compiled()
+
+
+def test_gradients_of_gradients_on_the_reference():
+    x = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    with use_backend("reference"):
+        assert torch.autograd.gradgradcheck(lambda x, q: ops.mobile_to_former_attention(x, q, 1), (x, q))
+
+
+def test_autocast_takes_mixed_dtypes():
+    """Under autocast the queries come in bfloat16, and the map perhaps in float32."""
+    block = mfkernels.nn.MobileFormerBlock(8, 8, expansion=2, token_dim=16, token_num=3)
+    x, tokens = torch.randn(2, 8, 6, 6, requires_grad=True), torch.randn(3, 2, 16)
+    expected, _ = block(x, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = block(x, tokens)
+    out.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
+    assert (out.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_set_instruction_set():
+    before = native.instruction_set()
+    for name in native.supported_instruction_sets():
+        native.set_instruction_set(name)
+        assert native.instruction_set() == name
+    native.set_instruction_set(before)
+    with pytest.raises(ValueError, match=r"must be one of generic, avx2, avx512, got 'sse9'"):
+        native.set_instruction_set("sse9")
+    assert native.instruction_set() == before
+
+
+def test_an_instruction_set_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.setattr(native._C, "supports", lambda name: name == "generic")
+    with pytest.raises(
+        RuntimeError, match="'avx512' cannot run here; this machine and build can run: generic"
+    ):
+        native.set_instruction_set("avx512")

@@ -1,0 +1,219 @@
+"""Every wrong argument gets an exception that names it, says what came and what was expected."""
+
+import re
+
+import pytest
+import torch
+from torch import ones
+
+import mfkernels
+from mfkernels import models, nn, ops
+
+X = ones(2, 8, 4, 5)
+
+
+def relu(x=X, slopes=None, **others):
+    return ops.dynamic_relu(x, ones(2, 3, 8) if slopes is None else slopes, **others)
+
+
+def gather(x=X, q=None, num_heads=2, **others):
+    return ops.mobile_to_former_attention(x, ones(2, 3, 8) if q is None else q, num_heads, **others)
+
+
+def scatter(x=X, k=None, v=None, num_heads=2):
+    k, v = ones(2, 3, 8) if k is None else k, ones(2, 3, 8) if v is None else v
+    return ops.former_to_mobile_attention(x, k, v, num_heads)
+
+
+CALLS = {
+    # dynamic_relu
+    "relu no tensor": (lambda: relu(x=[1.0]), TypeError, "x must be a tensor, got list"),
+    "relu integers": (
+        lambda: relu(x=X.int()),
+        TypeError,
+        "x must have a floating-point dtype, got torch.int32",
+    ),
+    "relu sparse": (
+        lambda: relu(x=X.to_sparse()),
+        TypeError,
+        "x must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    "relu dimensions": (
+        lambda: relu(x=X[0]),
+        ValueError,
+        "x must have 4 dimensions (B, C, H, W), got shape (8, 4, 5)",
+    ),
+    "relu channels": (
+        lambda: relu(slopes=ones(2, 3, 7)),
+        ValueError,
+        "slopes must have shape (B, K, C) = (2, 3, 8), got (2, 3, 7)",
+    ),
+    "relu functions": (
+        lambda: relu(slopes=ones(2, 0, 8)),
+        ValueError,
+        "slopes must hold at least one function",
+    ),
+    "relu intercepts": (lambda: relu(intercepts=ones(2, 2, 8)), ValueError, "intercepts must have shape"),
+    "relu dtype": (
+        lambda: relu(slopes=ones(2, 3, 8).double()),
+        TypeError,
+        "slopes must have the dtype of x, torch.float32, got torch.float64",
+    ),
+    "relu device": (
+        lambda: relu(slopes=ones(2, 3, 8, device="meta")),
+        ValueError,
+        "slopes must be on the device of x, cpu, got meta",
+    ),
+    "relu attention": (
+        lambda: relu(slopes=ones(2, 6, 3, 8), attention=ones(2, 6, 5, 4)),
+        ValueError,
+        "attention must have shape (B, M, H, W) = (2, 6, 4, 5), got (2, 6, 5, 4)",
+    ),
+    "relu attention slopes": (
+        lambda: relu(attention=ones(2, 6, 4, 5)),
+        ValueError,
+        "slopes must have 4 dimensions (B, M, K, C), got shape (2, 3, 8)",
+    ),
+    "relu no tokens": (
+        lambda: relu(slopes=ones(2, 0, 3, 8), attention=ones(2, 0, 4, 5)),
+        ValueError,
+        "attention must have at least one token (M >= 1), got M = 0",
+    ),
+    # mobile_to_former_attention
+    "gather queries": (
+        lambda: gather(q=ones(3, 3, 8)),
+        ValueError,
+        "q must have shape (B, M, C) = (2, 3, 8), got (3, 3, 8)",
+    ),
+    "gather heads": (
+        lambda: gather(num_heads=3),
+        ValueError,
+        "num_heads must be positive and divide the channels of x, got 3 for 8 channels",
+    ),
+    "gather no heads": (lambda: gather(num_heads=0), ValueError, "num_heads must be positive"),
+    "gather heads type": (lambda: gather(num_heads=2.0), TypeError, "num_heads must be an int, got float"),
+    "gather no pixels": (lambda: gather(x=ones(2, 8, 0, 5)), ValueError, "x must have at least one pixel"),
+    "gather dtype": (lambda: gather(q=ones(2, 3, 8).bfloat16()), TypeError, "q must have the dtype of x"),
+    # former_to_mobile_attention
+    "scatter keys": (
+        lambda: scatter(k=ones(2, 8)),
+        ValueError,
+        "k must have 3 dimensions (B, M, C), got shape (2, 8)",
+    ),
+    "scatter values": (
+        lambda: scatter(v=ones(2, 4, 8)),
+        ValueError,
+        "v must have shape (B, M, C) = (2, 3, 8), got (2, 4, 8)",
+    ),
+    "scatter no tokens": (
+        lambda: scatter(k=ones(2, 0, 8), v=ones(2, 0, 8)),
+        ValueError,
+        "k must hold at least one token (M >= 1), got M = 0",
+    ),
+    "scatter heads": (lambda: scatter(num_heads=-2), ValueError, "num_heads must be positive"),
+    # modules
+    "block channels": (
+        lambda: _block()(ones(1, 9, 4, 4), ones(3, 1, 16)),
+        ValueError,
+        "MobileFormerBlock: x must have 8 channels, got shape (1, 9, 4, 4)",
+    ),
+    "block tokens": (
+        lambda: _block()(ones(1, 8, 4, 4), ones(3, 1, 12)),
+        ValueError,
+        "MobileFormerBlock: tokens must have shape (T, B, d) with d = 16, got (3, 1, 12)",
+    ),
+    "block batch": (
+        lambda: _block()(ones(2, 8, 4, 4), ones(3, 1, 16)),
+        ValueError,
+        "tokens (T, B, d) and x (B, C, H, W) must have the same batch size",
+    ),
+    "block alone": (lambda: _block()(ones(2, 8, 4, 4)), TypeError, "expected x and tokens, or one pair"),
+    "block mixing": (
+        lambda: _block(mixing="conv"),
+        ValueError,
+        "mixing must be 'attn', 'mlp' or 'mlp_attn', got 'conv'",
+    ),
+    "block positions": (lambda: _block(mixing="mlp"), ValueError, "mixing 'mlp' needs positions, got None"),
+    "block size": (
+        lambda: _block(mixing="mlp", positions=16)(ones(1, 8, 5, 4), ones(3, 1, 16)),
+        ValueError,
+        "built with position mixing for maps of 16 pixels, got 5 x 4",
+    ),
+    "block token": (lambda: _block(token_id=3), ValueError, "token_id must be below token_num = 3, got 3"),
+    "relu module": (lambda: nn.DynamicReLU()(X, None), TypeError, "DynamicReLU: theta must be given"),
+    "relu module shape": (
+        lambda: nn.DynamicReLU()(X, ones(2, 8)),
+        ValueError,
+        "DynamicReLU: theta must have shape (2, 16) or (2, 16, H, W), got (2, 8)",
+    ),
+    "head classes": (
+        lambda: nn.ClassifierHead(8, 5, features=6, token_dim=16, class_tokens=4)(
+            ones(1, 8, 2, 2), ones(3, 1, 16)
+        ),
+        ValueError,
+        "ClassifierHead: needs 4 class tokens, got tokens of shape (3, 1, 16)",
+    ),
+    # models
+    "model name": (
+        lambda: models.create_model("mobile_former_27m"),
+        ValueError,
+        "name must be one of mobile_former_26m, ",
+    ),
+    "model option": (lambda: models.create_model("mobile_former_26m", tokens=3), TypeError, "'tokens'"),
+    "model file": (
+        lambda: models.create_model("mobile_former_26m", checkpoint="none.pth"),
+        FileNotFoundError,
+        "checkpoint: no file none.pth",
+    ),
+    "model image": (
+        lambda: models.create_model("mobile_former_26m")(ones(1, 4, 32, 32)),
+        ValueError,
+        "MobileFormer: x must have 3 channels, got shape (1, 4, 32, 32)",
+    ),
+    "released kind": (
+        lambda: models.MobileFormer.from_released([["Block", 2, 8, 1, 1, 0]]),
+        ValueError,
+        "block_args[0] must begin with 'DnaBlock' or 'DnaBlock3', got 'Block'",
+    ),
+    "released act": (
+        lambda: models.MobileFormer.from_released([["DnaBlock3", 2, 8, 1, 1, 0]], last_act="gelu"),
+        ValueError,
+        "last_act must be 'relu' or 'dyrelu', got 'gelu'",
+    ),
+    # the rest
+    "backend": (
+        lambda: mfkernels.use_backend("gpu").__enter__(),
+        ValueError,
+        "name must be one of auto, reference, ",
+    ),
+}
+
+
+def _block(**options):
+    return nn.MobileFormerBlock(8, 8, expansion=2, token_dim=16, token_num=3, **options)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_exception_names_the_argument(name):
+    call, kind, message = CALLS[name]
+    with pytest.raises(kind, match=re.escape(message)):
+        call()
+
+
+def test_registered_operators_check_too():
+    """Whoever calls torch.ops directly gets an exception, not a crash."""
+    call = torch.ops.mfkernels
+    for wrong in (
+        lambda: call.dynamic_relu(X, ones(2, 3, 7)),
+        lambda: call.dynamic_relu(X, ones(2, 3, 8).double()),
+        lambda: call.dynamic_relu(X.half(), ones(2, 3, 8).half()),
+        lambda: call.dynamic_relu(X, ones(2, 6, 3, 8), None, ones(2, 6, 5, 4)),
+        lambda: call.dynamic_relu_backward(ones(2, 8, 4, 4), X, ones(2, 3, 8)),
+        lambda: call.mobile_to_former_attention(X, ones(2, 3, 8), 3),
+        lambda: call.mobile_to_former_attention(X, ones(2, 3, 9), 2),
+        lambda: call.mobile_to_former_attention_backward(None, None, X, ones(2, 3, 8), ones(2, 2, 3, 3), 2),
+        lambda: call.former_to_mobile_attention(X, ones(2, 3, 8), ones(2, 4, 8), 2),
+        lambda: call.former_to_mobile_attention_backward(X[:1], X, ones(2, 3, 8), ones(2, 3, 8), 2),
+    ):
+        with pytest.raises(RuntimeError, match=r"dynamic_relu|_attention"):
+            wrong()
