@@ -293,6 +293,32 @@ MFK_INLINE vec<double> exp(vec<double> x) {
   y = x > high ? splat(__builtin_inf()) : y;
   return x != x ? x : y;
 }
+// erf(x), within 4 units in the last place: up to |x| = 1 by x P(x^2), beyond by 1 - exp(Q(|x|)); both
+// polynomials are least-squares fits.
+MFK_INLINE vec<float> erf(vec<float> x) {
+  const vec<float> size = x < 0 ? -x : x, square = x * x, four = splat(4.0f);
+  vec<float> p = splat(7.93335062902652e-05f);
+  p = p * square - 0.0008034804940723289f;
+  p = p * square + 0.005191213773664126f;
+  p = p * square - 0.02685539705939762f;
+  p = p * square + 0.11283625666263332f;
+  p = p * square - 0.3761262987174192f;
+  p = p * square + 1.1283791665915905f;
+  const vec<float> t = size < four ? size : four;
+  vec<float> q = splat(1.6102231134002226e-06f);
+  q = q * t - 4.551243929714129e-05f;
+  q = q * t + 0.0005920900170007739f;
+  q = q * t - 0.004736938114877774f;
+  q = q * t + 0.02635508618202407f;
+  q = q * t - 0.10996074014251322f;
+  q = q * t - 0.6319563027235389f;
+  q = q * t - 1.1301550665403572f;
+  q = q * t + 0.0003002603876414156f;
+  const vec<float> far = 1.0f - exp(q);
+  const vec<float> signed_far = x < 0 ? -far : far;
+  return size < splat(1.0f) ? x * p : (x != x ? x : signed_far);
+}
+
 template <class C>
 MFK_INLINE C exp_scalar(C x) {
   return exp(splat(x))[0];

@@ -1,0 +1,141 @@
+// A whole Mobile-Former, prepared for inference by mfkernels.deploy: batch norms folded, weights packed.
+//
+// A plan is a list of 64-bit integers, read here as a MobileFormerPlan; mfkernels/deploy/mobile_former.py
+// writes the fields in this order. Offsets count floats from the start of the weights. Feature maps are
+// channels last; their channels are padded to a multiple of 16, and what the padding holds is zero.
+//
+// A pass writes one map, row by row, and does to a row all that is to be done while it is in cache: Mobile
+// <- Former, and the part of the next Mobile -> Former that this row has. Between passes a step over the few
+// tokens makes all that the next pass needs of them.
+#pragma once
+
+#include "../isa.h"
+
+namespace mfk {
+
+struct PlanLinear {
+  int64_t inputs, outputs, weight, bias;  // outputs padded
+};
+
+// The step before a pass.
+struct PlanTokens {
+  int64_t bridge_channels;  // of the map that the last pass gathered from; 0: it did not, tokens stay
+  int64_t gate;             // 0 or 1: whether what was gathered is multiplied by the gate
+  PlanLinear project;       // channels -> token width
+  int64_t norm;             // gamma, then beta
+  int64_t former;           // 0 or 1
+  PlanLinear former_query, former_mix;
+  int64_t former_norm;
+  int64_t ffn;  // 0 or 1
+  PlanLinear ffn_in, ffn_out;
+  int64_t ffn_norm;
+  PlanLinear squeeze;           // the token -> hidden units of both hyper networks, one after the other
+  PlanLinear slopes1, slopes2;  // hidden units -> slopes of the two functions, each of padded channels
+  PlanLinear generate;          // tokens -> [keys, values], [queries, gates], each of padded channels
+};
+
+enum PlanKind : int64_t { kStem = 0, kLite = 1, kBlock = 2, kDown = 3 };
+
+// kStem:  3x3 convolution of the image with stride 2, relu6
+// kLite:  depthwise1, relu6, pointwise2
+// kBlock: pointwise1, dynamic ReLU, depthwise1, dynamic ReLU, pointwise2
+// kDown:  depthwise1, dynamic ReLU, pointwise1, depthwise2, dynamic ReLU, pointwise2, + pointwise1's output
+struct PlanPass {
+  PlanTokens tokens;
+  int64_t kind, in_channels, out_channels, stride;
+  int64_t residual;  // 0 or 1: add the input (kLite, kBlock)
+  // Padded channels after depthwise1 (kBlock: also before it) and after depthwise2. Where a depthwise
+  // convolution multiplies channels, its output j * padded inputs + i comes from input i.
+  int64_t hidden1, hidden2;
+  int64_t depthwise1, depthwise2;  // taps (3, 3, hidden), then bias (hidden)
+  PlanLinear pointwise1, pointwise2;
+  int64_t scatter, gather, gate;  // 0 or 1: Mobile <- Former; the next Mobile -> Former, and its gate
+};
+
+struct MobileFormerPlan {
+  int64_t tokens, token_dim, heads, former_heads, hyper_token;
+  int64_t class_tokens;
+  int64_t first_tokens;  // (tokens, padded token width)
+  PlanTokens last;       // the last Mobile -> Former
+  PlanLinear head, fc, classifier;  // fc's inputs: head's outputs, then the class tokens
+  int64_t passes;
+  // PlanPass pass[passes] follows
+};
+
+// Always inlined: a copy of its own could be the one compiled for AVX-512.
+#define MFK_PLAN_FUNCTION static inline __attribute__((always_inline))
+MFK_PLAN_FUNCTION int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
+MFK_PLAN_FUNCTION const PlanPass* passes_of(const MobileFormerPlan& plan) {
+  return reinterpret_cast<const PlanPass*>(&plan + 1);
+}
+
+// What the tokens give a pass, and the tokens; pointers into the memory of a sample.
+struct TokenState {
+  float* tokens;   // (tokens, padded token width)
+  float* slopes1;  // of the first activation: slope 1 of all channels, then slope 2
+  float* slopes2;
+  float* keys;     // (channels, lanes): a column for each pair of a head and a token; lanes = padded(heads * tokens)
+  float* values;   // (heads * tokens, padded channels)
+  float* queries;  // as keys
+  float* gates;    // (tokens, padded channels)
+};
+
+struct PassArgs {
+  const MobileFormerPlan* plan;
+  const PlanPass* pass;
+  const float* weights;
+  TokenState state;
+  // kStem: the image, any strides; else `in`, dense.
+  const float* in;
+  int64_t stride_c, stride_h, stride_w;
+  int64_t height, width;          // of the input
+  int64_t out_height, out_width;  // of the output
+  float* out;
+  int64_t group;  // rows of a task
+  // For each task a record of what it gathered: for each lane the largest logit, then the sums of
+  // exp(logit - largest), then (heads * tokens, padded channels) sums of weighted pixels.
+  float* gathered;
+  float* (*scratch)(int64_t floats);  // working memory of the calling thread
+};
+
+MFK_PLAN_FUNCTION int64_t record_size(const MobileFormerPlan& plan, int64_t channels) {
+  return 2 * padded(plan.heads * plan.tokens) + plan.heads * plan.tokens * padded(channels);
+}
+
+struct TokensArgs {
+  const MobileFormerPlan* plan;
+  const PlanTokens* step;
+  const PlanPass* pass;  // the next one; null at the end
+  const float* weights;
+  TokenState state;
+  const float* gathered;
+  int64_t records;
+  float* (*scratch)(int64_t floats);
+};
+
+struct HeadArgs {
+  const MobileFormerPlan* plan;
+  const float* weights;
+  const float* in;  // (pixels, padded channels)
+  int64_t pixels;
+  float* pooled;
+  float* (*scratch)(int64_t floats);
+};
+
+struct ClassifierArgs {
+  PlanLinear linear;
+  const float* weights;
+  const float* in;  // (batch, in_stride)
+  int64_t in_stride, batch;
+  int64_t hardswish;  // 0 or 1
+  float* out;
+  int64_t out_stride;
+};
+
+// Tasks: one a group of output rows; exactly one; one a panel of 32 outputs; likewise.
+MFK_DECLARE_KERNEL(mobile_former_pass, PassArgs)
+MFK_DECLARE_KERNEL(mobile_former_tokens, TokensArgs)
+MFK_DECLARE_KERNEL(mobile_former_head, HeadArgs)
+MFK_DECLARE_KERNEL(mobile_former_classifier, ClassifierArgs)
+
+}  // namespace mfk

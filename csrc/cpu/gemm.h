@@ -1,0 +1,252 @@
+// Products of a run of positions (pixels or tokens; channels in the lanes) with weights, in float.
+#pragma once
+
+#include "vec.h"
+
+namespace mfk {
+namespace MFK_ISA {
+
+// So many positions by two vectors of outputs fit the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kPositions = 14;
+#else
+constexpr int kPositions = 6;
+#endif
+
+// The left side: element (p, r * run + c) at data[p * position + r * skip + c], for c < run, r < runs.
+struct Rows {
+  const float* data;
+  int64_t position, runs, run, skip;
+};
+
+// The right side, (inputs, outputs) with outputs a multiple of 16: panels of 32 outputs (the last one
+// may have 16), element (i, o) at data[o / 32 * panel + i * stride(o) + o % 32].
+struct Weights {
+  const float* data;
+  int64_t outputs, panel, stride;  // stride 0: that of a packed panel, its width
+
+  // As packed by mfkernels/deploy/packing.py.
+  static Weights packed(const float* data, int64_t inputs, int64_t outputs) {
+    return {data, outputs, 32 * inputs, 0};
+  }
+  // A plain row-major matrix.
+  static Weights matrix(const float* data, int64_t row, int64_t outputs) { return {data, outputs, 32, row}; }
+};
+
+// What is done to a sum before it is stored. `at(o)` loads what depends on the output alone.
+struct Store {
+  struct At {
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return sum; }
+  };
+  MFK_INLINE At at(int64_t) const { return {}; }
+};
+
+struct AddBias {
+  const float* bias;
+  struct At {
+    vec<float> bias;
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return sum + bias; }
+  };
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
+};
+
+struct AddBiasRelu6 {
+  const float* bias;
+  struct At {
+    vec<float> bias;
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
+      const vec<float> y = sum + bias, six = splat(6.0f);
+      const vec<float> positive = y > 0 ? y : vec<float>{};
+      return positive < six ? positive : six;
+    }
+  };
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
+};
+
+// max(slope1 * y, slope2 * y) of y = sum + bias
+struct AddBiasDynamicRelu {
+  const float *bias, *slope1, *slope2;
+  struct At {
+    vec<float> bias, slope1, slope2;
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
+      const vec<float> y = sum + bias, first = y * slope1, second = y * slope2;
+      return first > second ? first : second;
+    }
+  };
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o), load(slope1 + o), load(slope2 + o)}; }
+};
+
+struct AddBiasRelu {
+  const float* bias;
+  struct At {
+    vec<float> bias;
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
+      const vec<float> y = sum + bias;
+      return y > 0 ? y : vec<float>{};
+    }
+  };
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
+};
+
+// min(max(y, 0), 6) of y = x + 3: six times hardsigmoid(x).
+MFK_INLINE vec<float> clamp6(vec<float> y) {
+  const vec<float> six = splat(6.0f), positive = y > 0 ? y : vec<float>{};
+  return positive < six ? positive : six;
+}
+
+// scale * hardsigmoid(sum + bias) - offset
+struct AddBiasHardsigmoid {
+  const float* bias;
+  float scale, offset;
+  struct At {
+    vec<float> bias;
+    float scale, offset;
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
+      return clamp6(sum + bias + 3.0f) * (scale / 6) - offset;
+    }
+  };
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o), scale, offset}; }
+};
+
+struct AddBiasHardswish {
+  const float* bias;
+  struct At {
+    vec<float> bias;
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
+      const vec<float> y = sum + bias;
+      return y * clamp6(y + 3.0f) / 6;
+    }
+  };
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
+};
+
+struct AddBiasGelu {
+  const float* bias;
+  struct At {
+    vec<float> bias;
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
+      const vec<float> y = sum + bias;
+      return 0.5f * y * (1.0f + erf(y * 0.707106781f));
+    }
+  };
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
+};
+
+// sum + bias + residual[p * stride + o]; bias may be null
+struct AddResidual {
+  const float *bias, *residual;
+  int64_t stride;
+  struct At {
+    vec<float> bias;
+    const float* residual;
+    int64_t stride;
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t p) const {
+      return sum + bias + load(residual + p * stride);
+    }
+  };
+  MFK_INLINE At at(int64_t o) const {
+    return {bias == nullptr ? vec<float>{} : load(bias + o), residual + o, stride};
+  }
+};
+
+// P positions by V vectors of outputs. Few positions would wait for each other's sums: they get several
+// sums each, for every second or fourth input.
+template <int P, int V, class Epilogue>
+__attribute__((noinline)) void gemm_tile(Rows x, const float* w, int64_t w_stride, float* out,
+                                         int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
+  constexpr int n = kLanes<float>;
+  constexpr int kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
+  vec<float> acc[kSums][P][V] = {};
+  const int64_t s = x.position;
+  for (int64_t r = 0; r < x.runs; ++r) {
+    // Few pointers, three positions each: one for every position would not fit the integer registers.
+    const float* base[(P + 2) / 3];
+    for (int i = 0; i < (P + 2) / 3; ++i) base[i] = x.data + r * x.skip + 3 * i * s;
+    const float* row = w + r * x.run * w_stride;
+    auto step = [&](vec<float>(&sums)[P][V]) __attribute__((always_inline)) {
+      vec<float> b[V];
+      for (int v = 0; v < V; ++v) b[v] = load(row + v * n);
+      row += w_stride;
+      for (int p = 0; p < P; ++p) {
+        const vec<float> a = splat(base[p / 3][(p % 3) * s]);
+        for (int v = 0; v < V; ++v) sums[p][v] += a * b[v];
+      }
+      for (int i = 0; i < (P + 2) / 3; ++i) ++base[i];
+    };
+    int64_t c = 0;
+    if constexpr (kSums > 1) {
+      for (; c + kSums <= x.run; c += kSums) {
+        for (int k = 0; k < kSums; ++k) step(acc[k]);
+      }
+    }
+    for (; c < x.run; ++c) step(acc[0]);
+  }
+  for (int v = 0; v < V; ++v) {
+    const auto finish = epilogue.at(o + v * n);
+    for (int p = 0; p < P; ++p) {
+      vec<float> sum = acc[0][p][v];
+      for (int k = 1; k < kSums; ++k) sum += acc[k][p][v];
+      store(out + p * out_stride + v * n, finish(sum, first + p));
+    }
+  }
+}
+
+template <int V, class Epilogue>
+MFK_INLINE void gemm_positions(int64_t count, Rows x, const float* w, int64_t w_stride, float* out,
+                               int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
+#define MFK_CASE(P)                                                                     \
+  case P:                                                                               \
+    if constexpr (P <= kPositions) {                                                    \
+      gemm_tile<P, V, Epilogue>(x, w, w_stride, out, out_stride, epilogue, first, o);   \
+    }                                                                                   \
+    break;
+  switch (count) {
+    MFK_CASE(1)
+    MFK_CASE(2)
+    MFK_CASE(3)
+    MFK_CASE(4)
+    MFK_CASE(5)
+    MFK_CASE(6)
+    MFK_CASE(7)
+    MFK_CASE(8)
+    MFK_CASE(9)
+    MFK_CASE(10)
+    MFK_CASE(11)
+    MFK_CASE(12)
+    MFK_CASE(13)
+    MFK_CASE(14)
+  }
+#undef MFK_CASE
+}
+
+// out[p * out_stride + o] = epilogue(sum_i x(p, i) * w(i, o)) for p < positions. Weights stay in the first
+// cache while the positions pass.
+template <class Epilogue>
+void gemm(int64_t positions, Rows x, Weights w, float* out, int64_t out_stride, Epilogue epilogue) {
+  constexpr int n = kLanes<float>;
+  const int64_t tiles = (positions + kPositions - 1) / kPositions;
+  for (int64_t panel = 0; panel < w.outputs; panel += 32) {
+    const int64_t width = w.outputs - panel < 32 ? w.outputs - panel : 32;
+    const int64_t w_stride = w.stride == 0 ? width : w.stride;
+    for (int64_t o = panel; o < panel + width;) {
+      const float* weights = w.data + panel / 32 * w.panel + (o - panel);
+      const int64_t vectors = panel + width - o >= 2 * n ? 2 : 1;
+      for (int64_t t = 0; t < tiles; ++t) {
+        // Tiles of nearly equal size rather than full ones and a small rest.
+        const int64_t first = positions * t / tiles, count = positions * (t + 1) / tiles - first;
+        Rows tile = x;
+        tile.data += first * x.position;
+        float* to = out + first * out_stride + o;
+        if (vectors == 2) {
+          gemm_positions<2>(count, tile, weights, w_stride, to, out_stride, epilogue, first, o);
+        } else {
+          gemm_positions<1>(count, tile, weights, w_stride, to, out_stride, epilogue, first, o);
+        }
+      }
+      o += vectors * n;
+    }
+  }
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

@@ -1,0 +1,264 @@
+#include "bridge.h"
+#include "deployed_mobile_former.h"
+#include "depthwise.h"
+
+namespace mfk {
+namespace MFK_ISA {
+namespace {
+
+// One call of a pass: some of its tasks, one after the other.
+struct Pass {
+  const PassArgs& args;
+  const PlanPass& plan;
+  const float* weights;
+  const int64_t in_channels, out_channels;  // padded
+  const Bridge bridge;
+  float* next;  // free working memory
+
+  explicit Pass(const PassArgs& a)
+      : args(a),
+        plan(*a.pass),
+        weights(a.weights),
+        in_channels(padded(plan.in_channels)),
+        out_channels(padded(plan.out_channels)),
+        bridge{plan.out_channels, out_channels, a.plan->heads, a.plan->tokens,
+               padded(a.plan->heads * a.plan->tokens)},
+        next(a.scratch(room())) {}
+
+  // Rows of the input that a task reads at most, were it all of them.
+  int64_t rows(int64_t group) const { return group + 2; }
+  int64_t room() const {
+    const int64_t group = args.group, out_row = args.out_width;
+    const int64_t of_bridge = bridge.scratch(group * out_row);
+    switch (plan.kind) {
+      case kStem:
+        return of_bridge + 3 * plan.in_channels * (args.width + 2) + 64;
+      case kLite:
+        return of_bridge + args.width * in_channels + group * out_row * plan.hidden1 + 64;
+      case kBlock:
+        return of_bridge + plan.hidden1 * (args.width * (rows(group) + 1) + group * out_row) + 64;
+      default:
+        return of_bridge + args.width * in_channels + rows(group) * out_row * plan.hidden1 +
+               (rows(group) + 1) * out_row * out_channels + group * out_row * plan.hidden2 + 64;
+    }
+  }
+  float* take(int64_t floats) {
+    float* p = next;
+    next += round_up(floats, 16);
+    return p;
+  }
+  float* take_zeros(int64_t floats) {
+    float* p = take(floats);
+    memset(p, 0, floats * sizeof(float));
+    return p;
+  }
+
+  const float* at(int64_t offset) const { return weights + offset; }
+  Weights matrix(const PlanLinear& linear) const {
+    return Weights::packed(at(linear.weight), linear.inputs, linear.outputs);
+  }
+  float* out_row(int64_t y) const { return args.out + y * args.out_width * out_channels; }
+  const float* in_row(int64_t y) const { return args.in + y * args.width * in_channels; }
+
+  // The bridges, over rows y0 to y1-1 of the output.
+  void finish(int64_t task, int64_t y0, int64_t y1, float* scratch) const {
+    const int64_t positions = (y1 - y0) * args.out_width;
+    const TokenState& state = args.state;
+    if (plan.scatter) bridge.scatter(out_row(y0), positions, state.keys, state.values, scratch);
+    if (plan.gather) {
+      float* record = args.gathered + task * record_size(*args.plan, plan.out_channels);
+      bridge.gather(out_row(y0), positions, state.queries, record, scratch);
+    }
+  }
+
+  template <class F>
+  void for_tasks(int64_t begin, int64_t end, F f) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t y0 = task * args.group;
+      f(task, y0, y0 + args.group < args.out_height ? y0 + args.group : args.out_height);
+    }
+  }
+
+  void stem(int64_t begin, int64_t end) {
+    const int64_t padded_width = args.width + 2;
+    float* lines = take_zeros(3 * plan.in_channels * padded_width);  // (channels, 3, padded_width)
+    float* scratch = take(bridge.scratch(args.group * args.out_width));
+    for_tasks(begin, end, [&](int64_t task, int64_t y0, int64_t y1) {
+      for (int64_t y = y0; y < y1; ++y) {
+        for (int64_t c = 0; c < plan.in_channels; ++c) {
+          for (int64_t ky = 0; ky < 3; ++ky) {
+            const int64_t line = 2 * y - 1 + ky;
+            float* to = lines + (c * 3 + ky) * padded_width + 1;
+            if (line < 0 || line >= args.height) {
+              memset(to, 0, args.width * sizeof(float));
+              continue;
+            }
+            const float* from = args.in + c * args.stride_c + line * args.stride_h;
+            if (args.stride_w == 1) {
+              memcpy(to, from, args.width * sizeof(float));
+            } else {
+              for (int64_t x = 0; x < args.width; ++x) to[x] = from[x * args.stride_w];
+            }
+          }
+        }
+        gemm(args.out_width, Rows{lines, 2, 3 * plan.in_channels, 3, padded_width}, matrix(plan.pointwise1),
+             out_row(y), out_channels, AddBiasRelu6{at(plan.pointwise1.bias)});
+      }
+      finish(task, y0, y1, scratch);
+    });
+  }
+
+  // One row of a depthwise convolution with padding 1 and the pass's stride. `row(y)` is a pointer to an
+  // input row, or to zeros.
+  template <class Epilogue>
+  void depthwise(const float* const (&rows)[3], int64_t width, int64_t out_width, int64_t channels,
+                 int64_t hidden, int64_t stride, int64_t taps, float* out, Epilogue epilogue) const {
+    for (int64_t o = 0; o < hidden; o += channels) {
+      if (stride == 1) {
+        depthwise_row<1>(rows, width, out_width, channels, at(taps) + o, hidden, out + o, hidden, epilogue,
+                         channels, o);
+      } else {
+        depthwise_row<2>(rows, width, out_width, channels, at(taps) + o, hidden, out + o, hidden, epilogue,
+                         channels, o);
+      }
+    }
+  }
+  AddBiasDynamicRelu activation(int64_t bias, const float* slopes, int64_t channels) const {
+    return {at(bias), slopes, slopes + channels};
+  }
+  // What the depthwise convolution before it left, multiple runs of the true channels.
+  Rows expanded(const float* data, int64_t hidden, int64_t run, int64_t skip) const {
+    return {data, hidden, hidden / skip, run, skip};
+  }
+
+  // pointwise2 over `positions`, with what is added to it.
+  void project(Rows rows, int64_t positions, const float* added, float* out) const {
+    if (added == nullptr) {
+      gemm(positions, rows, matrix(plan.pointwise2), out, out_channels, AddBias{at(plan.pointwise2.bias)});
+    } else {
+      gemm(positions, rows, matrix(plan.pointwise2), out, out_channels,
+           AddResidual{at(plan.pointwise2.bias), added, out_channels});
+    }
+  }
+
+  void lite(int64_t begin, int64_t end) {
+    const float* zeros = take_zeros(args.width * in_channels);
+    float* hidden = take(args.group * args.out_width * plan.hidden1);
+    float* scratch = take(bridge.scratch(args.group * args.out_width));
+    const AddBiasRelu6 relu6{at(plan.depthwise1 + 9 * plan.hidden1)};
+    for_tasks(begin, end, [&](int64_t task, int64_t y0, int64_t y1) {
+      for (int64_t y = y0; y < y1; ++y) {
+        const float* rows[3];
+        for (int64_t ky = 0; ky < 3; ++ky) rows[ky] = input_or(zeros, y * plan.stride - 1 + ky);
+        depthwise(rows, args.width, args.out_width, in_channels, plan.hidden1, plan.stride, plan.depthwise1,
+                  hidden + (y - y0) * args.out_width * plan.hidden1, relu6);
+      }
+      project(expanded(hidden, plan.hidden1, plan.in_channels, in_channels), (y1 - y0) * args.out_width,
+              plan.residual ? in_row(y0) : nullptr, out_row(y0));
+      finish(task, y0, y1, scratch);
+    });
+  }
+  const float* input_or(const float* zeros, int64_t y) const {
+    return y < 0 || y >= args.height ? zeros : in_row(y);
+  }
+
+  // Rows of an intermediate map, kept from task to task: those that the next task needs, too, move to the
+  // front.
+  struct Ring {
+    float* data;
+    const float* zeros;
+    int64_t row, height;       // floats of a row; rows of the whole map
+    int64_t first = 0, end = 0;  // those that are there
+
+    // Makes place for rows `from` to `to`-1; `make(data, y0, y1)` writes those that are not there yet.
+    template <class F>
+    void provide(int64_t from, int64_t to, F make) {
+      from = from < 0 ? 0 : from;
+      to = to < height ? to : height;
+      if (from >= end || from < first) {
+        first = end = from;
+      } else if (from > first) {
+        memmove(data, data + (from - first) * row, (end - from) * row * sizeof(float));
+        first = from;
+      }
+      if (end < to) make(data + (end - first) * row, end, to);
+      end = to > end ? to : end;
+    }
+    const float* at(int64_t y) const { return y < 0 || y >= height ? zeros : data + (y - first) * row; }
+  };
+
+  void block(int64_t begin, int64_t end) {
+    const int64_t row = args.width * plan.hidden1;
+    const float* zeros = take_zeros(row);
+    Ring ring{take(rows(args.group) * row), zeros, row, args.height};
+    float* hidden = take(args.group * args.out_width * plan.hidden1);
+    float* scratch = take(bridge.scratch(args.group * args.out_width));
+    const auto act1 = activation(plan.pointwise1.bias, args.state.slopes1, plan.hidden1);
+    const auto act2 = activation(plan.depthwise1 + 9 * plan.hidden1, args.state.slopes2, plan.hidden1);
+    for_tasks(begin, end, [&](int64_t task, int64_t y0, int64_t y1) {
+      ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
+        gemm((until - from) * args.width, Rows{in_row(from), in_channels, 1, plan.in_channels, 0},
+             matrix(plan.pointwise1), to, plan.hidden1, act1);
+      });
+      for (int64_t y = y0; y < y1; ++y) {
+        const float* rows[3] = {ring.at(y - 1), ring.at(y), ring.at(y + 1)};
+        depthwise(rows, args.width, args.out_width, plan.hidden1, plan.hidden1, 1, plan.depthwise1,
+                  hidden + (y - y0) * row, act2);
+      }
+      project(Rows{hidden, plan.hidden1, 1, plan.pointwise2.inputs, 0}, (y1 - y0) * args.width,
+              plan.residual ? in_row(y0) : nullptr, out_row(y0));
+      finish(task, y0, y1, scratch);
+    });
+  }
+
+  void down(int64_t begin, int64_t end) {
+    const int64_t row = args.out_width * out_channels;
+    const float* input_zeros = take_zeros(args.width * in_channels);
+    const float* zeros = take_zeros(row);
+    float* hidden1 = take(rows(args.group) * args.out_width * plan.hidden1);
+    Ring ring{take(rows(args.group) * row), zeros, row, args.out_height};
+    float* hidden2 = take(args.group * args.out_width * plan.hidden2);
+    float* scratch = take(bridge.scratch(args.group * args.out_width));
+    const auto act1 = activation(plan.depthwise1 + 9 * plan.hidden1, args.state.slopes1, plan.hidden1);
+    const auto act2 = activation(plan.depthwise2 + 9 * plan.hidden2, args.state.slopes2, plan.hidden2);
+    for_tasks(begin, end, [&](int64_t task, int64_t y0, int64_t y1) {
+      ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
+        for (int64_t y = from; y < until; ++y) {
+          const float* rows[3];
+          for (int64_t ky = 0; ky < 3; ++ky) rows[ky] = input_or(input_zeros, y * plan.stride - 1 + ky);
+          depthwise(rows, args.width, args.out_width, in_channels, plan.hidden1, plan.stride, plan.depthwise1,
+                    hidden1 + (y - from) * args.out_width * plan.hidden1, act1);
+        }
+        gemm((until - from) * args.out_width, expanded(hidden1, plan.hidden1, plan.in_channels, in_channels),
+             matrix(plan.pointwise1), to, out_channels, AddBias{at(plan.pointwise1.bias)});
+      });
+      for (int64_t y = y0; y < y1; ++y) {
+        const float* rows[3] = {ring.at(y - 1), ring.at(y), ring.at(y + 1)};
+        depthwise(rows, args.out_width, args.out_width, out_channels, plan.hidden2, 1, plan.depthwise2,
+                  hidden2 + (y - y0) * args.out_width * plan.hidden2, act2);
+      }
+      project(expanded(hidden2, plan.hidden2, plan.out_channels, out_channels), (y1 - y0) * args.out_width,
+              ring.at(y0), out_row(y0));
+      finish(task, y0, y1, scratch);
+    });
+  }
+};
+
+}  // namespace
+
+void mobile_former_pass(const PassArgs& args, int64_t begin, int64_t end) {
+  Pass pass(args);
+  switch (args.pass->kind) {
+    case kStem:
+      return pass.stem(begin, end);
+    case kLite:
+      return pass.lite(begin, end);
+    case kBlock:
+      return pass.block(begin, end);
+    default:
+      return pass.down(begin, end);
+  }
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

@@ -1,0 +1,248 @@
+#include "deployed_mobile_former.h"
+#include "gemm.h"
+
+namespace mfk {
+namespace MFK_ISA {
+namespace {
+
+struct Step {
+  const TokensArgs& args;
+  const PlanTokens& plan;
+  const float* weights;
+  const int64_t tokens, heads, width, stride, lanes;  // stride: padded token width
+
+  explicit Step(const TokensArgs& a)
+      : args(a),
+        plan(*a.step),
+        weights(a.weights),
+        tokens(a.plan->tokens),
+        heads(a.plan->heads),
+        width(a.plan->token_dim),
+        stride(padded(width)),
+        lanes(padded(heads * tokens)) {}
+
+  template <class Epilogue>
+  void linear(const PlanLinear& l, int64_t rows, const float* in, int64_t in_stride, float* out,
+              int64_t out_stride, Epilogue epilogue) const {
+    gemm(rows, Rows{in, in_stride, 1, l.inputs, 0}, Weights::packed(weights + l.weight, l.inputs, l.outputs), out,
+         out_stride, epilogue);
+  }
+  const float* bias(const PlanLinear& l) const { return weights + l.bias; }
+
+  // Layer norm of each token, epsilon 1e-5, in place.
+  void normalise(float* x, int64_t norm) const {
+    const float *gamma = weights + norm, *beta = gamma + stride;
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* row = x + t * stride;
+      double sum = 0, squares = 0;
+      for (int64_t i = 0; i < width; ++i) sum += row[i];
+      const double mean = sum / width;
+      for (int64_t i = 0; i < width; ++i) squares += (row[i] - mean) * (row[i] - mean);
+      const float scale = static_cast<float>(1 / __builtin_sqrt(squares / width + 1e-5));
+      const float center = static_cast<float>(mean);
+      for (int64_t i = 0; i < width; ++i) row[i] = (row[i] - center) * scale * gamma[i] + beta[i];
+    }
+  }
+
+  // What the tasks of the last pass gathered, put together: (tokens, padded channels).
+  void combine(float* out, int64_t channels) const {
+    const int64_t columns = padded(channels), depth = channels / heads;
+    const int64_t record = record_size(*args.plan, channels);
+    memset(out, 0, tokens * columns * sizeof(float));
+    for (int64_t i = 0; i < heads * tokens; ++i) {
+      const int64_t head = i / tokens;
+      float top = args.gathered[i];
+      for (int64_t r = 1; r < args.records; ++r) {
+        const float other = args.gathered[r * record + i];
+        top = other > top ? other : top;
+      }
+      float* row = out + (i % tokens) * columns + head * depth;
+      double sum = 0;
+      for (int64_t r = 0; r < args.records; ++r) {
+        const float* part = args.gathered + r * record;
+        const float weight = exp_scalar<float>(part[i] - top);
+        sum += static_cast<double>(weight) * part[lanes + i];
+        const float* pixels = part + 2 * lanes + i * columns + head * depth;
+        for (int64_t c = 0; c < depth; ++c) row[c] += weight * pixels[c];
+      }
+      const float norm = static_cast<float>(1 / sum);
+      for (int64_t c = 0; c < depth; ++c) row[c] *= norm;
+    }
+  }
+
+  // Attention of the tokens to each other; keys and values are the tokens themselves.
+  void attend(const float* q, const float* x, float* out) const {
+    const int64_t count = args.plan->former_heads, depth = width / count;
+    const float scale = 1 / __builtin_sqrtf(static_cast<float>(depth));
+    float* logits = args.scratch(0);
+    for (int64_t head = 0; head < count; ++head) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* query = q + t * stride + head * depth;
+        float top = -__FLT_MAX__;
+        for (int64_t s = 0; s < tokens; ++s) {
+          const float* key = x + s * stride + head * depth;
+          vec<float> sums{};
+          int64_t c = 0;
+          for (; c + kLanes<float> <= depth; c += kLanes<float>) sums += load(query + c) * load(key + c);
+          float sum = static_cast<float>(sum_lanes<float>(sums));
+          for (; c < depth; ++c) sum += query[c] * key[c];
+          logits[s] = sum * scale;
+          top = logits[s] > top ? logits[s] : top;
+        }
+        float sum = 0;
+        for (int64_t s = 0; s < tokens; ++s) {
+          logits[s] = exp_scalar<float>(logits[s] - top);
+          sum += logits[s];
+        }
+        float* to = out + t * stride + head * depth;
+        for (int64_t c = 0; c < depth; ++c) to[c] = 0;
+        for (int64_t s = 0; s < tokens; ++s) {
+          const float weight = logits[s] / sum;
+          const float* value = x + s * stride + head * depth;
+          for (int64_t c = 0; c < depth; ++c) to[c] += weight * value[c];
+        }
+      }
+    }
+  }
+
+  void former(float* a, float* b) const {
+    float* x = args.state.tokens;
+    linear(plan.former_query, tokens, x, stride, a, stride, AddBias{bias(plan.former_query)});
+    attend(a, x, b);
+    linear(plan.former_mix, tokens, b, stride, x, stride, AddResidual{bias(plan.former_mix), x, stride});
+    normalise(x, plan.former_norm);
+    if (!plan.ffn) return;
+    const int64_t hidden = plan.ffn_in.outputs;
+    linear(plan.ffn_in, tokens, x, stride, a, hidden, AddBiasGelu{bias(plan.ffn_in)});
+    linear(plan.ffn_out, tokens, a, hidden, x, stride, AddResidual{bias(plan.ffn_out), x, stride});
+    normalise(x, plan.ffn_norm);
+  }
+
+  // The slopes of both activations of the next pass.
+  void hyper(float* hidden) const {
+    const float* token = args.state.tokens + args.plan->hyper_token * stride;
+    linear(plan.squeeze, 1, token, stride, hidden, 0, AddBiasRelu{bias(plan.squeeze)});
+    slopes(plan.slopes1, hidden, args.state.slopes1);
+    slopes(plan.slopes2, hidden + plan.slopes1.inputs, args.state.slopes2);
+  }
+  void slopes(const PlanLinear& l, const float* hidden, float* out) const {
+    const int64_t channels = l.outputs / 2;
+    linear(l, 1, hidden, 0, out, 0, AddBiasHardsigmoid{bias(l), 2, 0});
+    for (int64_t c = 0; c < channels; ++c) out[channels + c] -= 1;
+  }
+
+  // Keys and values, queries and gates for the next pass, as the bridges take them.
+  void generate(float* made) const {
+    const PlanPass& pass = *args.pass;
+    const int64_t channels = pass.out_channels, columns = padded(channels);
+    const int64_t row = plan.generate.outputs;
+    linear(plan.generate, tokens, args.state.tokens, stride, made, row, AddBias{bias(plan.generate)});
+    if (pass.scatter) {
+      to_columns(made, row, channels, args.state.keys);
+      memset(args.state.values, 0, heads * tokens * columns * sizeof(float));
+      const int64_t depth = channels / heads;
+      for (int64_t i = 0; i < heads * tokens; ++i) {
+        const int64_t head = i / tokens;
+        memcpy(args.state.values + i * columns + head * depth,
+               made + (i % tokens) * row + columns + head * depth, depth * sizeof(float));
+      }
+      made += 2 * columns;
+    }
+    if (pass.gather) to_columns(made, row, channels, args.state.queries);
+    if (pass.gate) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t c = 0; c < columns; c += kLanes<float>) {
+          store(args.state.gates + t * columns + c, clamp6(load(made + t * row + columns + c) + 3.0f) / 3);
+        }
+      }
+    }
+  }
+  // (tokens, channels) to (channels, lanes): each pair of a head and a token has a column, zero outside of
+  // the head's channels.
+  void to_columns(const float* made, int64_t row, int64_t channels, float* out) const {
+    const int64_t depth = channels / heads;
+    memset(out, 0, channels * lanes * sizeof(float));
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t c = 0; c < depth * heads; ++c) out[c * lanes + c / depth * tokens + t] = made[t * row + c];
+    }
+  }
+
+  void run() const {
+    const int64_t columns = plan.bridge_channels > 0 ? padded(plan.bridge_channels) : 0;
+    int64_t widest = stride;
+    auto at_least = [&](int64_t n) { widest = n > widest ? n : widest; };
+    at_least(columns);
+    if (plan.former && plan.ffn) at_least(plan.ffn_in.outputs);
+    if (args.pass != nullptr) at_least(plan.generate.outputs);
+    at_least(plan.squeeze.outputs);
+    float* a = args.scratch(2 * tokens * widest + tokens * stride + 64) + round_up(tokens, 16);
+    float* b = a + tokens * widest;
+    if (plan.bridge_channels > 0) {
+      combine(a, plan.bridge_channels);
+      if (plan.gate) {
+        for (int64_t i = 0; i < tokens * columns; i += kLanes<float>) {
+          store(a + i, load(a + i) * load(args.state.gates + i));
+        }
+      }
+      float* x = args.state.tokens;
+      linear(plan.project, tokens, a, columns, x, stride, AddResidual{bias(plan.project), x, stride});
+      normalise(x, plan.norm);
+    }
+    if (plan.former) former(a, b);
+    if (args.pass == nullptr) return;
+    if (plan.squeeze.outputs > 0) hyper(a);
+    if (plan.generate.outputs > 0) generate(a);
+  }
+};
+
+}  // namespace
+
+void mobile_former_tokens(const TokensArgs& args, int64_t, int64_t) { Step(args).run(); }
+
+// relu6(head(x)), averaged over the positions, hardswish.
+void mobile_former_head(const HeadArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t kRun = 64;
+  const PlanLinear& head = args.plan->head;
+  const int64_t stride = padded(head.inputs);
+  float* tile = args.scratch(kRun * 32);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t o = panel * 32, outputs = head.outputs - o < 32 ? head.outputs - o : 32;
+    const Weights w = Weights::packed(args.weights + head.weight + o * head.inputs, head.inputs, outputs);
+    WideSum<float> sums[32 / kLanes<float>];
+    for (int64_t p = 0; p < args.pixels; p += kRun) {
+      const int64_t count = args.pixels - p < kRun ? args.pixels - p : kRun;
+      gemm(count, Rows{args.in + p * stride, stride, 1, head.inputs, 0}, w, tile, outputs,
+           AddBiasRelu6{args.weights + head.bias + o});
+      for (int64_t v = 0; v * kLanes<float> < outputs; ++v) {
+        vec<float> run{};
+        for (int64_t i = 0; i < count; ++i) run += load(tile + i * outputs + v * kLanes<float>);
+        sums[v].add(run);
+      }
+    }
+    for (int64_t v = 0; v * kLanes<float> < outputs; ++v) {
+      double lanes[kLanes<float>];
+      sums[v].store_upto(lanes, kLanes<float>);
+      for (int64_t i = 0; i < kLanes<float>; ++i) {
+        const float mean = static_cast<float>(lanes[i] / args.pixels);
+        const float gate = mean + 3 < 0 ? 0 : (mean + 3 > 6 ? 6 : mean + 3);
+        args.pooled[o + v * kLanes<float> + i] = mean * gate / 6;
+      }
+    }
+  }
+}
+
+void mobile_former_classifier(const ClassifierArgs& args, int64_t begin, int64_t end) {
+  const PlanLinear& l = args.linear;
+  const int64_t o = begin * 32, until = end * 32 < l.outputs ? end * 32 : l.outputs;
+  const Weights w = Weights::packed(args.weights + l.weight + o * l.inputs, l.inputs, until - o);
+  const Rows rows{args.in, args.in_stride, 1, l.inputs, 0};
+  const float* bias = args.weights + l.bias + o;
+  if (args.hardswish) {
+    gemm(args.batch, rows, w, args.out + o, args.out_stride, AddBiasHardswish{bias});
+  } else {
+    gemm(args.batch, rows, w, args.out + o, args.out_stride, AddBias{bias});
+  }
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

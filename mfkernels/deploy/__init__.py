@@ -1,0 +1,38 @@
+"""Whole networks prepared for inference on a CPU."""
+
+import torch
+from torch import nn
+
+from ..models.mobile_former import MobileFormer
+from .mobile_former import DeployedMobileFormer
+
+__all__ = ["deploy"]
+
+
+def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A network for inference on a CPU: batch norms folded, weights packed, each block one fused step.
+
+    Args:
+        model: a network of `mfkernels.models` in eval mode. It is left as it is; later changes of its
+            weights do not reach the result.
+        dtype: of weights and activations; torch.float32.
+
+    Returns:
+        A module that takes (B, C, H, W) images of any batch and size in float32 on the CPU and returns what
+        `model` does, up to rounding. It can be called from several threads, copied, pickled and exported.
+        It runs on at most `torch.get_num_threads()` threads, and has no gradients.
+
+    Raises:
+        TypeError: not a network of `mfkernels.models`, or a dtype that is not supported.
+        ValueError: `model` is in train mode, or has a part that deploy does not know, named.
+    """
+    if dtype != torch.float32:
+        raise TypeError(f"deploy: dtype must be torch.float32, got {dtype}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"deploy: model must be an nn.Module, got {type(model).__name__}")
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
+    if type(model) is MobileFormer:
+        return DeployedMobileFormer(model)
+    raise TypeError(f"deploy: model must be a network of mfkernels.models, got {type(model).__name__}")

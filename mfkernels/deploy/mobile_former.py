@@ -1,0 +1,320 @@
+"""Mobile-Former as a plan for the kernels in csrc/cpu/deployed_mobile_former.h, whose fields it writes in
+their order."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_tensor
+from ..models.mobile_former import MobileFormer
+from ..nn import (
+    ClassifierHead,
+    DynamicReLU,
+    Former,
+    FormerToMobile,
+    LiteBottleneck,
+    MobileFormerBlock,
+    MobileFormerDownsample,
+    MobileToFormer,
+)
+from .packing import Packer, dense, fold, norm_factors, padded, shuffled, spread
+
+_STEM, _LITE, _BLOCK, _DOWN = range(4)
+_NO_LINEAR = [0, 0, 0, 0]
+_TokenBlock = MobileFormerBlock | MobileFormerDownsample
+
+
+class DeployedMobileFormer(nn.Module):
+    """What `deploy` makes of a `MobileFormer`."""
+
+    weights: Tensor
+    plan: Tensor
+
+    def __init__(self, model: MobileFormer) -> None:
+        super().__init__()
+        self.in_channels = model.in_channels
+        self.classes = model.classifier.classifier[1].out_features
+        weights, plan = _Planner(model).run()
+        self.register_buffer("weights", weights)
+        self.register_buffer("plan", plan)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) float32 images on the CPU to (B, classes).
+
+        Raises:
+            TypeError, ValueError: an input that does not fit, named.
+        """
+        check_tensor("deploy", "x", x, "B C H W")
+        if x.dtype != torch.float32 or x.device.type not in ("cpu", "meta"):
+            raise TypeError(f"deploy: x must be a float32 tensor on the CPU, got {x.dtype} on {x.device}")
+        if x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
+            raise ValueError(
+                f"deploy: x must have shape (B, {self.in_channels}, H, W), H and W at least 1, "
+                f"got {tuple(x.shape)}"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("deploy: x must not require gradients: a deployed network has none")
+        return torch.ops.mfkernels.deployed_mobile_former(x, self.weights, self.plan, self.classes)
+
+    def extra_repr(self) -> str:
+        return f"classes={self.classes}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
+
+
+@torch.library.register_fake("mfkernels::deployed_mobile_former")
+def _(x, weights, plan, classes):
+    return x.new_empty((x.shape[0], classes), memory_format=torch.contiguous_format)
+
+
+class _Planner:
+    def __init__(self, model: MobileFormer) -> None:
+        self.model, self.pack = model, Packer()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.heads = 0  # of the bridges; all have the same number
+        self.former_heads = 0
+        self.tokens, self.width = model.tokens.weight.shape
+
+    def refuse(self, module: nn.Module, why: str) -> ValueError:
+        return ValueError(f"deploy: {self.names[module]} ({type(module).__name__}): {why}")
+
+    def need(self, condition: bool, module: nn.Module, what: str) -> None:
+        if not condition:
+            raise self.refuse(module, f"only {what} can be deployed")
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        model = self.model
+        blocks = list(model.features)
+        for block in blocks:
+            if type(block) not in (LiteBottleneck, MobileFormerBlock, MobileFormerDownsample):
+                raise self.refuse(block, "unknown to deploy")
+        first = padded_rows(model.tokens.weight)
+        passes = self.one_pass(None, blocks[0] if blocks else None)
+        for index, block in enumerate(blocks):
+            following = blocks[index + 1] if index + 1 < len(blocks) else None
+            passes += self.one_pass(block, following)
+        last = self.token_step(model.local_global, None, None, None)
+        head = self.head(model.classifier)
+        hyper_tokens = {b.hyper1.token_id for b in blocks if not isinstance(b, LiteBottleneck)} or {0}
+        if len(hyper_tokens) > 1:
+            raise ValueError("deploy: all blocks must take their coefficients from the same token")
+        header = [self.tokens, self.width, self.heads, self.former_heads, hyper_tokens.pop()]
+        header += [max(model.classifier.class_tokens, 0), self.pack.add(first)]
+        plan = header + last + head + [len(blocks) + 1] + passes
+        return self.pack.tensor(), torch.tensor(plan, dtype=torch.int64)
+
+    # --- passes ------------------------------------------------------------------------------------------
+
+    def one_pass(self, block: nn.Module | None, following: nn.Module | None) -> list[int]:
+        """The pass of `block`, None for the stem, and the step over the tokens before it."""
+        if isinstance(following, LiteBottleneck):
+            bridge = None
+        else:
+            bridge = self.model.local_global if following is None else following.local_global
+        if block is None or isinstance(block, LiteBottleneck):
+            fields = self.stem() if block is None else self.lite(block)
+            step = self.token_step(None, None, None, bridge)
+            scatter = 0
+        else:
+            fields, slopes = self.block(block) if isinstance(block, MobileFormerBlock) else self.down(block)
+            step = self.token_step(block.local_global, block, slopes, bridge)
+            scatter = 1
+        gather = int(bridge is not None)
+        return step + fields + [scatter, gather, int(gather and hasattr(bridge, "alpha"))]
+
+    def stem(self) -> list[int]:
+        conv, norm, _ = self.model.stem
+        weight, bias = fold(conv, norm)
+        linear = self.pack.linear(weight.flatten(1), bias)
+        return [_STEM, conv.in_channels, conv.out_channels, 2, 0, 0, 0, 0, 0, *linear, *_NO_LINEAR]
+
+    def lite(self, block: LiteBottleneck) -> list[int]:
+        self.need(len(block.conv) == 6, block, "3x3 depthwise convolutions")
+        conv, norm, _, shuffle, point, point_norm = block.conv
+        depthwise, hidden, order = self.multiplying(block, conv, norm, shuffle)
+        linear = self.pointwise(point, point_norm, order, nn.Identity())
+        sizes = [_LITE, conv.in_channels, point.out_channels, conv.stride[0], int(block.skip)]
+        return [*sizes, hidden, 0, depthwise, 0, *_NO_LINEAR, *linear]
+
+    def block(self, block: MobileFormerBlock) -> tuple[list[int], list[int]]:
+        self.check_block(block)
+        self.need(not block.before_skip, block, "blocks with the residual before the bridge")
+        point1, norm1, shuffle1 = block.conv1
+        conv, norm = block.conv2
+        point2, norm2, shuffle2 = block.conv3
+        self.check_depthwise(block, conv)
+        self.need(conv.stride == (1, 1), block, "blocks with stride 1")
+        channels = conv.out_channels
+        linear1 = self.pointwise(point1, norm1, range(point1.in_channels), shuffle1)
+        slots = [*range(channels), *[-1] * (padded(channels) - channels)]
+        depthwise = self.pack.depthwise(*fold(conv, norm), slots)
+        linear2 = self.pointwise(point2, norm2, range(channels), shuffle2)
+        sizes = [_BLOCK, point1.in_channels, point2.out_channels, 1, int(block.skip)]
+        fields = [*sizes, padded(channels), 0, depthwise, 0, *linear1, *linear2]
+        return fields, self.hypers(block.hyper1, slots, block.hyper2, slots)
+
+    def down(self, block: MobileFormerDownsample) -> tuple[list[int], list[int]]:
+        self.check_block(block)
+        self.need(not block.skip, block, "downsample blocks without an outer residual")
+        self.need(len(block.conv1) == 3 and len(block.conv3) == 3, block, "3x3 depthwise convolutions")
+        conv1, norm1, shuffle1 = block.conv1
+        conv3, norm3, shuffle3 = block.conv3
+        depthwise1, hidden1, order1 = self.multiplying(block, conv1, norm1, shuffle1)
+        linear1 = self.pointwise(*block.conv2, order1, nn.Identity())
+        depthwise2, hidden2, order3 = self.multiplying(block, conv3, norm3, shuffle3)
+        linear2 = self.pointwise(*block.conv4, order3, nn.Identity())
+        self.need(conv3.stride == (1, 1), block, "a second depthwise convolution of stride 1")
+        sizes = [_DOWN, conv1.in_channels, conv3.in_channels, conv1.stride[0], 0]
+        fields = [*sizes, hidden1, hidden2, depthwise1, depthwise2, *linear1, *linear2]
+        slots1 = _slots(conv1.in_channels, order1)
+        slots3 = _slots(conv3.in_channels, order3)
+        return fields, self.hypers(block.hyper1, slots1, block.hyper3, slots3)
+
+    def check_block(self, block: _TokenBlock) -> None:
+        second = block.act2 if isinstance(block, MobileFormerBlock) else block.act3
+        last = block.act3 if isinstance(block, MobileFormerBlock) else block.act4
+        for act in (block.act1, second):
+            self.need(act.num_functions == 2, act, "dynamic ReLUs of two functions")
+        self.need(last.num_functions == -1, last, "blocks without squeeze-and-excitation")
+        self.need(block.token_id >= 0, block, "dynamic ReLUs with the coefficients of one token")
+
+    def check_depthwise(self, block: nn.Module, conv: nn.Module) -> None:
+        fits = isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.groups == conv.in_channels
+        self.need(
+            fits and conv.stride in ((1, 1), (2, 2)), block, "3x3 depthwise convolutions of stride 1 or 2"
+        )
+
+    def multiplying(
+        self, block: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d, shuffle: nn.Module
+    ) -> tuple[int, int, list[int]]:
+        """A depthwise convolution that makes e channels of each: its offset, its padded channels, and for
+        each output in memory (by j, then by input channel) its number after the shuffle."""
+        self.check_depthwise(block, conv)
+        inputs, times = conv.in_channels, conv.out_channels // conv.in_channels
+        made = [i * times + j for j in range(times) for i in range(inputs)]
+        number = {old: new for new, old in enumerate(shuffled(shuffle, conv.out_channels))}
+        offset = self.pack.depthwise(*fold(conv, norm), _slots(inputs, made))
+        return offset, times * padded(inputs), [number[old] for old in made]
+
+    def pointwise(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, columns: Any, shuffle: nn.Module) -> list[int]:
+        """A 1x1 convolution; its inputs lie in memory in the order of `columns`, its outputs are shuffled."""
+        weight, bias = fold(conv, norm)
+        rows = shuffled(shuffle, conv.out_channels)
+        return self.pack.linear(dense(weight, conv.groups)[rows][:, list(columns)], bias[rows])
+
+    # --- tokens ------------------------------------------------------------------------------------------
+
+    def hypers(self, first: Any, slots1: list[int], second: Any, slots2: list[int]) -> list[int]:
+        """squeeze, slopes1, slopes2"""
+        hidden = [module.hyper[0] for module in (first, second)]
+        squeeze = self.pack.linear(
+            torch.cat([padded_rows(layer.weight.t()).t() for layer in hidden]),
+            torch.cat([padded_rows(layer.bias[None])[0] for layer in hidden]),
+        )
+        fields = squeeze
+        for module, slots in ((first, slots1), (second, slots2)):
+            layer = module.hyper[2]
+            weight, bias = padded_rows(layer.weight).double(), layer.bias.double()
+            half = layer.out_features // 2
+            both = [*slots, *(-1 if slot < 0 else slot + half for slot in slots)]
+            fields = fields + self.pack.linear(spread(weight, both), spread(bias, both))
+        return fields
+
+    def token_step(
+        self,
+        bridge: MobileToFormer | None,
+        block: _TokenBlock | None,
+        slopes: list[int] | None,
+        next_bridge: MobileToFormer | None,
+    ) -> list[int]:
+        """A PlanTokens: what `bridge` and `block` do to the tokens, and what the tokens make for the pass."""
+        if bridge is None:
+            fields = [0, 0, *_NO_LINEAR, 0]
+        else:
+            self.check_bridge(bridge)
+            project = self.pack.linear(bridge.proj.weight, bridge.proj.bias)
+            fields = [bridge.channels, int(hasattr(bridge, "alpha")), *project, self.norm(bridge.layer_norm)]
+        fields += [0] * 20 if block is None else self.former(block.global_block)
+        fields += 3 * _NO_LINEAR if slopes is None else slopes
+        made: list[tuple[nn.Linear, float]] = []
+        if block is not None:
+            scatter = block.global_local
+            self.check_scatter(scatter)
+            made += [(scatter.k, (scatter.channels // self.heads) ** -0.5), (scatter.proj, 1.0)]
+        if next_bridge is not None:
+            self.check_bridge(next_bridge)
+            made += [(next_bridge.q, (next_bridge.channels // self.heads) ** -0.5)]
+            if hasattr(next_bridge, "alpha"):
+                made += [(next_bridge.alpha[0], 1.0)]
+        if not made:
+            return fields + _NO_LINEAR
+        weight = torch.cat([padded_rows(layer.weight.double().t() * by).t() for layer, by in made])
+        bias = torch.cat([padded_rows(layer.bias.double()[None] * by)[0] for layer, by in made])
+        return fields + self.pack.linear(weight, bias)
+
+    def former(self, former: Former) -> list[int]:
+        self.need(hasattr(former, "q") and not hasattr(former, "token_mlp"), former, "mixing by attention")
+        self.need(not hasattr(former, "alpha"), former, "Formers without a gate")
+        self.former_heads = self.former_heads or former.num_heads
+        self.need(former.num_heads == self.former_heads, former, "one number of heads")
+        fields = [1, *self.pack.linear(former.q.weight, former.q.bias)]
+        fields += self.pack.linear(former.channel_mlp.weight, former.channel_mlp.bias)
+        fields += [self.norm(former.layer_norm)]
+        if not hasattr(former, "ffn"):
+            return fields + [0, *_NO_LINEAR, *_NO_LINEAR, 0]
+        first, last = former.ffn[0], former.ffn[2]
+        fields += [1, *self.pack.linear(first.weight, first.bias)]
+        fields += self.pack.linear(padded_rows(last.weight), last.bias)
+        return fields + [self.norm(former.ffn_norm)]
+
+    def check_bridge(self, bridge: MobileToFormer) -> None:
+        self.need(hasattr(bridge, "q") and not hasattr(bridge, "mlp"), bridge, "mixing by attention")
+        self.need(not hasattr(bridge, "k"), bridge, "bridges without projections of the map")
+        self.check_heads(bridge)
+
+    def check_scatter(self, scatter: FormerToMobile) -> None:
+        self.need(hasattr(scatter, "k") and not hasattr(scatter, "mlp"), scatter, "mixing by attention")
+        self.need(not hasattr(scatter, "q"), scatter, "bridges without projections of the map")
+        self.need(not hasattr(scatter, "alpha"), scatter, "a Mobile <- Former without a gate")
+        self.check_heads(scatter)
+
+    def check_heads(self, bridge: MobileToFormer | FormerToMobile) -> None:
+        self.heads = self.heads or bridge.num_heads
+        self.need(bridge.num_heads == self.heads, bridge, "one number of heads")
+
+    def norm(self, norm: nn.LayerNorm) -> int:
+        self.need(norm.eps == 1e-5, norm, "layer norms with eps 1e-5")
+        return self.pack.add(torch.cat([padded_rows(norm.weight[None])[0], padded_rows(norm.bias[None])[0]]))
+
+    # --- head --------------------------------------------------------------------------------------------
+
+    def head(self, head: ClassifierHead) -> list[int]:
+        """head, fc, classifier"""
+        shuffle, conv, norm = head.conv
+        act: DynamicReLU = head.act
+        self.need(act.num_functions == 0, act, "a relu6 in the head")
+        self.need(head.class_tokens != 0, head, "class tokens that are joined, not averaged,")
+        weight, bias = fold(conv, norm)
+        order = shuffled(shuffle, conv.in_channels)
+        place = sorted(range(len(order)), key=order.__getitem__)  # the column that reads each channel
+        fields = self.pack.linear(dense(weight, conv.groups)[:, place], bias)
+        linear, norm1d, _ = head.fc
+        scale, shift = norm_factors(norm1d)
+        weight = linear.weight.double() * scale[:, None]
+        pooled = padded_rows(weight[:, : conv.out_channels])
+        weight = torch.cat([pooled, weight[:, conv.out_channels :]], 1)
+        fields += self.pack.linear(weight, linear.bias.double() * scale + shift)
+        last = head.classifier[1]
+        return fields + self.pack.linear(padded_rows(last.weight), last.bias)
+
+
+def padded_rows(rows: Tensor) -> Tensor:
+    """Each row with zeros at its end."""
+    return nn.functional.pad(rows.detach(), (0, padded(rows.shape[1]) - rows.shape[1]))
+
+
+def _slots(inputs: int, numbers: list[int]) -> list[int]:
+    """`numbers`, by groups of `inputs`, with -1 where channels are padded."""
+    gap = [-1] * (padded(inputs) - inputs)
+    groups = [numbers[i : i + inputs] for i in range(0, len(numbers), inputs)]
+    return [slot for group in groups for slot in (*group, *gap)]
