@@ -74,10 +74,7 @@ struct TokenState {
   float* tokens;   // (tokens, padded token width)
   float* slopes1;  // of the first activation: slope 1 of all channels, then slope 2
   float* slopes2;
-  float* keys;     // (channels, lanes): a column for each pair of a head and a token; lanes = padded(heads * tokens)
-  float* values;   // (heads * tokens, padded channels)
-  float* queries;  // as keys
-  float* gates;    // (tokens, padded channels)
+  float* made;  // (tokens, generate.outputs)
 };
 
 struct PassArgs {
@@ -92,23 +89,21 @@ struct PassArgs {
   int64_t out_height, out_width;  // of the output
   float* out;
   int64_t group;  // rows of a task
-  // For each task a record of what it gathered: for each lane the largest logit, then the sums of
-  // exp(logit - largest), then (heads * tokens, padded channels) sums of weighted pixels.
-  float* gathered;
+  double* gathered;  // a record for each task, see Bridge::gather
   float* (*scratch)(int64_t floats);  // working memory of the calling thread
 };
 
 MFK_PLAN_FUNCTION int64_t record_size(const MobileFormerPlan& plan, int64_t channels) {
-  return 2 * padded(plan.heads * plan.tokens) + plan.heads * plan.tokens * padded(channels);
+  return plan.heads * plan.tokens * (2 + channels / plan.heads);
 }
 
 struct TokensArgs {
   const MobileFormerPlan* plan;
   const PlanTokens* step;
-  const PlanPass* pass;  // the next one; null at the end
+  const PlanPass *before, *pass;  // the last pass, null at the beginning; the next one, null at the end
   const float* weights;
   TokenState state;
-  const float* gathered;
+  const double* gathered;
   int64_t records;
   float* (*scratch)(int64_t floats);
 };

@@ -1,6 +1,7 @@
 #include "bridge.h"
 #include "deployed_mobile_former.h"
 #include "depthwise.h"
+#include "gemm.h"
 
 namespace mfk {
 namespace MFK_ISA {
@@ -12,7 +13,7 @@ struct Pass {
   const PlanPass& plan;
   const float* weights;
   const int64_t in_channels, out_channels;  // padded
-  const Bridge bridge;
+  Bridge bridge;
   float* next;  // free working memory
 
   explicit Pass(const PassArgs& a)
@@ -21,8 +22,7 @@ struct Pass {
         weights(a.weights),
         in_channels(padded(plan.in_channels)),
         out_channels(padded(plan.out_channels)),
-        bridge{plan.out_channels, out_channels, a.plan->heads, a.plan->tokens,
-               padded(a.plan->heads * a.plan->tokens)},
+        bridge(plan.out_channels, out_channels, a.plan->heads, a.plan->tokens, plan.tokens.generate.outputs),
         next(a.scratch(room())) {}
 
   // Rows of the input that a task reads at most, were it all of them.
@@ -61,13 +61,16 @@ struct Pass {
   const float* in_row(int64_t y) const { return args.in + y * args.width * in_channels; }
 
   // The bridges, over rows y0 to y1-1 of the output.
-  void finish(int64_t task, int64_t y0, int64_t y1, float* scratch) const {
-    const int64_t positions = (y1 - y0) * args.out_width;
-    const TokenState& state = args.state;
-    if (plan.scatter) bridge.scatter(out_row(y0), positions, state.keys, state.values, scratch);
+  void finish(int64_t task, int64_t y0, int64_t y1, float* scratch) {
+    if (!plan.scatter && !plan.gather) return;
+    const float* made = args.state.made;
+    bridge.open(out_row(y0), (y1 - y0) * args.out_width, scratch);
+    if (plan.scatter) {
+      bridge.scatter(out_row(y0), made, made + out_channels);
+      made += 2 * out_channels;
+    }
     if (plan.gather) {
-      float* record = args.gathered + task * record_size(*args.plan, plan.out_channels);
-      bridge.gather(out_row(y0), positions, state.queries, record, scratch);
+      bridge.gather(made, args.gathered + task * record_size(*args.plan, plan.out_channels));
     }
   }
 
@@ -250,13 +253,16 @@ void mobile_former_pass(const PassArgs& args, int64_t begin, int64_t end) {
   Pass pass(args);
   switch (args.pass->kind) {
     case kStem:
-      return pass.stem(begin, end);
+      pass.stem(begin, end);
+      break;
     case kLite:
-      return pass.lite(begin, end);
+      pass.lite(begin, end);
+      break;
     case kBlock:
-      return pass.block(begin, end);
+      pass.block(begin, end);
+      break;
     default:
-      return pass.down(begin, end);
+      pass.down(begin, end);
   }
 }
 

@@ -9,7 +9,7 @@ struct Step {
   const TokensArgs& args;
   const PlanTokens& plan;
   const float* weights;
-  const int64_t tokens, heads, width, stride, lanes;  // stride: padded token width
+  const int64_t tokens, heads, width, stride;  // stride: padded token width
 
   explicit Step(const TokensArgs& a)
       : args(a),
@@ -18,8 +18,7 @@ struct Step {
         tokens(a.plan->tokens),
         heads(a.plan->heads),
         width(a.plan->token_dim),
-        stride(padded(width)),
-        lanes(padded(heads * tokens)) {}
+        stride(padded(width)) {}
 
   template <class Epilogue>
   void linear(const PlanLinear& l, int64_t rows, const float* in, int64_t in_stride, float* out,
@@ -46,27 +45,39 @@ struct Step {
 
   // What the tasks of the last pass gathered, put together: (tokens, padded channels).
   void combine(float* out, int64_t channels) const {
-    const int64_t columns = padded(channels), depth = channels / heads;
+    const int64_t columns = padded(channels), depth = channels / heads, pairs = heads * tokens;
     const int64_t record = record_size(*args.plan, channels);
     memset(out, 0, tokens * columns * sizeof(float));
-    for (int64_t i = 0; i < heads * tokens; ++i) {
-      const int64_t head = i / tokens;
-      float top = args.gathered[i];
+    for (int64_t i = 0; i < pairs; ++i) {
+      double top = args.gathered[i];
       for (int64_t r = 1; r < args.records; ++r) {
-        const float other = args.gathered[r * record + i];
+        const double other = args.gathered[r * record + i];
         top = other > top ? other : top;
       }
-      float* row = out + (i % tokens) * columns + head * depth;
+      double* total = reinterpret_cast<double*>(args.scratch(0));
       double sum = 0;
+      for (int64_t c = 0; c < depth; ++c) total[c] = 0;
       for (int64_t r = 0; r < args.records; ++r) {
-        const float* part = args.gathered + r * record;
-        const float weight = exp_scalar<float>(part[i] - top);
-        sum += static_cast<double>(weight) * part[lanes + i];
-        const float* pixels = part + 2 * lanes + i * columns + head * depth;
-        for (int64_t c = 0; c < depth; ++c) row[c] += weight * pixels[c];
+        const double* part = args.gathered + r * record;
+        const double weight = exp_scalar<float>(static_cast<float>(part[i] - top));
+        sum += weight * part[pairs + i];
+        const double* pixels = part + 2 * pairs + i * depth;
+        for (int64_t c = 0; c < depth; ++c) total[c] += weight * pixels[c];
       }
-      const float norm = static_cast<float>(1 / sum);
-      for (int64_t c = 0; c < depth; ++c) row[c] *= norm;
+      const double norm = 1 / sum;
+      float* row = out + (i % tokens) * columns + i / tokens * depth;
+      for (int64_t c = 0; c < depth; ++c) row[c] = static_cast<float>(total[c] * norm);
+    }
+  }
+  void apply_gate(float* x, int64_t columns) const {
+    const PlanPass& before = *args.before;
+    const int64_t row = before.tokens.generate.outputs;
+    const float* gates = args.state.made + (before.scatter ? 3 : 1) * columns;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t c = 0; c < columns; c += kLanes<float>) {
+        float* at = x + t * columns + c;
+        store(at, load(at) * clamp6(load(gates + t * row + c) + 3.0f) / 3);
+      }
     }
   }
 
@@ -131,59 +142,20 @@ struct Step {
     for (int64_t c = 0; c < channels; ++c) out[channels + c] -= 1;
   }
 
-  // Keys and values, queries and gates for the next pass, as the bridges take them.
-  void generate(float* made) const {
-    const PlanPass& pass = *args.pass;
-    const int64_t channels = pass.out_channels, columns = padded(channels);
-    const int64_t row = plan.generate.outputs;
-    linear(plan.generate, tokens, args.state.tokens, stride, made, row, AddBias{bias(plan.generate)});
-    if (pass.scatter) {
-      to_columns(made, row, channels, args.state.keys);
-      memset(args.state.values, 0, heads * tokens * columns * sizeof(float));
-      const int64_t depth = channels / heads;
-      for (int64_t i = 0; i < heads * tokens; ++i) {
-        const int64_t head = i / tokens;
-        memcpy(args.state.values + i * columns + head * depth,
-               made + (i % tokens) * row + columns + head * depth, depth * sizeof(float));
-      }
-      made += 2 * columns;
-    }
-    if (pass.gather) to_columns(made, row, channels, args.state.queries);
-    if (pass.gate) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t c = 0; c < columns; c += kLanes<float>) {
-          store(args.state.gates + t * columns + c, clamp6(load(made + t * row + columns + c) + 3.0f) / 3);
-        }
-      }
-    }
-  }
-  // (tokens, channels) to (channels, lanes): each pair of a head and a token has a column, zero outside of
-  // the head's channels.
-  void to_columns(const float* made, int64_t row, int64_t channels, float* out) const {
-    const int64_t depth = channels / heads;
-    memset(out, 0, channels * lanes * sizeof(float));
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t c = 0; c < depth * heads; ++c) out[c * lanes + c / depth * tokens + t] = made[t * row + c];
-    }
-  }
-
   void run() const {
     const int64_t columns = plan.bridge_channels > 0 ? padded(plan.bridge_channels) : 0;
     int64_t widest = stride;
     auto at_least = [&](int64_t n) { widest = n > widest ? n : widest; };
     at_least(columns);
     if (plan.former && plan.ffn) at_least(plan.ffn_in.outputs);
-    if (args.pass != nullptr) at_least(plan.generate.outputs);
     at_least(plan.squeeze.outputs);
-    float* a = args.scratch(2 * tokens * widest + tokens * stride + 64) + round_up(tokens, 16);
+    // At the front, room for the logits of a token, or for a row of doubles.
+    const int64_t front = round_up(tokens > 2 * columns ? tokens : 2 * columns, 16);
+    float* a = args.scratch(front + 2 * tokens * widest) + front;
     float* b = a + tokens * widest;
     if (plan.bridge_channels > 0) {
       combine(a, plan.bridge_channels);
-      if (plan.gate) {
-        for (int64_t i = 0; i < tokens * columns; i += kLanes<float>) {
-          store(a + i, load(a + i) * load(args.state.gates + i));
-        }
-      }
+      if (plan.gate) apply_gate(a, columns);
       float* x = args.state.tokens;
       linear(plan.project, tokens, a, columns, x, stride, AddResidual{bias(plan.project), x, stride});
       normalise(x, plan.norm);
@@ -191,7 +163,9 @@ struct Step {
     if (plan.former) former(a, b);
     if (args.pass == nullptr) return;
     if (plan.squeeze.outputs > 0) hyper(a);
-    if (plan.generate.outputs > 0) generate(a);
+    if (plan.generate.outputs == 0) return;
+    linear(plan.generate, tokens, args.state.tokens, stride, args.state.made, plan.generate.outputs,
+           AddBias{bias(plan.generate)});
   }
 };
 

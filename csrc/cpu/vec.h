@@ -293,6 +293,27 @@ MFK_INLINE vec<double> exp(vec<double> x) {
   y = x > high ? splat(__builtin_inf()) : y;
   return x != x ? x : y;
 }
+// exp(x) for x <= 0, in half the steps of exp, within 2 units in the last place; where the result would be
+// denormal, the smallest normal number.
+MFK_INLINE vec<float> exp_nonpositive(vec<float> x) {
+  const vec<float> low = splat(-87.336544f);
+  const vec<float> t = x < low ? low : x;
+  const float shift = 12582912.0f;
+  const vec<float> shifted = t * 1.44269504f + shift, whole = shifted - shift;
+  vec<float> r = t - whole * 0.693145752f;
+  r = r - whole * 1.42860682e-6f;
+  vec<float> p = splat(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // Times 2^n: n onto the exponent bits.
+  return reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(p) +
+                                      (reinterpret_cast<mask<float>>(shifted) << 23));
+}
+
 // erf(x), within 4 units in the last place: up to |x| = 1 by x P(x^2), beyond by 1 - exp(Q(|x|)); both
 // polynomials are least-squares fits.
 MFK_INLINE vec<float> erf(vec<float> x) {

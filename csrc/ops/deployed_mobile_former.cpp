@@ -1,5 +1,10 @@
 #include "../cpu/deployed_mobile_former.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -17,8 +22,13 @@ struct Free {
 using Block = std::unique_ptr<float, Free>;
 
 Block allocate(int64_t floats) {
-  Block block(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64)));
+  const size_t bytes = floats * sizeof(float), huge = size_t{1} << 21;
+  const size_t alignment = bytes >= huge ? huge : 64;
+  Block block(static_cast<float*>(std::aligned_alloc(alignment, (bytes / alignment + 1) * alignment)));
   STD_TORCH_CHECK(block != nullptr, kOp, ": no memory for ", floats, " floats");
+#if defined(__linux__)
+  if (bytes >= huge) madvise(block.get(), bytes, MADV_HUGEPAGE);
+#endif
   return block;
 }
 
@@ -88,7 +98,7 @@ class Network {
       : plan_(plan), weights_(weights), image_(image) {
     const PlanPass* passes = passes_of(plan);
     Shape shape{image.size(2), image.size(3)};
-    int64_t channels = 0, hidden1 = 0, hidden2 = 0, records = 0;
+    int64_t hidden1 = 0, hidden2 = 0, made = 0, records = 0;
     for (int64_t i = 0; i < plan.passes; ++i) {
       const PlanPass& pass = passes[i];
       shapes_.push_back(shape);
@@ -97,16 +107,14 @@ class Network {
       groups_.push_back(group);
       tasks_.push_back((shape.height + group - 1) / group);
       map_ = std::max(map_, shape.height * shape.width * padded(pass.out_channels));
-      channels = std::max(channels, padded(pass.out_channels));
       hidden1 = std::max(hidden1, pass.hidden1);
       hidden2 = std::max({hidden2, pass.hidden2, pass.hidden1});
+      made = std::max(made, pass.tokens.generate.outputs);
       if (pass.gather) records = std::max(records, tasks_.back() * record_size(plan, pass.out_channels));
     }
     shapes_.push_back(shape);
-    const int64_t lanes = padded(plan.heads * plan.tokens), stride = padded(plan.token_dim);
-    records_ = records;
-    sizes_ = {plan.tokens * stride,  2 * hidden1,      2 * hidden2, channels * lanes, plan.heads * plan.tokens * channels,
-              channels * lanes, plan.tokens * channels};
+    records_ = 2 * records;  // doubles
+    sizes_ = {plan.tokens * padded(plan.token_dim), 2 * hidden1, 2 * hidden2, plan.tokens * made};
     state_ = 0;
     for (int64_t& size : sizes_) {
       size = (size + 15) / 16 * 16;
@@ -118,24 +126,26 @@ class Network {
   int64_t memory() const { return 2 * map_ + (records_ + 15) / 16 * 16 + state_; }
 
   // From the image to the input of the classifier's first linear layer: pooled map and class tokens.
-  // `run(tasks, f)` calls f(begin, end) over the tasks, perhaps on several threads.
-  template <class Run>
-  void features(int64_t sample, float* memory, float* out, Run run) const {
+  // `run(tasks, f)` calls f(begin, end) over the tasks, perhaps on several threads; `done()` is called after
+  // each step over the tokens and each pass, after the last of the one and after the head.
+  template <class Run, class Done>
+  void features(int64_t sample, float* memory, float* out, Run run, Done done) const {
     float *in = memory, *next = memory + map_;
-    float* gathered = memory + 2 * map_;
-    float* p = gathered + (records_ + 15) / 16 * 16;
-    float* parts[7];
-    for (int i = 0; i < 7; ++i) {
+    auto* gathered = reinterpret_cast<double*>(memory + 2 * map_);
+    float* p = memory + 2 * map_ + (records_ + 15) / 16 * 16;
+    float* parts[4];
+    for (int i = 0; i < 4; ++i) {
       parts[i] = p;
       p += sizes_[i];
     }
-    const TokenState state{parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6]};
+    const TokenState state{parts[0], parts[1], parts[2], parts[3]};
     std::copy_n(weights_ + plan_.first_tokens, plan_.tokens * padded(plan_.token_dim), state.tokens);
     const PlanPass* passes = passes_of(plan_);
     int64_t records = 0;
     for (int64_t i = 0; i < plan_.passes; ++i) {
       const PlanPass& pass = passes[i];
-      mobile_former_tokens({&plan_, &pass.tokens, &pass, weights_, state, gathered, records, scratch}, 0, 1);
+      mobile_former_tokens({&plan_, &pass.tokens, i == 0 ? nullptr : &pass - 1, &pass, weights_, state, gathered, records, scratch}, 0, 1);
+      done();
       PassArgs args{};
       args.plan = &plan_;
       args.pass = &pass;
@@ -157,16 +167,19 @@ class Network {
       args.gathered = gathered;
       args.scratch = scratch;
       run(tasks_[i], [&](int64_t begin, int64_t end) { mobile_former_pass(args, begin, end); });
+      done();
       std::swap(in, next);
       records = tasks_[i];
     }
-    mobile_former_tokens({&plan_, &plan_.last, nullptr, weights_, state, gathered, records, scratch}, 0, 1);
+    mobile_former_tokens({&plan_, &plan_.last, passes + plan_.passes - 1, nullptr, weights_, state, gathered, records, scratch}, 0, 1);
+    done();
     const HeadArgs head{&plan_, weights_, in, shapes_.back().height * shapes_.back().width, out, scratch};
     run((plan_.head.outputs + 31) / 32, [&](int64_t begin, int64_t end) { mobile_former_head(head, begin, end); });
     for (int64_t t = 0; t < plan_.class_tokens; ++t) {
       std::copy_n(state.tokens + t * padded(plan_.token_dim), plan_.token_dim,
                   out + plan_.head.outputs + t * plan_.token_dim);
     }
+    done();
   }
 
  private:
@@ -180,16 +193,12 @@ class Network {
 };
 
 template <class F>
-void run_serially(int64_t tasks, F f) {
-  f(0, tasks);
-}
-
-template <class F>
 void run_in_parallel(int64_t tasks, F f) {
   torch::stable::parallel_for(0, tasks, 1, f);
 }
 
-Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan_tensor, int64_t classes) {
+template <class Done>
+Tensor run(const Tensor& image, const Tensor& weights, const Tensor& plan_tensor, int64_t classes, Done done) {
   STD_TORCH_CHECK(image.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", image.dim());
   STD_TORCH_CHECK(image.scalar_type() == ScalarType::Float, kOp, ": x must be float32");
   STD_TORCH_CHECK(image.is_cpu() && weights.is_cpu() && plan_tensor.is_cpu(), kOp, ": x must be on the CPU");
@@ -222,7 +231,7 @@ Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan_te
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t b = batch * t / threads; b < batch * (t + 1) / threads; ++b) {
           network.features(b, memory.get() + t * share, features + b * width,
-                           [](int64_t tasks, auto f) { run_serially(tasks, f); });
+                           [](int64_t tasks, auto f) { f(0, tasks); }, done);
         }
       }
     });
@@ -232,9 +241,9 @@ Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan_te
         if (threads > 1 && tasks > 1) {
           run_in_parallel(tasks, f);
         } else {
-          run_serially(tasks, f);
+          f(0, tasks);
         }
-      });
+      }, done);
     }
   }
   const float* w = weights.const_data_ptr<float>();
@@ -243,10 +252,33 @@ Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan_te
     run_in_parallel(panels, [&](int64_t begin, int64_t end) { mobile_former_classifier(args, begin, end); });
   };
   linear({plan.fc, w, features, width, batch, 1, middle, hidden});
+  done();
   linear({plan.classifier, w, middle, hidden, batch, 0, logits, last});
+  done();
   for (int64_t b = 0; b < batch; ++b) {
     std::copy_n(logits + b * last, classes, out.mutable_data_ptr<float>() + b * classes);
   }
+  return out;
+}
+
+Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan, int64_t classes) {
+  return run(image, weights, plan, classes, [] {});
+}
+
+// Seconds, float64, that each step takes on one thread for a batch of one: for each pass its tokens and
+// itself, then the last tokens, the head, and the two linear layers.
+Tensor times(const Tensor& image, const Tensor& weights, const Tensor& plan, int64_t classes) {
+  STD_TORCH_CHECK(image.dim() == 4 && image.size(0) == 1, kOp, ": x must be one image");
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> seconds;
+  auto before = Clock::now();
+  run(image, weights, plan, classes, [&] {
+    const auto now = Clock::now();
+    seconds.push_back(std::chrono::duration<double>(now - before).count());
+    before = now;
+  });
+  Tensor out = empty({static_cast<int64_t>(seconds.size())}, ScalarType::Double, image);
+  std::copy(seconds.begin(), seconds.end(), out.mutable_data_ptr<double>());
   return out;
 }
 
@@ -255,8 +287,10 @@ Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan_te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
   m.def("deployed_mobile_former(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+  m.def("deployed_mobile_former_times(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
   m.impl("deployed_mobile_former", TORCH_BOX(&mfk::forward));
+  m.impl("deployed_mobile_former_times", TORCH_BOX(&mfk::times));
 }

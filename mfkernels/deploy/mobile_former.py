@@ -1,6 +1,7 @@
 """Mobile-Former as a plan for the kernels in csrc/cpu/deployed_mobile_former.h, whose fields it writes in
 their order."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class _Planner:
         for index, block in enumerate(blocks):
             following = blocks[index + 1] if index + 1 < len(blocks) else None
             passes += self.one_pass(block, following)
-        last = self.token_step(model.local_global, None, None, None)
+        last = self.token_step(model.local_global, None, None)
         head = self.head(model.classifier)
         hyper_tokens = {b.hyper1.token_id for b in blocks if not isinstance(b, LiteBottleneck)} or {0}
         if len(hyper_tokens) > 1:
@@ -111,16 +112,17 @@ class _Planner:
             bridge = None
         else:
             bridge = self.model.local_global if following is None else following.local_global
+        # Weights lie in the order of their use.
         if block is None or isinstance(block, LiteBottleneck):
+            step = self.token_step(None, None, bridge)
             fields = self.stem() if block is None else self.lite(block)
-            step = self.token_step(None, None, None, bridge)
             scatter = 0
         else:
-            fields, slopes = self.block(block) if isinstance(block, MobileFormerBlock) else self.down(block)
-            step = self.token_step(block.local_global, block, slopes, bridge)
+            step = self.token_step(block.local_global, block, bridge)
+            fields = self.block(block) if isinstance(block, MobileFormerBlock) else self.down(block)
             scatter = 1
         gather = int(bridge is not None)
-        return step + fields + [scatter, gather, int(gather and hasattr(bridge, "alpha"))]
+        return [*step, *fields, scatter, gather, int(gather and hasattr(bridge, "alpha"))]
 
     def stem(self) -> list[int]:
         conv, norm, _ = self.model.stem
@@ -136,8 +138,7 @@ class _Planner:
         sizes = [_LITE, conv.in_channels, point.out_channels, conv.stride[0], int(block.skip)]
         return [*sizes, hidden, 0, depthwise, 0, *_NO_LINEAR, *linear]
 
-    def block(self, block: MobileFormerBlock) -> tuple[list[int], list[int]]:
-        self.check_block(block)
+    def block(self, block: MobileFormerBlock) -> list[int]:
         self.need(not block.before_skip, block, "blocks with the residual before the bridge")
         point1, norm1, shuffle1 = block.conv1
         conv, norm = block.conv2
@@ -146,15 +147,12 @@ class _Planner:
         self.need(conv.stride == (1, 1), block, "blocks with stride 1")
         channels = conv.out_channels
         linear1 = self.pointwise(point1, norm1, range(point1.in_channels), shuffle1)
-        slots = [*range(channels), *[-1] * (padded(channels) - channels)]
-        depthwise = self.pack.depthwise(*fold(conv, norm), slots)
+        depthwise = self.pack.depthwise(*fold(conv, norm), _slots(channels, range(channels)))
         linear2 = self.pointwise(point2, norm2, range(channels), shuffle2)
         sizes = [_BLOCK, point1.in_channels, point2.out_channels, 1, int(block.skip)]
-        fields = [*sizes, padded(channels), 0, depthwise, 0, *linear1, *linear2]
-        return fields, self.hypers(block.hyper1, slots, block.hyper2, slots)
+        return [*sizes, padded(channels), 0, depthwise, 0, *linear1, *linear2]
 
-    def down(self, block: MobileFormerDownsample) -> tuple[list[int], list[int]]:
-        self.check_block(block)
+    def down(self, block: MobileFormerDownsample) -> list[int]:
         self.need(not block.skip, block, "downsample blocks without an outer residual")
         self.need(len(block.conv1) == 3 and len(block.conv3) == 3, block, "3x3 depthwise convolutions")
         conv1, norm1, shuffle1 = block.conv1
@@ -165,10 +163,7 @@ class _Planner:
         linear2 = self.pointwise(*block.conv4, order3, nn.Identity())
         self.need(conv3.stride == (1, 1), block, "a second depthwise convolution of stride 1")
         sizes = [_DOWN, conv1.in_channels, conv3.in_channels, conv1.stride[0], 0]
-        fields = [*sizes, hidden1, hidden2, depthwise1, depthwise2, *linear1, *linear2]
-        slots1 = _slots(conv1.in_channels, order1)
-        slots3 = _slots(conv3.in_channels, order3)
-        return fields, self.hypers(block.hyper1, slots1, block.hyper3, slots3)
+        return [*sizes, hidden1, hidden2, depthwise1, depthwise2, *linear1, *linear2]
 
     def check_block(self, block: _TokenBlock) -> None:
         second = block.act2 if isinstance(block, MobileFormerBlock) else block.act3
@@ -187,14 +182,12 @@ class _Planner:
     def multiplying(
         self, block: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d, shuffle: nn.Module
     ) -> tuple[int, int, list[int]]:
-        """A depthwise convolution that makes e channels of each: its offset, its padded channels, and for
-        each output in memory (by j, then by input channel) its number after the shuffle."""
+        """A depthwise convolution that makes several channels of each: its offset, its padded channels, and
+        the numbers, after the shuffle, of its outputs in the order of memory."""
         self.check_depthwise(block, conv)
         inputs, times = conv.in_channels, conv.out_channels // conv.in_channels
-        made = [i * times + j for j in range(times) for i in range(inputs)]
-        number = {old: new for new, old in enumerate(shuffled(shuffle, conv.out_channels))}
-        offset = self.pack.depthwise(*fold(conv, norm), _slots(inputs, made))
-        return offset, times * padded(inputs), [number[old] for old in made]
+        offset = self.pack.depthwise(*fold(conv, norm), _slots(inputs, _made(conv)))
+        return offset, times * padded(inputs), _numbers(conv, shuffle)
 
     def pointwise(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, columns: Any, shuffle: nn.Module) -> list[int]:
         """A 1x1 convolution; its inputs lie in memory in the order of `columns`, its outputs are shuffled."""
@@ -204,27 +197,33 @@ class _Planner:
 
     # --- tokens ------------------------------------------------------------------------------------------
 
-    def hypers(self, first: Any, slots1: list[int], second: Any, slots2: list[int]) -> list[int]:
+    def hypers(self, block: _TokenBlock) -> list[int]:
         """squeeze, slopes1, slopes2"""
+        if isinstance(block, MobileFormerBlock):
+            channels = block.conv2[0].out_channels
+            first, second = block.hyper1, block.hyper2
+            slots = 2 * [_slots(channels, range(channels))]
+        else:
+            first, second = block.hyper1, block.hyper3
+            convs = [(layers[0], layers[2]) for layers in (block.conv1, block.conv3)]
+            slots = [_slots(conv.in_channels, _numbers(conv, shuffle)) for conv, shuffle in convs]
         hidden = [module.hyper[0] for module in (first, second)]
-        squeeze = self.pack.linear(
+        fields = self.pack.linear(
             torch.cat([padded_rows(layer.weight.t()).t() for layer in hidden]),
             torch.cat([padded_rows(layer.bias[None])[0] for layer in hidden]),
         )
-        fields = squeeze
-        for module, slots in ((first, slots1), (second, slots2)):
+        for module, places in zip((first, second), slots, strict=True):
             layer = module.hyper[2]
             weight, bias = padded_rows(layer.weight).double(), layer.bias.double()
             half = layer.out_features // 2
-            both = [*slots, *(-1 if slot < 0 else slot + half for slot in slots)]
-            fields = fields + self.pack.linear(spread(weight, both), spread(bias, both))
+            both = [*places, *(-1 if place < 0 else place + half for place in places)]
+            fields += self.pack.linear(spread(weight, both), spread(bias, both))
         return fields
 
     def token_step(
         self,
         bridge: MobileToFormer | None,
         block: _TokenBlock | None,
-        slopes: list[int] | None,
         next_bridge: MobileToFormer | None,
     ) -> list[int]:
         """A PlanTokens: what `bridge` and `block` do to the tokens, and what the tokens make for the pass."""
@@ -234,8 +233,11 @@ class _Planner:
             self.check_bridge(bridge)
             project = self.pack.linear(bridge.proj.weight, bridge.proj.bias)
             fields = [bridge.channels, int(hasattr(bridge, "alpha")), *project, self.norm(bridge.layer_norm)]
-        fields += [0] * 20 if block is None else self.former(block.global_block)
-        fields += 3 * _NO_LINEAR if slopes is None else slopes
+        if block is None:
+            fields += [0] * 20 + 3 * _NO_LINEAR
+        else:
+            self.check_block(block)
+            fields += self.former(block.global_block) + self.hypers(block)
         made: list[tuple[nn.Linear, float]] = []
         if block is not None:
             scatter = block.global_local
@@ -313,8 +315,21 @@ def padded_rows(rows: Tensor) -> Tensor:
     return nn.functional.pad(rows.detach(), (0, padded(rows.shape[1]) - rows.shape[1]))
 
 
-def _slots(inputs: int, numbers: list[int]) -> list[int]:
+def _slots(inputs: int, numbers: Sequence[int]) -> list[int]:
     """`numbers`, by groups of `inputs`, with -1 where channels are padded."""
     gap = [-1] * (padded(inputs) - inputs)
     groups = [numbers[i : i + inputs] for i in range(0, len(numbers), inputs)]
     return [slot for group in groups for slot in (*group, *gap)]
+
+
+def _made(conv: nn.Conv2d) -> list[int]:
+    """The outputs of a depthwise convolution in the order of memory: the first that each input makes, then
+    the second, ..."""
+    times = conv.out_channels // conv.in_channels
+    return [i * times + j for j in range(times) for i in range(conv.in_channels)]
+
+
+def _numbers(conv: nn.Conv2d, shuffle: nn.Module) -> list[int]:
+    """The same, each by its number after the shuffle."""
+    number = {old: new for new, old in enumerate(shuffled(shuffle, conv.out_channels))}
+    return [number[old] for old in _made(conv)]

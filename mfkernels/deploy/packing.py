@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import _C
+
 LANES = 16  # channels are padded to a multiple of this
 PANEL = 32  # outputs of a packed matrix that lie together
 
@@ -18,14 +20,14 @@ class Packer:
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
-        self._size = 0
+        self.size = 0
 
     def add(self, values: Tensor) -> int:
         """Returns the offset of these values, flattened."""
         flat = values.detach().double().flatten()
-        offset = self._size
-        self._size += padded(flat.numel())
-        self._parts.append(nn.functional.pad(flat, (0, self._size - offset - flat.numel())))
+        offset = self.size
+        self.size += padded(flat.numel())
+        self._parts.append(nn.functional.pad(flat, (0, self.size - offset - flat.numel())))
         return offset
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> list[int]:
@@ -50,7 +52,9 @@ class Packer:
         return self.add(torch.cat([taps.flatten(), spread(bias.detach().double(), slots)]))
 
     def tensor(self) -> Tensor:
-        return torch.cat(self._parts).float()
+        weights = torch.empty(self.size, dtype=torch.float32)
+        _C.advise_huge_pages(weights.data_ptr(), 4 * self.size)
+        return weights.copy_(torch.cat(self._parts))
 
 
 def spread(values: Tensor, slots: Sequence[int]) -> Tensor:

@@ -1,0 +1,120 @@
+"""The runtimes: each makes of a network and an example a function of no arguments that runs it once."""
+
+import importlib.util
+import io
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..backends import use_backend
+from ..deploy import deploy
+
+Call = Callable[[], Any]
+
+
+class Skipped(Exception):
+    """A runtime cannot run this network here; says why."""
+
+
+def _need(*modules: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise Skipped(f"{module} is not installed")
+
+
+def _mfkernels(model: nn.Module, x: Tensor, threads: int) -> Call:
+    try:
+        deployed = deploy(model)
+    except TypeError as error:
+        raise Skipped(str(error)) from error
+    return lambda: deployed(x)
+
+
+def _eager(model: nn.Module, x: Tensor, threads: int) -> Call:
+    def call() -> Tensor:
+        with use_backend("reference"):
+            return model(x)
+
+    return call
+
+
+def _channels_last(model: nn.Module, x: Tensor, threads: int) -> Call:
+    model = model.to(memory_format=torch.channels_last)
+    return _eager(model, x.contiguous(memory_format=torch.channels_last), threads)
+
+
+def _compile(model: nn.Module, x: Tensor, threads: int) -> Call:
+    import torch._inductor.config as inductor
+
+    def compiled(x: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return model(x)
+
+    inductor.freezing = True
+    function = torch.compile(compiled)
+    try:
+        function(x)
+    except Exception as error:
+        raise Skipped(f"torch.compile failed: {type(error).__name__}") from error
+    return lambda: function(x)
+
+
+def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Call:
+    _need("onnxruntime", "onnx", "onnxscript")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    session = onnxruntime.InferenceSession(_onnx(model, x), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feed)[0]
+
+
+def _onnx(model: nn.Module, x: Tensor) -> bytes:
+    file = io.BytesIO()
+    with use_backend("reference"), torch.inference_mode(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, (x.clone(),), dynamo=True, verbose=False)
+        assert program is not None
+        program.save(file)
+    return file.getvalue()
+
+
+def _openvino(model: nn.Module, x: Tensor, threads: int) -> Call:
+    _need("openvino")
+    os.environ.setdefault("OPENVINO_TELEMETRY", "0")
+    import openvino
+
+    with use_backend("reference"), torch.inference_mode(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = openvino.convert_model(model, example_input=x.clone(), input=[list(x.shape)])
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.compile_model(converted, "CPU", settings).create_infer_request()
+    values = x.numpy()
+    return lambda: next(iter(request.infer({0: values}, share_inputs=True).values()))
+
+
+RUNTIMES: dict[str, Callable[[nn.Module, Tensor, int], Call]] = {
+    "mfkernels": _mfkernels,
+    "eager": _eager,
+    "eager channels_last": _channels_last,
+    "compile": _compile,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
+
+
+def result_of(call: Call) -> np.ndarray:
+    out = call()
+    return out.numpy() if isinstance(out, Tensor) else np.asarray(out)
