@@ -6,46 +6,37 @@
 namespace mfk {
 namespace MFK_ISA {
 
-// `count` neighbouring outputs, all their columns inside the image. `rows` point at the first of them.
-template <int kOutputs, int kStride, class Epilogue>
-MFK_INLINE void depthwise_inside(const float* const (&rows)[3], int64_t pixel, const float* w,
-                                 int64_t w_stride, float* out, int64_t out_stride, Epilogue epilogue,
-                                 int64_t channels, int64_t o) {
-  constexpr int n = kLanes<float>;
+namespace detail {
+
+// kOutputs neighbouring outputs. `rows` point at the pixel of the first one's left tap. kLeft: that pixel is
+// outside of the image; kRight: the last one's right tap is.
+template <int kOutputs, int kStride, bool kLeft, bool kRight, class Epilogue>
+void depthwise_run(const float* const (&rows)[3], int64_t pixel, const float* w, int64_t w_stride, float* out,
+                   int64_t out_stride, Epilogue epilogue, int64_t channels, int64_t o) {
+  constexpr int n = kLanes<float>, kColumns = (kOutputs - 1) * kStride + 3;
   for (int64_t c = 0; c < channels; c += n) {
-    vec<float> acc[kOutputs] = {};
+    const auto finish = epilogue.at(o + c);
+    vec<float> acc[kOutputs];
+    for (int i = 0; i < kOutputs; ++i) acc[i] = finish.bias;
+#pragma GCC unroll 3
     for (int ky = 0; ky < 3; ++ky) {
       vec<float> taps[3];
       for (int kx = 0; kx < 3; ++kx) taps[kx] = load(w + (ky * 3 + kx) * w_stride + c);
-      for (int ix = 0; ix < (kOutputs - 1) * kStride + 3; ++ix) {
-        const vec<float> x = load(rows[ky] + ix * pixel + c);
+#pragma GCC unroll 17
+      for (int column = kLeft ? 1 : 0; column < kColumns - (kRight ? 1 : 0); ++column) {
+        const vec<float> x = load(rows[ky] + column * pixel + c);
+#pragma GCC unroll 7
         for (int i = 0; i < kOutputs; ++i) {
-          const int kx = ix - i * kStride;
+          const int kx = column - i * kStride;
           if (kx >= 0 && kx < 3) acc[i] += x * taps[kx];
         }
       }
     }
-    const auto finish = epilogue.at(o + c);
-    for (int i = 0; i < kOutputs; ++i) store(out + i * out_stride + c, finish(acc[i], 0));
+    for (int i = 0; i < kOutputs; ++i) store(out + i * out_stride + c, finish.activate(acc[i]));
   }
 }
 
-// One output at a border: columns x0 to x1-1 of the taps are inside the image.
-template <class Epilogue>
-MFK_INLINE void depthwise_border(const float* const (&rows)[3], int64_t pixel, int64_t x0, int64_t x1,
-                                 const float* w, int64_t w_stride, float* out, Epilogue epilogue,
-                                 int64_t channels, int64_t o) {
-  constexpr int n = kLanes<float>;
-  for (int64_t c = 0; c < channels; c += n) {
-    vec<float> acc{};
-    for (int ky = 0; ky < 3; ++ky) {
-      for (int64_t kx = x0; kx < x1; ++kx) {
-        acc += load(rows[ky] + kx * pixel + c) * load(w + (ky * 3 + kx) * w_stride + c);
-      }
-    }
-    store(out + c, epilogue.at(o + c)(acc, 0));
-  }
-}
+}  // namespace detail
 
 // A row of `width_out` outputs from three input rows of `width_in` pixels (a row of zeros where the image
 // ends). `channels` channels from the `pixel` floats of a pixel; taps (3, 3, w_stride), outputs
@@ -54,25 +45,37 @@ template <int kStride, class Epilogue>
 void depthwise_row(const float* const (&rows)[3], int64_t width_in, int64_t width_out, int64_t pixel,
                    const float* w, int64_t w_stride, float* out, int64_t out_stride, Epilogue epilogue,
                    int64_t channels, int64_t o) {
-  constexpr int64_t kOutputs = 4;
-  // The outputs whose three columns, from ox * kStride - 1 on, are all inside.
-  const int64_t inside_end = width_in >= 2 ? (width_in - 2) / kStride + 1 : 0;
-  for (int64_t ox = 0; ox < width_out;) {
-    const int64_t left = ox * kStride - 1;
+  constexpr int64_t kMost = 7;
+  const int64_t runs = (width_out + kMost - 1) / kMost;
+  for (int64_t run = 0; run < runs; ++run) {
+    // Of nearly equal length.
+    const int64_t first = width_out * run / runs, count = width_out * (run + 1) / runs - first;
+    const int64_t left = first * kStride - 1;
+    const bool cut_left = left < 0, cut_right = left + (count - 1) * kStride + 3 > width_in;
     const float* at[3];
     for (int ky = 0; ky < 3; ++ky) at[ky] = rows[ky] + left * pixel;
-    float* to = out + ox * out_stride;
-    if (ox >= 1 && ox + kOutputs <= inside_end) {
-      depthwise_inside<kOutputs, kStride>(at, pixel, w, w_stride, to, out_stride, epilogue, channels, o);
-      ox += kOutputs;
-    } else if (ox >= 1 && ox < inside_end) {
-      depthwise_inside<1, kStride>(at, pixel, w, w_stride, to, out_stride, epilogue, channels, o);
-      ox += 1;
-    } else {
-      const int64_t x0 = left < 0 ? 1 : 0, x1 = left + 3 > width_in ? width_in - left : 3;
-      depthwise_border(at, pixel, x0, x1, w, w_stride, to, epilogue, channels, o);
-      ox += 1;
+    float* to = out + first * out_stride;
+#define MFK_RUN(N, L, R) \
+  detail::depthwise_run<N, kStride, L, R>(at, pixel, w, w_stride, to, out_stride, epilogue, channels, o)
+#define MFK_CASE(N)                                                   \
+  case N:                                                             \
+    if (cut_left) {                                                   \
+      cut_right ? MFK_RUN(N, true, true) : MFK_RUN(N, true, false);   \
+    } else {                                                          \
+      cut_right ? MFK_RUN(N, false, true) : MFK_RUN(N, false, false); \
+    }                                                                 \
+    break;
+    switch (count) {
+      MFK_CASE(1)
+      MFK_CASE(2)
+      MFK_CASE(3)
+      MFK_CASE(4)
+      MFK_CASE(5)
+      MFK_CASE(6)
+      MFK_CASE(7)
     }
+#undef MFK_CASE
+#undef MFK_RUN
   }
 }
 

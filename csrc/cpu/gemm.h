@@ -50,30 +50,31 @@ struct AddBias {
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
 
+// min(max(y, 0), 6)
+MFK_INLINE vec<float> relu6(vec<float> y) {
+  const vec<float> six = splat(6.0f), positive = y > 0 ? y : vec<float>{};
+  return positive < six ? positive : six;
+}
+
 struct AddBiasRelu6 {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
-      const vec<float> y = sum + bias, six = splat(6.0f);
-      const vec<float> positive = y > 0 ? y : vec<float>{};
-      return positive < six ? positive : six;
-    }
+    MFK_INLINE vec<float> activate(vec<float> y) const { return relu6(y); }
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return activate(sum + bias); }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
 
-// max(slope1 * y, slope2 * y) of y = sum + bias
+// max(a y, b y) of y = sum + bias: the larger slope counts where y is positive.
 struct AddBiasDynamicRelu {
-  const float *bias, *slope1, *slope2;
+  const float *bias, *larger, *smaller;
   struct At {
-    vec<float> bias, slope1, slope2;
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
-      const vec<float> y = sum + bias, first = y * slope1, second = y * slope2;
-      return first > second ? first : second;
-    }
+    vec<float> bias, larger, smaller;
+    MFK_INLINE vec<float> activate(vec<float> y) const { return y * (y > 0 ? larger : smaller); }
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return activate(sum + bias); }
   };
-  MFK_INLINE At at(int64_t o) const { return {load(bias + o), load(slope1 + o), load(slope2 + o)}; }
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o), load(larger + o), load(smaller + o)}; }
 };
 
 struct AddBiasRelu {
@@ -88,24 +89,14 @@ struct AddBiasRelu {
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
 
-// min(max(y, 0), 6) of y = x + 3: six times hardsigmoid(x).
-MFK_INLINE vec<float> clamp6(vec<float> y) {
-  const vec<float> six = splat(6.0f), positive = y > 0 ? y : vec<float>{};
-  return positive < six ? positive : six;
-}
-
-// scale * hardsigmoid(sum + bias) - offset
-struct AddBiasHardsigmoid {
+// 2 hardsigmoid(sum + bias), where hardsigmoid(y) = relu6(y + 3) / 6
+struct AddBiasTwoHardsigmoid {
   const float* bias;
-  float scale, offset;
   struct At {
     vec<float> bias;
-    float scale, offset;
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
-      return clamp6(sum + bias + 3.0f) * (scale / 6) - offset;
-    }
+    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return relu6(sum + bias + 3.0f) / 3; }
   };
-  MFK_INLINE At at(int64_t o) const { return {load(bias + o), scale, offset}; }
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
 
 struct AddBiasHardswish {
@@ -114,7 +105,7 @@ struct AddBiasHardswish {
     vec<float> bias;
     MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
       const vec<float> y = sum + bias;
-      return y * clamp6(y + 3.0f) / 6;
+      return y * relu6(y + 3.0f) / 6;
     }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }

@@ -76,7 +76,7 @@ struct Step {
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t c = 0; c < columns; c += kLanes<float>) {
         float* at = x + t * columns + c;
-        store(at, load(at) * clamp6(load(gates + t * row + c) + 3.0f) / 3);
+        store(at, load(at) * relu6(load(gates + t * row + c) + 3.0f) / 3);
       }
     }
   }
@@ -129,7 +129,7 @@ struct Step {
     normalise(x, plan.ffn_norm);
   }
 
-  // The slopes of both activations of the next pass.
+  // The slopes of both activations of the next pass: the larger of each channel, then the smaller.
   void hyper(float* hidden) const {
     const float* token = args.state.tokens + args.plan->hyper_token * stride;
     linear(plan.squeeze, 1, token, stride, hidden, 0, AddBiasRelu{bias(plan.squeeze)});
@@ -138,8 +138,12 @@ struct Step {
   }
   void slopes(const PlanLinear& l, const float* hidden, float* out) const {
     const int64_t channels = l.outputs / 2;
-    linear(l, 1, hidden, 0, out, 0, AddBiasHardsigmoid{bias(l), 2, 0});
-    for (int64_t c = 0; c < channels; ++c) out[channels + c] -= 1;
+    linear(l, 1, hidden, 0, out, 0, AddBiasTwoHardsigmoid{bias(l)});
+    for (int64_t c = 0; c < channels; c += kLanes<float>) {
+      const vec<float> first = load(out + c), second = load(out + channels + c) - 1.0f;
+      store(out + c, first > second ? first : second);
+      store(out + channels + c, first > second ? second : first);
+    }
   }
 
   void run() const {
