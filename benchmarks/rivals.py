@@ -61,7 +61,9 @@ def mobilenet_v3_large(num_classes: int = 1000) -> nn.Module:
         layers.append(_Inverted(channels, kernel, hidden, outputs, squeeze, act, stride))
         channels = outputs
     layers += [_conv(channels, 960, 1, act=swish), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(960, 1280), swish(), nn.Dropout(0.2), nn.Linear(1280, num_classes))
+    return nn.Sequential(
+        *layers, nn.Linear(960, 1280), swish(), nn.Dropout(0.2), nn.Linear(1280, num_classes)
+    )
 
 
 class _Unit(nn.Module):
@@ -71,10 +73,14 @@ class _Unit(nn.Module):
         right = inputs if stride == 2 else half
         self.stride = stride
         self.right = nn.Sequential(
-            _conv(right, half, 1, act=nn.ReLU), _conv(half, half, 3, stride, half), _conv(half, half, 1, act=nn.ReLU)
+            _conv(right, half, 1, act=nn.ReLU),
+            _conv(half, half, 3, stride, half),
+            _conv(half, half, 1, act=nn.ReLU),
         )
         if stride == 2:
-            self.left = nn.Sequential(_conv(inputs, inputs, 3, 2, inputs), _conv(inputs, half, 1, act=nn.ReLU))
+            self.left = nn.Sequential(
+                _conv(inputs, inputs, 3, 2, inputs), _conv(inputs, half, 1, act=nn.ReLU)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = (self.left(x), x) if self.stride == 2 else x.chunk(2, 1)

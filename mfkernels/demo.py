@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from . import __version__, native, use_backend
-from .info import cpu_name
+from .backends import use_backend
+from .bench.run import machine, randomise
+from .deploy import deploy
 from .models import create_model
 
 SIZES = (224, 640)
@@ -25,7 +26,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in t
 
 
 def run(name: str, image: Path | None, checkpoint: Path | None, output: Path) -> list[dict[str, Any]]:
-    """Run both forms of a network on a photo at every size of `SIZES`; print a table, write JSON and PNG.
+    """Run a network on a photo in plain PyTorch and as `mfkernels.deploy` makes it, at every size of `SIZES`;
+    print a table, write JSON and PNG.
 
     Args:
         name: one of `mfkernels.models.list_models()`.
@@ -44,13 +46,15 @@ def run(name: str, image: Path | None, checkpoint: Path | None, output: Path) ->
     photo = _open(image)
     model = create_model(name, checkpoint=checkpoint)
     if checkpoint is None:
-        _randomise(model, photo)
+        square = prepare(photo, 224)
+        randomise(model, torch.cat([square, square.flip(-1), square.flip(-2), square.roll(50, -1)]))
     model.eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            rows = [_compare(model, prepare(photo, size), size) for size in SIZES]
+            deployed = deploy(model)
+            rows = [_compare(model, deployed, prepare(photo, size), size) for size in SIZES]
     finally:
         torch.set_num_threads(threads)
     setting = {
@@ -59,10 +63,7 @@ def run(name: str, image: Path | None, checkpoint: Path | None, output: Path) ->
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "threads": 1,
         "batch": 1,
-        "mfkernels": __version__,
-        "torch": torch.__version__,
-        "cpu": cpu_name(),
-        "instruction_set": native.instruction_set(),
+        **machine(),
     }
     print(_table(setting, rows))
     output.mkdir(parents=True, exist_ok=True)
@@ -88,32 +89,14 @@ def prepare(photo: Image.Image, size: int) -> Tensor:
     return normal.permute(2, 0, 1)[None].contiguous()
 
 
-def _randomise(model: nn.Module, photo: Image.Image) -> None:
-    """Weights under which every part of the network does something: at the released initialisation the
-    dynamic activations hardly differ from static ones. Batch norms take their statistics from the photo."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
-        elif isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5, generator=generator)
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.momentum = 1.0
-    square = prepare(photo, 224)
-    with torch.no_grad():
-        model.train()(torch.cat([square, square.flip(-1), square.flip(-2), square.roll(50, -1)]))
+def _compare(model: nn.Module, deployed: nn.Module, x: Tensor, size: int) -> dict[str, Any]:
+    def reference() -> Tensor:
+        with use_backend("reference"):
+            return model(x)
 
+    def ours() -> Tensor:
+        return deployed(x)
 
-def _compare(model: nn.Module, x: Tensor, size: int) -> dict[str, Any]:
-    def call(backend: str) -> Callable[[], Tensor]:
-        def form() -> Tensor:
-            with use_backend(backend):
-                return model(x)
-
-        return form
-
-    reference, ours = call("reference"), call("auto")
     expected, got = reference(), ours()
     milliseconds = _interleave([reference, ours], f"{size}x{size}")
     difference = (got - expected).abs().max().item()

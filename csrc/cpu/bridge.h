@@ -16,9 +16,7 @@ class Bridge {
       : depth_(channels / heads), stride_(stride), heads_(heads), tokens_(tokens), row_(row) {}
 
   // Floats of working memory for so many positions.
-  int64_t scratch(int64_t positions) const {
-    return (stride_ + heads_ * tokens_) * round_up(positions, 16);
-  }
+  int64_t scratch(int64_t positions) const { return (stride_ + heads_ * tokens_) * round_up(positions, 16); }
 
   // The positions, transposed into `scratch`: pixels in the lanes, zero beyond the last.
   void open(const float* x, int64_t positions, float* scratch) {
@@ -36,8 +34,8 @@ class Bridge {
       float* first = weights_ + head * tokens_ * width_;
       for (int64_t p = 0; p < width_; p += kLanes<float>) softmax(first + p);
       float* rows = tile_ + head * depth_ * width_;
-      multiply_pixels<float>(rows, width_, rows, width_, depth_, Matrix<float>{values + head * depth_, 1, row_},
-                             tokens_, first, width_, width_);
+      multiply_pixels<float>(rows, width_, rows, width_, depth_,
+                             Matrix<float>{values + head * depth_, 1, row_}, tokens_, first, width_, width_);
     }
     store_tile<float>(FeatureMap<float>{x, 0, 1, stride_}, 0, 0, stride_, 0, positions_, tile_, width_);
   }

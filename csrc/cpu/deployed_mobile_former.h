@@ -53,10 +53,11 @@ struct PlanPass {
 };
 
 struct MobileFormerPlan {
+  int64_t weights;  // floats
   int64_t tokens, token_dim, heads, former_heads, hyper_token;
   int64_t class_tokens;
-  int64_t first_tokens;  // (tokens, padded token width)
-  PlanTokens last;       // the last Mobile -> Former
+  int64_t first_tokens;             // (tokens, padded token width)
+  PlanTokens last;                  // the last Mobile -> Former
   PlanLinear head, fc, classifier;  // fc's inputs: head's outputs, then the class tokens
   int64_t passes;
   // PlanPass pass[passes] follows
@@ -88,8 +89,8 @@ struct PassArgs {
   int64_t height, width;          // of the input
   int64_t out_height, out_width;  // of the output
   float* out;
-  int64_t group;  // rows of a task
-  double* gathered;  // a record for each task, see Bridge::gather
+  int64_t group;                      // rows of a task
+  double* gathered;                   // a record for each task, see Bridge::gather
   float* (*scratch)(int64_t floats);  // working memory of the calling thread
 };
 

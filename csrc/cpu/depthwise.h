@@ -51,7 +51,7 @@ void depthwise_row(const float* const (&rows)[3], int64_t width_in, int64_t widt
     // Of nearly equal length.
     const int64_t first = width_out * run / runs, count = width_out * (run + 1) / runs - first;
     const int64_t left = first * kStride - 1;
-    const bool cut_left = left < 0, cut_right = left + (count - 1) * kStride + 3 > width_in;
+    const bool cut_left = left<0, cut_right = left + (count - 1) * kStride + 3> width_in;
     const float* at[3];
     for (int ky = 0; ky < 3; ++ky) at[ky] = rows[ky] + left * pixel;
     float* to = out + first * out_stride;

@@ -50,10 +50,10 @@ struct AddBias {
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
 
-// min(max(y, 0), 6)
+// min(max(y, 0), 6), and NaN for NaN
 MFK_INLINE vec<float> relu6(vec<float> y) {
-  const vec<float> six = splat(6.0f), positive = y > 0 ? y : vec<float>{};
-  return positive < six ? positive : six;
+  const vec<float> six = splat(6.0f), positive = y < 0 ? vec<float>{} : y;
+  return positive > six ? six : positive;
 }
 
 struct AddBiasRelu6 {
@@ -83,7 +83,7 @@ struct AddBiasRelu {
     vec<float> bias;
     MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
       const vec<float> y = sum + bias;
-      return y > 0 ? y : vec<float>{};
+      return y < 0 ? vec<float>{} : y;  // NaN for NaN
     }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
@@ -185,11 +185,11 @@ __attribute__((noinline)) void gemm_tile(Rows x, const float* w, int64_t w_strid
 template <int V, class Epilogue>
 MFK_INLINE void gemm_positions(int64_t count, Rows x, const float* w, int64_t w_stride, float* out,
                                int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
-#define MFK_CASE(P)                                                                     \
-  case P:                                                                               \
-    if constexpr (P <= kPositions) {                                                    \
-      gemm_tile<P, V, Epilogue>(x, w, w_stride, out, out_stride, epilogue, first, o);   \
-    }                                                                                   \
+#define MFK_CASE(P)                                                                   \
+  case P:                                                                             \
+    if constexpr (P <= kPositions) {                                                  \
+      gemm_tile<P, V, Epilogue>(x, w, w_stride, out, out_stride, epilogue, first, o); \
+    }                                                                                 \
     break;
   switch (count) {
     MFK_CASE(1)

@@ -170,7 +170,7 @@ struct Pass {
   struct Ring {
     float* data;
     const float* zeros;
-    int64_t row, height;       // floats of a row; rows of the whole map
+    int64_t row, height;         // floats of a row; rows of the whole map
     int64_t first = 0, end = 0;  // those that are there
 
     // Makes place for rows `from` to `to`-1; `make(data, y0, y1)` writes those that are not there yet.

@@ -23,8 +23,8 @@ struct Step {
   template <class Epilogue>
   void linear(const PlanLinear& l, int64_t rows, const float* in, int64_t in_stride, float* out,
               int64_t out_stride, Epilogue epilogue) const {
-    gemm(rows, Rows{in, in_stride, 1, l.inputs, 0}, Weights::packed(weights + l.weight, l.inputs, l.outputs), out,
-         out_stride, epilogue);
+    gemm(rows, Rows{in, in_stride, 1, l.inputs, 0}, Weights::packed(weights + l.weight, l.inputs, l.outputs),
+         out, out_stride, epilogue);
   }
   const float* bias(const PlanLinear& l) const { return weights + l.bias; }
 

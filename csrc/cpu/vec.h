@@ -310,8 +310,9 @@ MFK_INLINE vec<float> exp_nonpositive(vec<float> x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   // Times 2^n: n onto the exponent bits.
-  return reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(p) +
-                                      (reinterpret_cast<mask<float>>(shifted) << 23));
+  const vec<float> y = reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(p) +
+                                                    (reinterpret_cast<mask<float>>(shifted) << 23));
+  return x != x ? x : y;
 }
 
 // erf(x), within 4 units in the last place: up to |x| = 1 by x P(x^2), beyond by 1 - exp(Q(|x|)); both

@@ -144,7 +144,9 @@ class Network {
     int64_t records = 0;
     for (int64_t i = 0; i < plan_.passes; ++i) {
       const PlanPass& pass = passes[i];
-      mobile_former_tokens({&plan_, &pass.tokens, i == 0 ? nullptr : &pass - 1, &pass, weights_, state, gathered, records, scratch}, 0, 1);
+      mobile_former_tokens({&plan_, &pass.tokens, i == 0 ? nullptr : &pass - 1, &pass, weights_, state,
+                            gathered, records, scratch},
+                           0, 1);
       done();
       PassArgs args{};
       args.plan = &plan_;
@@ -171,10 +173,13 @@ class Network {
       std::swap(in, next);
       records = tasks_[i];
     }
-    mobile_former_tokens({&plan_, &plan_.last, passes + plan_.passes - 1, nullptr, weights_, state, gathered, records, scratch}, 0, 1);
+    mobile_former_tokens({&plan_, &plan_.last, passes + plan_.passes - 1, nullptr, weights_, state, gathered,
+                          records, scratch},
+                         0, 1);
     done();
     const HeadArgs head{&plan_, weights_, in, shapes_.back().height * shapes_.back().width, out, scratch};
-    run((plan_.head.outputs + 31) / 32, [&](int64_t begin, int64_t end) { mobile_former_head(head, begin, end); });
+    run((plan_.head.outputs + 31) / 32,
+        [&](int64_t begin, int64_t end) { mobile_former_head(head, begin, end); });
     for (int64_t t = 0; t < plan_.class_tokens; ++t) {
       std::copy_n(state.tokens + t * padded(plan_.token_dim), plan_.token_dim,
                   out + plan_.head.outputs + t * plan_.token_dim);
@@ -198,7 +203,8 @@ void run_in_parallel(int64_t tasks, F f) {
 }
 
 template <class Done>
-Tensor run(const Tensor& image, const Tensor& weights, const Tensor& plan_tensor, int64_t classes, Done done) {
+Tensor run(const Tensor& image, const Tensor& weights, const Tensor& plan_tensor, int64_t classes,
+           Done done) {
   STD_TORCH_CHECK(image.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", image.dim());
   STD_TORCH_CHECK(image.scalar_type() == ScalarType::Float, kOp, ": x must be float32");
   STD_TORCH_CHECK(image.is_cpu() && weights.is_cpu() && plan_tensor.is_cpu(), kOp, ": x must be on the CPU");
@@ -207,10 +213,10 @@ Tensor run(const Tensor& image, const Tensor& weights, const Tensor& plan_tensor
                       plan_tensor.numel() * sizeof(int64_t) >= sizeof(MobileFormerPlan) + sizeof(PlanPass),
                   kOp, ": weights and plan must be those that deploy made");
   const auto& plan = *reinterpret_cast<const MobileFormerPlan*>(plan_tensor.const_data_ptr<int64_t>());
-  STD_TORCH_CHECK(plan_tensor.numel() * sizeof(int64_t) ==
-                      sizeof(MobileFormerPlan) + plan.passes * sizeof(PlanPass) &&
-                      plan.classifier.outputs >= classes,
-                  kOp, ": weights and plan must be those that deploy made");
+  STD_TORCH_CHECK(
+      plan_tensor.numel() * sizeof(int64_t) == sizeof(MobileFormerPlan) + plan.passes * sizeof(PlanPass) &&
+          weights.numel() == plan.weights && plan.classifier.outputs >= classes,
+      kOp, ": weights and plan must be those that deploy made");
   STD_TORCH_CHECK(image.size(1) == passes_of(plan)->in_channels, kOp, ": x must have ",
                   passes_of(plan)->in_channels, " channels, got ", image.size(1));
   STD_TORCH_CHECK(image.size(2) >= 1 && image.size(3) >= 1, kOp, ": x must have at least one pixel");
@@ -218,7 +224,8 @@ Tensor run(const Tensor& image, const Tensor& weights, const Tensor& plan_tensor
   Tensor out = empty({batch, classes}, ScalarType::Float, image);
   if (batch == 0) return out;
   const Network network(plan, weights.const_data_ptr<float>(), image);
-  const int64_t width = (plan.fc.inputs + 15) / 16 * 16, hidden = plan.fc.outputs, last = plan.classifier.outputs;
+  const int64_t width = (plan.fc.inputs + 15) / 16 * 16, hidden = plan.fc.outputs,
+                last = plan.classifier.outputs;
   const int64_t threads = torch::stable::get_num_threads();
   const bool by_sample = threads > 1 && batch >= threads;
   const int64_t share = (network.memory() + 15) / 16 * 16;
@@ -230,20 +237,24 @@ Tensor run(const Tensor& image, const Tensor& weights, const Tensor& plan_tensor
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t b = batch * t / threads; b < batch * (t + 1) / threads; ++b) {
-          network.features(b, memory.get() + t * share, features + b * width,
-                           [](int64_t tasks, auto f) { f(0, tasks); }, done);
+          network.features(
+              b, memory.get() + t * share, features + b * width, [](int64_t tasks, auto f) { f(0, tasks); },
+              done);
         }
       }
     });
   } else {
     for (int64_t b = 0; b < batch; ++b) {
-      network.features(b, memory.get(), features + b * width, [&](int64_t tasks, auto f) {
-        if (threads > 1 && tasks > 1) {
-          run_in_parallel(tasks, f);
-        } else {
-          f(0, tasks);
-        }
-      }, done);
+      network.features(
+          b, memory.get(), features + b * width,
+          [&](int64_t tasks, auto f) {
+            if (threads > 1 && tasks > 1) {
+              run_in_parallel(tasks, f);
+            } else {
+              f(0, tasks);
+            }
+          },
+          done);
     }
   }
   const float* w = weights.const_data_ptr<float>();

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def _eager(model: nn.Module, x: Tensor, threads: int) -> Call:
 
 
 def _channels_last(model: nn.Module, x: Tensor, threads: int) -> Call:
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _eager(model, x.contiguous(memory_format=torch.channels_last), threads)
 
 
@@ -78,11 +79,12 @@ def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Call:
 
 def _onnx(model: nn.Module, x: Tensor) -> bytes:
     file = io.BytesIO()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every package that it can do without
     with use_backend("reference"), torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(model, (x.clone(),), dynamo=True, verbose=False)
         assert program is not None
-        program.save(file)
+        program.save(file)  # type: ignore[arg-type]
     return file.getvalue()
 
 

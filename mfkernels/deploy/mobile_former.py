@@ -10,20 +10,14 @@ from torch import Tensor, nn
 from ..checks import check_tensor
 from ..models.mobile_former import MobileFormer
 from ..nn import (
-    ClassifierHead,
-    DynamicReLU,
-    Former,
-    FormerToMobile,
     LiteBottleneck,
     MobileFormerBlock,
     MobileFormerDownsample,
-    MobileToFormer,
 )
 from .packing import Packer, dense, fold, norm_factors, padded, shuffled, spread
 
 _STEM, _LITE, _BLOCK, _DOWN = range(4)
 _NO_LINEAR = [0, 0, 0, 0]
-_TokenBlock = MobileFormerBlock | MobileFormerDownsample
 
 
 class DeployedMobileFormer(nn.Module):
@@ -35,10 +29,14 @@ class DeployedMobileFormer(nn.Module):
     def __init__(self, model: MobileFormer) -> None:
         super().__init__()
         self.in_channels = model.in_channels
-        self.classes = model.classifier.classifier[1].out_features
+        last: Any = model.classifier.classifier[1]
+        self.classes = last.out_features
         weights, plan = _Planner(model).run()
         self.register_buffer("weights", weights)
         self.register_buffer("plan", plan)
+        passes = ["stem", *(f"features.{i}" for i in range(len(model.features)))]
+        self._parts = [part for name in passes for part in (f"{name} tokens", name)]
+        self._parts += ["local_global", "classifier.conv", "classifier.fc", "classifier.classifier"]
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,6 +45,17 @@ class DeployedMobileFormer(nn.Module):
         Raises:
             TypeError, ValueError: an input that does not fit, named.
         """
+        self._check(x)
+        return torch.ops.mfkernels.deployed_mobile_former(x, self.weights, self.plan, self.classes)
+
+    def times(self, x: Tensor) -> dict[str, float]:
+        """Seconds that each part takes for one image, (1, C, H, W): the parts of the network by name, those
+        of the tokens with " tokens" behind it."""
+        self._check(x)
+        seconds = torch.ops.mfkernels.deployed_mobile_former_times(x, self.weights, self.plan, self.classes)
+        return dict(zip(self._parts, seconds.tolist(), strict=True))
+
+    def _check(self, x: Tensor) -> None:
         check_tensor("deploy", "x", x, "B C H W")
         if x.dtype != torch.float32 or x.device.type not in ("cpu", "meta"):
             raise TypeError(f"deploy: x must be a float32 tensor on the CPU, got {x.dtype} on {x.device}")
@@ -57,7 +66,6 @@ class DeployedMobileFormer(nn.Module):
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("deploy: x must not require gradients: a deployed network has none")
-        return torch.ops.mfkernels.deployed_mobile_former(x, self.weights, self.plan, self.classes)
 
     def extra_repr(self) -> str:
         return f"classes={self.classes}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
@@ -65,7 +73,7 @@ class DeployedMobileFormer(nn.Module):
 
 @torch.library.register_fake("mfkernels::deployed_mobile_former")
 def _(x, weights, plan, classes):
-    return x.new_empty((x.shape[0], classes), memory_format=torch.contiguous_format)
+    return x.new_empty((x.shape[0], classes))
 
 
 class _Planner:
@@ -85,7 +93,7 @@ class _Planner:
 
     def run(self) -> tuple[Tensor, Tensor]:
         model = self.model
-        blocks = list(model.features)
+        blocks: list[Any] = list(model.features)
         for block in blocks:
             if type(block) not in (LiteBottleneck, MobileFormerBlock, MobileFormerDownsample):
                 raise self.refuse(block, "unknown to deploy")
@@ -101,12 +109,12 @@ class _Planner:
             raise ValueError("deploy: all blocks must take their coefficients from the same token")
         header = [self.tokens, self.width, self.heads, self.former_heads, hyper_tokens.pop()]
         header += [max(model.classifier.class_tokens, 0), self.pack.add(first)]
-        plan = header + last + head + [len(blocks) + 1] + passes
+        plan = [self.pack.size, *header, *last, *head, len(blocks) + 1, *passes]
         return self.pack.tensor(), torch.tensor(plan, dtype=torch.int64)
 
     # --- passes ------------------------------------------------------------------------------------------
 
-    def one_pass(self, block: nn.Module | None, following: nn.Module | None) -> list[int]:
+    def one_pass(self, block: Any, following: Any) -> list[int]:
         """The pass of `block`, None for the stem, and the step over the tokens before it."""
         if isinstance(following, LiteBottleneck):
             bridge = None
@@ -125,12 +133,13 @@ class _Planner:
         return [*step, *fields, scatter, gather, int(gather and hasattr(bridge, "alpha"))]
 
     def stem(self) -> list[int]:
-        conv, norm, _ = self.model.stem
+        stem: Any = self.model.stem
+        conv, norm, _ = stem
         weight, bias = fold(conv, norm)
         linear = self.pack.linear(weight.flatten(1), bias)
         return [_STEM, conv.in_channels, conv.out_channels, 2, 0, 0, 0, 0, 0, *linear, *_NO_LINEAR]
 
-    def lite(self, block: LiteBottleneck) -> list[int]:
+    def lite(self, block: Any) -> list[int]:
         self.need(len(block.conv) == 6, block, "3x3 depthwise convolutions")
         conv, norm, _, shuffle, point, point_norm = block.conv
         depthwise, hidden, order = self.multiplying(block, conv, norm, shuffle)
@@ -138,7 +147,7 @@ class _Planner:
         sizes = [_LITE, conv.in_channels, point.out_channels, conv.stride[0], int(block.skip)]
         return [*sizes, hidden, 0, depthwise, 0, *_NO_LINEAR, *linear]
 
-    def block(self, block: MobileFormerBlock) -> list[int]:
+    def block(self, block: Any) -> list[int]:
         self.need(not block.before_skip, block, "blocks with the residual before the bridge")
         point1, norm1, shuffle1 = block.conv1
         conv, norm = block.conv2
@@ -152,20 +161,20 @@ class _Planner:
         sizes = [_BLOCK, point1.in_channels, point2.out_channels, 1, int(block.skip)]
         return [*sizes, padded(channels), 0, depthwise, 0, *linear1, *linear2]
 
-    def down(self, block: MobileFormerDownsample) -> list[int]:
+    def down(self, block: Any) -> list[int]:
         self.need(not block.skip, block, "downsample blocks without an outer residual")
         self.need(len(block.conv1) == 3 and len(block.conv3) == 3, block, "3x3 depthwise convolutions")
         conv1, norm1, shuffle1 = block.conv1
         conv3, norm3, shuffle3 = block.conv3
         depthwise1, hidden1, order1 = self.multiplying(block, conv1, norm1, shuffle1)
-        linear1 = self.pointwise(*block.conv2, order1, nn.Identity())
+        linear1 = self.pointwise(block.conv2[0], block.conv2[1], order1, nn.Identity())
         depthwise2, hidden2, order3 = self.multiplying(block, conv3, norm3, shuffle3)
-        linear2 = self.pointwise(*block.conv4, order3, nn.Identity())
+        linear2 = self.pointwise(block.conv4[0], block.conv4[1], order3, nn.Identity())
         self.need(conv3.stride == (1, 1), block, "a second depthwise convolution of stride 1")
         sizes = [_DOWN, conv1.in_channels, conv3.in_channels, conv1.stride[0], 0]
         return [*sizes, hidden1, hidden2, depthwise1, depthwise2, *linear1, *linear2]
 
-    def check_block(self, block: _TokenBlock) -> None:
+    def check_block(self, block: Any) -> None:
         second = block.act2 if isinstance(block, MobileFormerBlock) else block.act3
         last = block.act3 if isinstance(block, MobileFormerBlock) else block.act4
         for act in (block.act1, second):
@@ -173,7 +182,7 @@ class _Planner:
         self.need(last.num_functions == -1, last, "blocks without squeeze-and-excitation")
         self.need(block.token_id >= 0, block, "dynamic ReLUs with the coefficients of one token")
 
-    def check_depthwise(self, block: nn.Module, conv: nn.Module) -> None:
+    def check_depthwise(self, block: nn.Module, conv: Any) -> None:
         fits = isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.groups == conv.in_channels
         self.need(
             fits and conv.stride in ((1, 1), (2, 2)), block, "3x3 depthwise convolutions of stride 1 or 2"
@@ -197,22 +206,24 @@ class _Planner:
 
     # --- tokens ------------------------------------------------------------------------------------------
 
-    def hypers(self, block: _TokenBlock) -> list[int]:
+    def hypers(self, block: Any) -> list[int]:
         """squeeze, slopes1, slopes2"""
+        modules: list[Any]
         if isinstance(block, MobileFormerBlock):
-            channels = block.conv2[0].out_channels
-            first, second = block.hyper1, block.hyper2
+            conv: Any = block.conv2[0]
+            channels = conv.out_channels
+            modules = [block.hyper1, block.hyper2]
             slots = 2 * [_slots(channels, range(channels))]
         else:
-            first, second = block.hyper1, block.hyper3
+            modules = [block.hyper1, block.hyper3]
             convs = [(layers[0], layers[2]) for layers in (block.conv1, block.conv3)]
             slots = [_slots(conv.in_channels, _numbers(conv, shuffle)) for conv, shuffle in convs]
-        hidden = [module.hyper[0] for module in (first, second)]
+        hidden = [module.hyper[0] for module in modules]
         fields = self.pack.linear(
             torch.cat([padded_rows(layer.weight.t()).t() for layer in hidden]),
             torch.cat([padded_rows(layer.bias[None])[0] for layer in hidden]),
         )
-        for module, places in zip((first, second), slots, strict=True):
+        for module, places in zip(modules, slots, strict=True):
             layer = module.hyper[2]
             weight, bias = padded_rows(layer.weight).double(), layer.bias.double()
             half = layer.out_features // 2
@@ -222,9 +233,9 @@ class _Planner:
 
     def token_step(
         self,
-        bridge: MobileToFormer | None,
-        block: _TokenBlock | None,
-        next_bridge: MobileToFormer | None,
+        bridge: Any,
+        block: Any,
+        next_bridge: Any,
     ) -> list[int]:
         """A PlanTokens: what `bridge` and `block` do to the tokens, and what the tokens make for the pass."""
         if bridge is None:
@@ -254,7 +265,7 @@ class _Planner:
         bias = torch.cat([padded_rows(layer.bias.double()[None] * by)[0] for layer, by in made])
         return fields + self.pack.linear(weight, bias)
 
-    def former(self, former: Former) -> list[int]:
+    def former(self, former: Any) -> list[int]:
         self.need(hasattr(former, "q") and not hasattr(former, "token_mlp"), former, "mixing by attention")
         self.need(not hasattr(former, "alpha"), former, "Formers without a gate")
         self.former_heads = self.former_heads or former.num_heads
@@ -263,24 +274,24 @@ class _Planner:
         fields += self.pack.linear(former.channel_mlp.weight, former.channel_mlp.bias)
         fields += [self.norm(former.layer_norm)]
         if not hasattr(former, "ffn"):
-            return fields + [0, *_NO_LINEAR, *_NO_LINEAR, 0]
+            return [*fields, 0, *_NO_LINEAR, *_NO_LINEAR, 0]
         first, last = former.ffn[0], former.ffn[2]
         fields += [1, *self.pack.linear(first.weight, first.bias)]
         fields += self.pack.linear(padded_rows(last.weight), last.bias)
-        return fields + [self.norm(former.ffn_norm)]
+        return [*fields, self.norm(former.ffn_norm)]
 
-    def check_bridge(self, bridge: MobileToFormer) -> None:
+    def check_bridge(self, bridge: Any) -> None:
         self.need(hasattr(bridge, "q") and not hasattr(bridge, "mlp"), bridge, "mixing by attention")
         self.need(not hasattr(bridge, "k"), bridge, "bridges without projections of the map")
         self.check_heads(bridge)
 
-    def check_scatter(self, scatter: FormerToMobile) -> None:
+    def check_scatter(self, scatter: Any) -> None:
         self.need(hasattr(scatter, "k") and not hasattr(scatter, "mlp"), scatter, "mixing by attention")
         self.need(not hasattr(scatter, "q"), scatter, "bridges without projections of the map")
         self.need(not hasattr(scatter, "alpha"), scatter, "a Mobile <- Former without a gate")
         self.check_heads(scatter)
 
-    def check_heads(self, bridge: MobileToFormer | FormerToMobile) -> None:
+    def check_heads(self, bridge: Any) -> None:
         self.heads = self.heads or bridge.num_heads
         self.need(bridge.num_heads == self.heads, bridge, "one number of heads")
 
@@ -290,10 +301,10 @@ class _Planner:
 
     # --- head --------------------------------------------------------------------------------------------
 
-    def head(self, head: ClassifierHead) -> list[int]:
+    def head(self, head: Any) -> list[int]:
         """head, fc, classifier"""
         shuffle, conv, norm = head.conv
-        act: DynamicReLU = head.act
+        act = head.act
         self.need(act.num_functions == 0, act, "a relu6 in the head")
         self.need(head.class_tokens != 0, head, "class tokens that are joined, not averaged,")
         weight, bias = fold(conv, norm)

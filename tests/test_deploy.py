@@ -1,0 +1,279 @@
+"""Deployed networks against the modules that they were made of."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from test_models import VARIANTS
+from tolerance import Errors
+
+import mfkernels
+from mfkernels.bench.run import randomise
+from mfkernels.models import MobileFormer, create_model, list_models
+
+SMALL = "mobile_former_26m"
+SIZES = ((1, 224, 224), (2, 65, 97), (3, 32, 40), (1, 1, 1), (1, 7, 300), (2, 300, 2))
+
+
+def make(name: str, **options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = create_model(name, **options)
+    randomise(model)
+    return model.eval()
+
+
+def plain(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(), mfkernels.use_backend("reference"):
+        return model(x)
+
+
+def truth(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return plain(copy.deepcopy(model).double(), x.double())
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_same_numbers(name, instruction_set):
+    """Under the one tolerance, all images together; and within 1e-4 of the largest logit, as promised."""
+    model = make(name, num_classes=101)
+    deployed = mfkernels.deploy(model)
+    errors = Errors()
+    for seed, (batch, height, width) in enumerate(SIZES):
+        x = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+        expected, got = truth(model, x), deployed(x)
+        errors.reference(plain(model, x), expected)
+        errors.kernel(got, expected)
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    errors.check(name)
+
+
+DEPLOYABLE = {
+    "one token": dict(token_num=1),
+    "many tokens": dict(token_num=17),
+    "another token": dict(token_id=2),
+    "narrow tokens": dict(token_dim=40),
+    "no ffn": dict(ffn=False),
+    "no gates": dict(gates=(False, False, False)),
+    "four heads": dict(num_heads=4),
+    "no groups": dict(groups=1),
+    "two class tokens": dict(class_tokens=2),
+    "no class token": dict(class_tokens=-1),
+    "odd channels": dict(in_channels=5, stem_channels=24, features=70),
+}
+
+
+@pytest.mark.parametrize("variant", DEPLOYABLE)
+def test_variants(variant):
+    options = dict(groups=4, token_num=3) | DEPLOYABLE[variant]
+    channels = options.get("in_channels", 3)
+    rows = [("D", 3, 12, 1, 2, 0), ("M", 3, 12, 1, 1, 3), ("D", 6, 20, 1, 2, 4), ("M", 4, 20, 1, 1, 4)]
+    torch.manual_seed(0)
+    model = MobileFormer(rows, num_classes=7, **options)
+    randomise(model, torch.randn(4, channels, 64, 64))
+    model.eval()
+    deployed = mfkernels.deploy(model)
+    for size in ((2, channels, 64, 64), (1, channels, 37, 51)):
+        x = torch.randn(size)
+        expected = truth(model, x)
+        assert (deployed(x) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [[], [("D", 6, 12, 1, 2, 4)], [("D", 2, 12, 1, 2, 0)]], ids=len)
+def test_short_networks(rows):
+    model = MobileFormer(rows, num_classes=3)
+    randomise(model)
+    model.eval()
+    x = torch.randn(2, 3, 40, 40)
+    expected = truth(model, x)
+    assert (mfkernels.deploy(model)(x) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "variant", sorted(set(VARIANTS) - {"token by index", "wide tokens"} - set(DEPLOYABLE))
+)
+def test_what_is_not_known_is_named(variant):
+    model = create_model("mobile_former_52m", **VARIANTS[variant]).eval()
+    with pytest.raises(ValueError, match=r"deploy: [a-z_0-9.]+ \([A-Za-z]+\): only "):
+        mfkernels.deploy(model)
+
+
+def test_strange_parts_are_named():
+    class Mine(torch.nn.Module):
+        pass
+
+    model = create_model(SMALL).eval()
+    model.features[2] = Mine().eval()
+    with pytest.raises(ValueError, match=r"deploy: features\.2 \(Mine\): unknown"):
+        mfkernels.deploy(model)
+
+
+def test_bad_arguments():
+    model = create_model(SMALL)
+    with pytest.raises(ValueError, match="must be in eval mode"):
+        mfkernels.deploy(model)
+    model.eval()
+    model.features[3].conv1.train()
+    with pytest.raises(ValueError, match=r"but features\.3\.conv1 is not"):
+        mfkernels.deploy(model)
+    with pytest.raises(TypeError, match=r"a network of mfkernels\.models, got Linear"):
+        mfkernels.deploy(torch.nn.Linear(2, 2).eval())
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got int"):
+        mfkernels.deploy(5)
+    with pytest.raises(TypeError, match=r"dtype must be torch\.float32, got torch\.float16"):
+        mfkernels.deploy(model.eval(), dtype=torch.float16)
+    deployed = mfkernels.deploy(model)
+    for bad, kind, message in (
+        (torch.ones(3, 8, 8), ValueError, "x must have 4 dimensions"),
+        (torch.ones(1, 4, 8, 8), ValueError, r"x must have shape \(B, 3, H, W\)"),
+        (torch.ones(1, 3, 0, 8), ValueError, r"got \(1, 3, 0, 8\)"),
+        (torch.ones(1, 3, 8, 8).double(), TypeError, "float32 tensor on the CPU, got torch.float64"),
+        (torch.ones(1, 3, 8, 8, requires_grad=True), ValueError, "must not require gradients"),
+        ("image", TypeError, "x must be a tensor, got str"),
+    ):
+        with pytest.raises(kind, match=message):
+            deployed(bad)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    model = make(SMALL)
+    return model, mfkernels.deploy(model)
+
+
+def test_the_model_is_left_alone():
+    model = make(SMALL)
+    before = copy.deepcopy(model.state_dict())
+    deployed = mfkernels.deploy(model)
+    x = torch.randn(1, 3, 48, 48)
+    first = deployed(x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(deployed(x), first)
+
+
+def test_strides_and_batches(pair):
+    _, deployed = pair
+    x = torch.randn(3, 3, 50, 41)
+    expected = deployed(x)
+    buffer = torch.full((3, 3, 60, 90), float("nan"))
+    buffer[:, :, 5:55, 4:86:2] = x
+    for other in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2),
+        buffer[:, :, 5:55, 4:86:2],
+    ):
+        assert torch.equal(deployed(other), expected)
+    for i in range(3):
+        torch.testing.assert_close(deployed(x[i : i + 1]), expected[i : i + 1])
+    assert deployed(x[:0]).shape == (0, 1000)
+    assert torch.equal(deployed(x[:1].expand(2, -1, -1, -1))[1], deployed(x[:1].expand(2, -1, -1, -1))[0])
+
+
+def test_same_bits_on_any_number_of_threads(pair):
+    _, deployed = pair
+    threads = torch.get_num_threads()
+    x = torch.randn(3, 3, 200, 150)
+    try:
+        results = []
+        for count in (1, 2, 3, 4, 4):
+            torch.set_num_threads(count)
+            results.append(deployed(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_calls_at_the_same_time(pair):
+    _, deployed = pair
+    images = [torch.randn(1, 3, 64 + 16 * i, 48) for i in range(4)]
+    expected = [deployed(x) for x in images]
+    wrong = []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            if not torch.equal(deployed(images[i]), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i % 4,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_sizes_in_any_order(pair):
+    """Working memory is kept between calls: a large image must leave nothing for a small one."""
+    _, deployed = pair
+    images = [torch.randn(1, 3, size, size) for size in (32, 200, 31, 200, 33, 1)]
+    expected = [mfkernels.deploy(pair[0])(x) for x in images]
+    assert all(torch.equal(deployed(x), y) for x, y in zip(images, expected, strict=True))
+
+
+def test_infinities_and_nan_do_not_stay(pair):
+    _, deployed = pair
+    x = torch.randn(1, 3, 40, 40)
+    expected = deployed(x)
+    for bad in (float("nan"), float("inf")):
+        assert not deployed(torch.full((1, 3, 90, 90), bad)).isfinite().all()
+        assert torch.equal(deployed(x), expected)
+
+
+def test_copies_pickles_and_state(pair):
+    _, deployed = pair
+    x = torch.randn(1, 3, 40, 40)
+    expected = deployed(x)
+    file = io.BytesIO()
+    torch.save(deployed, file)
+    file.seek(0)
+    for other in (
+        copy.deepcopy(deployed),
+        pickle.loads(pickle.dumps(deployed)),
+        torch.load(file, weights_only=False),
+    ):
+        assert torch.equal(other(x), expected)
+
+
+def test_export_and_compile(pair):
+    _, deployed = pair
+    x = torch.randn(2, 3, 40, 48)
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    program = torch.export.export(deployed, (x,), dynamic_shapes=(sizes,))
+    other = torch.randn(3, 3, 33, 64)
+    assert torch.equal(program.module()(other), deployed(other))
+    compiled = torch.compile(deployed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), deployed(x))
+
+
+def test_opcheck(pair):
+    _, deployed = pair
+    arguments = (torch.randn(1, 3, 32, 32), deployed.weights, deployed.plan, deployed.classes)
+    torch.library.opcheck(torch.ops.mfkernels.deployed_mobile_former.default, arguments)
+
+
+def test_foreign_weights_are_an_error(pair):
+    _, deployed = pair
+    call = torch.ops.mfkernels.deployed_mobile_former
+    x = torch.randn(1, 3, 32, 32)
+    for weights, plan in (
+        (deployed.weights.double(), deployed.plan),
+        (deployed.weights, deployed.plan[:-1]),
+        (deployed.weights, deployed.plan[:5]),
+        (deployed.weights[:100], deployed.plan),
+        (deployed.weights, deployed.plan.int()),
+    ):
+        with pytest.raises(RuntimeError, match="must be those that deploy made"):
+            call(x, weights, plan, 1000)
+
+
+def test_times_name_every_part(pair):
+    model, deployed = pair
+    times = deployed.times(torch.randn(1, 3, 64, 64))
+    assert all(seconds >= 0 for seconds in times.values()) and sum(times.values()) > 0
+    assert {name for name in times if name.startswith("features") and "tokens" not in name} == {
+        f"features.{i}" for i in range(len(model.features))
+    }
