@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/peak.h"
 #include "isa.h"
 
 namespace {
@@ -87,5 +88,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_instruction_set", &set_instruction_set, "Choose it, for the whole process.");
   m.def("cpu_features", &cpu_features, "Features of this CPU that matter to the kernels.");
   m.def("advise_huge_pages", &advise_huge_pages, "Ask for large pages under memory not yet written.");
+  m.def("peak_flops", &mfk::peak_flops, "Measures the float32 operations a second of one thread.");
   m.def("build_info", &build_info, "How this binary was built.");
 }

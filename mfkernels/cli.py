@@ -8,7 +8,9 @@ from . import __version__, models
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; `arguments` are those of the command line by default. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="mfkernels", description="Fused kernels for Mobile-Former.")
+    parser = argparse.ArgumentParser(
+        prog="mfkernels", description="Fused kernels for Mobile-Former in PyTorch."
+    )
     parser.add_argument("--version", action="version", version=f"mfkernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, machine and backends, for a bug report")
@@ -17,11 +19,28 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--image", type=Path, help="a photo (default: the sample photo that matplotlib ships)")
     demo.add_argument("--checkpoint", type=Path, help="released weights (default: random weights)")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of the results")
+    bench = commands.add_parser("bench", help="time networks against other runtimes and other networks")
+    bench.add_argument("--networks", default="mobile_former_214m,mobilenet_v3_large", metavar="A,B,...")
+    bench.add_argument("--runtimes", metavar="A,B,...", help="default: all that are installed")
+    bench.add_argument("--sizes", default="224", metavar="N,...", help="image sides in pixels")
+    bench.add_argument("--batch", type=int, default=1)
+    bench.add_argument("--threads", type=int, default=1)
+    bench.add_argument("--seconds", type=float, default=5.0, help="for each network in a runtime at a size")
+    bench.add_argument("--profile", action="store_true", help="instead: where the time of our networks goes")
+    bench.add_argument("--output", type=Path, default=Path("bench-output"), help="folder of the results")
     options = parser.parse_args(arguments)
     if options.command == "info":
         from .info import report
 
         print(report())
+        return 0
+    if options.command == "bench":
+        from .bench import command
+
+        try:
+            command.run(options)
+        except (OSError, ValueError) as error:
+            parser.exit(1, f"mfkernels bench: {error}\n")
         return 0
     try:
         from . import demo as job

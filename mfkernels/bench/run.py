@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, native
+from .. import _C, __version__, native
 from ..backends import use_backend
 from ..deploy import deploy
 from ..info import cpu_name
@@ -203,9 +203,9 @@ def profile(name: str, size: int, rounds: int = 50) -> list[dict[str, Any]]:
     if name not in list_models():
         raise ValueError(f"profile: network must be one of {', '.join(list_models())}, got {name!r}")
     x = torch.randn(1, 3, size, size)
+    model = network(name)
+    deployed: Any = deploy(model)
     with pinned(1), torch.inference_mode():
-        model = network(name)
-        deployed: Any = deploy(model)
         runs = [deployed.times(x) for _ in range(rounds)]
         costs = _costs(model, x)
     rows = []
@@ -274,6 +274,12 @@ def pinned(threads: int) -> Iterator[None]:
         torch.set_num_threads(count)
         if before is not None:
             os.sched_setaffinity(0, before)
+
+
+def peak_flops() -> float:
+    """The float32 operations a second of one pinned thread, measured, in the instruction set in use."""
+    with pinned(1):
+        return _C.peak_flops()
 
 
 def machine() -> dict[str, str]:
