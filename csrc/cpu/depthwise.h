@@ -8,23 +8,24 @@ namespace MFK_ISA {
 
 namespace detail {
 
-// kOutputs neighbouring outputs. `rows` point at the pixel of the first one's left tap. kLeft: that pixel is
-// outside of the image; kRight: the last one's right tap is.
+// kOutputs neighbouring outputs of all channels. `rows` point at the pixel of the first one's left tap. kLeft:
+// that pixel is outside of the image; kRight: the last one's right tap is.
 template <int kOutputs, int kStride, bool kLeft, bool kRight, class Epilogue>
-void depthwise_run(const float* const (&rows)[3], int64_t pixel, const float* w, int64_t w_stride, float* out,
-                   int64_t out_stride, Epilogue epilogue, int64_t channels, int64_t o) {
+void depthwise_run(const float* const (&rows)[3], int64_t pixel, const float* w, float* out, Epilogue epilogue,
+                   int64_t channels) {
   constexpr int n = kLanes<float>, kColumns = (kOutputs - 1) * kStride + 3;
-  for (int64_t c = 0; c < channels; c += n) {
-    const auto finish = epilogue.at(o + c);
+  for (int64_t c = 0, in = 0; c < channels; c += n, in += n) {
+    if (in == pixel) in = 0;
+    const auto finish = epilogue.at(c);
     vec<float> acc[kOutputs];
     for (int i = 0; i < kOutputs; ++i) acc[i] = finish.bias;
 #pragma GCC unroll 3
     for (int ky = 0; ky < 3; ++ky) {
       vec<float> taps[3];
-      for (int kx = 0; kx < 3; ++kx) taps[kx] = load(w + (ky * 3 + kx) * w_stride + c);
+      for (int kx = 0; kx < 3; ++kx) taps[kx] = load(w + (ky * 3 + kx) * channels + c);
 #pragma GCC unroll 17
       for (int column = kLeft ? 1 : 0; column < kColumns - (kRight ? 1 : 0); ++column) {
-        const vec<float> x = load(rows[ky] + column * pixel + c);
+        const vec<float> x = load(rows[ky] + column * pixel + in);
 #pragma GCC unroll 7
         for (int i = 0; i < kOutputs; ++i) {
           const int kx = column - i * kStride;
@@ -32,19 +33,17 @@ void depthwise_run(const float* const (&rows)[3], int64_t pixel, const float* w,
         }
       }
     }
-    for (int i = 0; i < kOutputs; ++i) store(out + i * out_stride + c, finish.activate(acc[i]));
+    for (int i = 0; i < kOutputs; ++i) store(out + i * channels + c, finish.activate(acc[i]));
   }
 }
 
 }  // namespace detail
 
 // A row of `width_out` outputs from three input rows of `width_in` pixels (a row of zeros where the image
-// ends). `channels` channels from the `pixel` floats of a pixel; taps (3, 3, w_stride), outputs
-// `out_stride` apart; `o` is the first channel's number in the epilogue.
+// ends). Output channel c, of `channels`, comes from input channel c modulo `pixel`; taps (3, 3, channels).
 template <int kStride, class Epilogue>
 void depthwise_row(const float* const (&rows)[3], int64_t width_in, int64_t width_out, int64_t pixel,
-                   const float* w, int64_t w_stride, float* out, int64_t out_stride, Epilogue epilogue,
-                   int64_t channels, int64_t o) {
+                   const float* w, float* out, Epilogue epilogue, int64_t channels) {
   constexpr int64_t kMost = 7;
   const int64_t runs = (width_out + kMost - 1) / kMost;
   for (int64_t run = 0; run < runs; ++run) {
@@ -54,9 +53,8 @@ void depthwise_row(const float* const (&rows)[3], int64_t width_in, int64_t widt
     const bool cut_left = left<0, cut_right = left + (count - 1) * kStride + 3> width_in;
     const float* at[3];
     for (int ky = 0; ky < 3; ++ky) at[ky] = rows[ky] + left * pixel;
-    float* to = out + first * out_stride;
-#define MFK_RUN(N, L, R) \
-  detail::depthwise_run<N, kStride, L, R>(at, pixel, w, w_stride, to, out_stride, epilogue, channels, o)
+    float* to = out + first * channels;
+#define MFK_RUN(N, L, R) detail::depthwise_run<N, kStride, L, R>(at, pixel, w, to, epilogue, channels)
 #define MFK_CASE(N)                                                   \
   case N:                                                             \
     if (cut_left) {                                                   \

@@ -33,19 +33,13 @@ struct Weights {
   static Weights matrix(const float* data, int64_t row, int64_t outputs) { return {data, outputs, 32, row}; }
 };
 
-// What is done to a sum before it is stored. `at(o)` loads what depends on the output alone.
-struct Store {
-  struct At {
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return sum; }
-  };
-  MFK_INLINE At at(int64_t) const { return {}; }
-};
-
+// What is done to a sum before it is stored. `at(o)` loads what depends on the output alone: the bias, with
+// which the sum begins, and what its operator, called with the whole sum, needs.
 struct AddBias {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return sum + bias; }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return y; }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
@@ -61,7 +55,7 @@ struct AddBiasRelu6 {
   struct At {
     vec<float> bias;
     MFK_INLINE vec<float> activate(vec<float> y) const { return relu6(y); }
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return activate(sum + bias); }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return activate(y); }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
@@ -72,7 +66,7 @@ struct AddBiasDynamicRelu {
   struct At {
     vec<float> bias, larger, smaller;
     MFK_INLINE vec<float> activate(vec<float> y) const { return y * (y > 0 ? larger : smaller); }
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return activate(sum + bias); }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return activate(y); }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o), load(larger + o), load(smaller + o)}; }
 };
@@ -81,8 +75,7 @@ struct AddBiasRelu {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
-      const vec<float> y = sum + bias;
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const {
       return y < 0 ? vec<float>{} : y;  // NaN for NaN
     }
   };
@@ -94,7 +87,7 @@ struct AddBiasTwoHardsigmoid {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const { return relu6(sum + bias + 3.0f) / 3; }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return relu6(y + 3.0f) / 3; }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
@@ -103,8 +96,7 @@ struct AddBiasHardswish {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
-      const vec<float> y = sum + bias;
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const {
       return y * relu6(y + 3.0f) / 6;
     }
   };
@@ -115,15 +107,14 @@ struct AddBiasGelu {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t) const {
-      const vec<float> y = sum + bias;
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const {
       return 0.5f * y * (1.0f + erf(y * 0.707106781f));
     }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
 
-// sum + bias + residual[p * stride + o]; bias may be null
+// sum + bias + residual[p * stride + o]
 struct AddResidual {
   const float *bias, *residual;
   int64_t stride;
@@ -131,12 +122,10 @@ struct AddResidual {
     vec<float> bias;
     const float* residual;
     int64_t stride;
-    MFK_INLINE vec<float> operator()(vec<float> sum, int64_t p) const {
-      return sum + bias + load(residual + p * stride);
-    }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t p) const { return y + load(residual + p * stride); }
   };
   MFK_INLINE At at(int64_t o) const {
-    return {bias == nullptr ? vec<float>{} : load(bias + o), residual + o, stride};
+    return {load(bias + o), residual + o, stride};
   }
 };
 
@@ -148,6 +137,10 @@ __attribute__((noinline)) void gemm_tile(Rows x, const float* w, int64_t w_strid
   constexpr int n = kLanes<float>;
   constexpr int kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
   vec<float> acc[kSums][P][V] = {};
+  for (int v = 0; v < V; ++v) {
+    const vec<float> bias = epilogue.at(o + v * n).bias;
+    for (int p = 0; p < P; ++p) acc[0][p][v] = bias;
+  }
   const int64_t s = x.position;
   for (int64_t r = 0; r < x.runs; ++r) {
     // Few pointers, three positions each: one for every position would not fit the integer registers.

@@ -116,14 +116,10 @@ struct Pass {
   template <class Epilogue>
   void depthwise(const float* const (&rows)[3], int64_t width, int64_t out_width, int64_t channels,
                  int64_t hidden, int64_t stride, int64_t taps, float* out, Epilogue epilogue) const {
-    for (int64_t o = 0; o < hidden; o += channels) {
-      if (stride == 1) {
-        depthwise_row<1>(rows, width, out_width, channels, at(taps) + o, hidden, out + o, hidden, epilogue,
-                         channels, o);
-      } else {
-        depthwise_row<2>(rows, width, out_width, channels, at(taps) + o, hidden, out + o, hidden, epilogue,
-                         channels, o);
-      }
+    if (stride == 1) {
+      depthwise_row<1>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
+    } else {
+      depthwise_row<2>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
     }
   }
   AddBiasDynamicRelu activation(int64_t bias, const float* slopes, int64_t channels) const {

@@ -30,16 +30,23 @@ struct Step {
 
   // Layer norm of each token, epsilon 1e-5, in place.
   void normalise(float* x, int64_t norm) const {
+    constexpr int64_t n = kLanes<float>;
     const float *gamma = weights + norm, *beta = gamma + stride;
     for (int64_t t = 0; t < tokens; ++t) {
-      float* row = x + t * stride;
-      double sum = 0, squares = 0;
-      for (int64_t i = 0; i < width; ++i) sum += row[i];
-      const double mean = sum / width;
-      for (int64_t i = 0; i < width; ++i) squares += (row[i] - mean) * (row[i] - mean);
-      const float scale = static_cast<float>(1 / __builtin_sqrt(squares / width + 1e-5));
-      const float center = static_cast<float>(mean);
-      for (int64_t i = 0; i < width; ++i) row[i] = (row[i] - center) * scale * gamma[i] + beta[i];
+      float* row = x + t * stride;  // zero beyond `width`
+      vec<float> sums{}, squares{};
+      for (int64_t i = 0; i < stride; i += n) sums += load(row + i);
+      const float mean = static_cast<float>(sum_lanes<float>(sums) / width);
+      for (int64_t i = 0; i < stride; i += n) {
+        const vec<float> off = load(row + i) - mean;
+        squares += off * off;
+      }
+      // The padding, too, was `mean` off.
+      const double variance = (sum_lanes<float>(squares) - (stride - width) * (double{mean} * mean)) / width;
+      const float scale = static_cast<float>(1 / __builtin_sqrt(variance + 1e-5));
+      for (int64_t i = 0; i < stride; i += n) {  // gamma and beta are zero there
+        store(row + i, (load(row + i) - mean) * scale * load(gamma + i) + load(beta + i));
+      }
     }
   }
 
