@@ -19,18 +19,11 @@ struct Rows {
   int64_t position, runs, run, skip;
 };
 
-// The right side, (inputs, outputs) with outputs a multiple of 16: panels of 32 outputs (the last one
-// may have 16), element (i, o) at data[o / 32 * panel + i * stride(o) + o % 32].
+// The right side, (inputs, outputs) with outputs a multiple of 16, as packed by mfkernels/deploy/packing.py:
+// panels of 32 outputs (the last one may have 16), in each the outputs of an input side by side.
 struct Weights {
   const float* data;
-  int64_t outputs, panel, stride;  // stride 0: that of a packed panel, its width
-
-  // As packed by mfkernels/deploy/packing.py.
-  static Weights packed(const float* data, int64_t inputs, int64_t outputs) {
-    return {data, outputs, 32 * inputs, 0};
-  }
-  // A plain row-major matrix.
-  static Weights matrix(const float* data, int64_t row, int64_t outputs) { return {data, outputs, 32, row}; }
+  int64_t inputs, outputs;
 };
 
 // What is done to a sum before it is stored. `at(o)` loads what depends on the output alone: the bias, with
@@ -96,9 +89,7 @@ struct AddBiasHardswish {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const {
-      return y * relu6(y + 3.0f) / 6;
-    }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return y * relu6(y + 3.0f) / 6; }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
@@ -122,67 +113,71 @@ struct AddResidual {
     vec<float> bias;
     const float* residual;
     int64_t stride;
-    MFK_INLINE vec<float> operator()(vec<float> y, int64_t p) const { return y + load(residual + p * stride); }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t p) const {
+      return y + load(residual + p * stride);
+    }
   };
-  MFK_INLINE At at(int64_t o) const {
-    return {load(bias + o), residual + o, stride};
-  }
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o), residual + o, stride}; }
 };
 
-// P positions by V vectors of outputs. Few positions would wait for each other's sums: they get several
-// sums each, for every second or fourth input.
+// Tiles of P positions by V vectors of outputs, from position `first` and output `o` on. Few positions would
+// wait for each other's sums: they get several sums each, for every second or fourth input.
 template <int P, int V, class Epilogue>
-__attribute__((noinline)) void gemm_tile(Rows x, const float* w, int64_t w_stride, float* out,
-                                         int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
+__attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows x, const float* w, int64_t w_stride, float* out,
+                                          int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
   constexpr int n = kLanes<float>;
   constexpr int kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
-  vec<float> acc[kSums][P][V] = {};
-  for (int v = 0; v < V; ++v) {
-    const vec<float> bias = epilogue.at(o + v * n).bias;
-    for (int p = 0; p < P; ++p) acc[0][p][v] = bias;
-  }
   const int64_t s = x.position;
-  for (int64_t r = 0; r < x.runs; ++r) {
-    // Few pointers, three positions each: one for every position would not fit the integer registers.
-    const float* base[(P + 2) / 3];
-    for (int i = 0; i < (P + 2) / 3; ++i) base[i] = x.data + r * x.skip + 3 * i * s;
-    const float* row = w + r * x.run * w_stride;
-    auto step = [&](vec<float>(&sums)[P][V]) __attribute__((always_inline)) {
-      vec<float> b[V];
-      for (int v = 0; v < V; ++v) b[v] = load(row + v * n);
-      row += w_stride;
-      for (int p = 0; p < P; ++p) {
-        const vec<float> a = splat(base[p / 3][(p % 3) * s]);
-        for (int v = 0; v < V; ++v) sums[p][v] += a * b[v];
-      }
-      for (int i = 0; i < (P + 2) / 3; ++i) ++base[i];
-    };
-    int64_t c = 0;
-    if constexpr (kSums > 1) {
-      for (; c + kSums <= x.run; c += kSums) {
-        for (int k = 0; k < kSums; ++k) step(acc[k]);
-      }
+  x.data += first * s;
+  out += first * out_stride + o;
+  for (; tiles > 0; --tiles, first += P, x.data += P * s, out += P * out_stride) {
+    vec<float> acc[kSums][P][V] = {};
+    for (int v = 0; v < V; ++v) {
+      const vec<float> bias = epilogue.at(o + v * n).bias;
+      for (int p = 0; p < P; ++p) acc[0][p][v] = bias;
     }
-    for (; c < x.run; ++c) step(acc[0]);
-  }
-  for (int v = 0; v < V; ++v) {
-    const auto finish = epilogue.at(o + v * n);
-    for (int p = 0; p < P; ++p) {
-      vec<float> sum = acc[0][p][v];
-      for (int k = 1; k < kSums; ++k) sum += acc[k][p][v];
-      store(out + p * out_stride + v * n, finish(sum, first + p));
+    for (int64_t r = 0; r < x.runs; ++r) {
+      // Few pointers, three positions each: one for every position would not fit the integer registers.
+      const float* base[(P + 2) / 3];
+      for (int i = 0; i < (P + 2) / 3; ++i) base[i] = x.data + r * x.skip + 3 * i * s;
+      const float* row = w + r * x.run * w_stride;
+      auto step = [&](vec<float>(&sums)[P][V]) __attribute__((always_inline)) {
+        vec<float> b[V];
+        for (int v = 0; v < V; ++v) b[v] = load(row + v * n);
+        row += w_stride;
+        for (int p = 0; p < P; ++p) {
+          const vec<float> a = splat(base[p / 3][(p % 3) * s]);
+          for (int v = 0; v < V; ++v) sums[p][v] += a * b[v];
+        }
+        for (int i = 0; i < (P + 2) / 3; ++i) ++base[i];
+      };
+      int64_t c = 0;
+      if constexpr (kSums > 1) {
+        for (; c + kSums <= x.run; c += kSums) {
+          for (int k = 0; k < kSums; ++k) step(acc[k]);
+        }
+      }
+      for (; c < x.run; ++c) step(acc[0]);
+    }
+    for (int v = 0; v < V; ++v) {
+      const auto finish = epilogue.at(o + v * n);
+      for (int p = 0; p < P; ++p) {
+        vec<float> sum = acc[0][p][v];
+        for (int k = 1; k < kSums; ++k) sum += acc[k][p][v];
+        store(out + p * out_stride + v * n, finish(sum, first + p));
+      }
     }
   }
 }
 
 template <int V, class Epilogue>
-MFK_INLINE void gemm_positions(int64_t count, Rows x, const float* w, int64_t w_stride, float* out,
-                               int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
-#define MFK_CASE(P)                                                                   \
-  case P:                                                                             \
-    if constexpr (P <= kPositions) {                                                  \
-      gemm_tile<P, V, Epilogue>(x, w, w_stride, out, out_stride, epilogue, first, o); \
-    }                                                                                 \
+MFK_INLINE void gemm_run(int64_t count, int64_t tiles, Rows x, const float* w, int64_t w_stride, float* out,
+                         int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
+#define MFK_CASE(P)                                                                           \
+  case P:                                                                                     \
+    if constexpr (P <= kPositions) {                                                          \
+      gemm_tiles<P, V, Epilogue>(tiles, x, w, w_stride, out, out_stride, epilogue, first, o); \
+    }                                                                                         \
     break;
   switch (count) {
     MFK_CASE(1)
@@ -208,24 +203,20 @@ MFK_INLINE void gemm_positions(int64_t count, Rows x, const float* w, int64_t w_
 template <class Epilogue>
 void gemm(int64_t positions, Rows x, Weights w, float* out, int64_t out_stride, Epilogue epilogue) {
   constexpr int n = kLanes<float>;
+  // Tiles of nearly equal size rather than full ones and a small rest: `longer` ones have one position more.
   const int64_t tiles = (positions + kPositions - 1) / kPositions;
+  const int64_t size = positions / tiles, longer = positions % tiles, middle = longer * (size + 1);
   for (int64_t panel = 0; panel < w.outputs; panel += 32) {
     const int64_t width = w.outputs - panel < 32 ? w.outputs - panel : 32;
-    const int64_t w_stride = w.stride == 0 ? width : w.stride;
     for (int64_t o = panel; o < panel + width;) {
-      const float* weights = w.data + panel / 32 * w.panel + (o - panel);
+      const float* weights = w.data + panel * w.inputs + (o - panel);
       const int64_t vectors = panel + width - o >= 2 * n ? 2 : 1;
-      for (int64_t t = 0; t < tiles; ++t) {
-        // Tiles of nearly equal size rather than full ones and a small rest.
-        const int64_t first = positions * t / tiles, count = positions * (t + 1) / tiles - first;
-        Rows tile = x;
-        tile.data += first * x.position;
-        float* to = out + first * out_stride + o;
-        if (vectors == 2) {
-          gemm_positions<2>(count, tile, weights, w_stride, to, out_stride, epilogue, first, o);
-        } else {
-          gemm_positions<1>(count, tile, weights, w_stride, to, out_stride, epilogue, first, o);
-        }
+      if (vectors == 2) {
+        gemm_run<2>(size + 1, longer, x, weights, width, out, out_stride, epilogue, 0, o);
+        gemm_run<2>(size, tiles - longer, x, weights, width, out, out_stride, epilogue, middle, o);
+      } else {
+        gemm_run<1>(size + 1, longer, x, weights, width, out, out_stride, epilogue, 0, o);
+        gemm_run<1>(size, tiles - longer, x, weights, width, out, out_stride, epilogue, middle, o);
       }
       o += vectors * n;
     }

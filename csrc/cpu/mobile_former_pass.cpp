@@ -55,7 +55,7 @@ struct Pass {
 
   const float* at(int64_t offset) const { return weights + offset; }
   Weights matrix(const PlanLinear& linear) const {
-    return Weights::packed(at(linear.weight), linear.inputs, linear.outputs);
+    return Weights{at(linear.weight), linear.inputs, linear.outputs};
   }
   float* out_row(int64_t y) const { return args.out + y * args.out_width * out_channels; }
   const float* in_row(int64_t y) const { return args.in + y * args.width * in_channels; }

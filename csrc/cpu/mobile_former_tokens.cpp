@@ -23,8 +23,8 @@ struct Step {
   template <class Epilogue>
   void linear(const PlanLinear& l, int64_t rows, const float* in, int64_t in_stride, float* out,
               int64_t out_stride, Epilogue epilogue) const {
-    gemm(rows, Rows{in, in_stride, 1, l.inputs, 0}, Weights::packed(weights + l.weight, l.inputs, l.outputs),
-         out, out_stride, epilogue);
+    gemm(rows, Rows{in, in_stride, 1, l.inputs, 0}, Weights{weights + l.weight, l.inputs, l.outputs}, out,
+         out_stride, epilogue);
   }
   const float* bias(const PlanLinear& l) const { return weights + l.bias; }
 
@@ -192,7 +192,7 @@ void mobile_former_head(const HeadArgs& args, int64_t begin, int64_t end) {
   float* tile = args.scratch(kRun * 32);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t o = panel * 32, outputs = head.outputs - o < 32 ? head.outputs - o : 32;
-    const Weights w = Weights::packed(args.weights + head.weight + o * head.inputs, head.inputs, outputs);
+    const Weights w{args.weights + head.weight + o * head.inputs, head.inputs, outputs};
     WideSum<float> sums[32 / kLanes<float>];
     for (int64_t p = 0; p < args.pixels; p += kRun) {
       const int64_t count = args.pixels - p < kRun ? args.pixels - p : kRun;
@@ -219,7 +219,7 @@ void mobile_former_head(const HeadArgs& args, int64_t begin, int64_t end) {
 void mobile_former_classifier(const ClassifierArgs& args, int64_t begin, int64_t end) {
   const PlanLinear& l = args.linear;
   const int64_t o = begin * 32, until = end * 32 < l.outputs ? end * 32 : l.outputs;
-  const Weights w = Weights::packed(args.weights + l.weight + o * l.inputs, l.inputs, until - o);
+  const Weights w{args.weights + l.weight + o * l.inputs, l.inputs, until - o};
   const Rows rows{args.in, args.in_stride, 1, l.inputs, 0};
   const float* bias = args.weights + l.bias + o;
   if (args.hardswish) {

@@ -84,7 +84,9 @@ class Memory {
 // the rows between two convolutions stay in the second.
 int64_t group_rows(const PlanPass& pass, int64_t height, int64_t width) {
   const int64_t row = width * std::max({pass.hidden1, pass.hidden2, int64_t{16}}) * 2;
-  const int64_t rows = std::min((224 + width - 1) / width, 163840 / row);
+  // At least four tasks for the threads, where the map is large enough.
+  const int64_t positions = std::min<int64_t>(std::max<int64_t>(height * width / 4, 224), 896);
+  const int64_t rows = std::min((positions + width - 1) / width, 122880 / row);
   return std::min(std::max<int64_t>(rows, 1), height);
 }
 
