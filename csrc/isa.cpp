@@ -5,7 +5,7 @@
 namespace mfk {
 
 bool isa_supported(Isa isa) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
   switch (isa) {
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

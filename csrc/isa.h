@@ -15,7 +15,7 @@ __attribute__((visibility("default"))) void set_isa(Isa isa);
 
 }  // namespace mfk
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
 #define MFK_ON_X86(...) __VA_ARGS__
 #else
 #define MFK_ON_X86(...)

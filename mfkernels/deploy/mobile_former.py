@@ -16,6 +16,8 @@ from ..nn import (
 )
 from .packing import Packer, dense, fold, norm_factors, padded, shuffled, spread
 
+MOST_BLOCKS = 255
+
 _STEM, _LITE, _BLOCK, _DOWN = range(4)
 _NO_LINEAR = [0, 0, 0, 0]
 
@@ -97,6 +99,8 @@ class _Planner:
         for block in blocks:
             if type(block) not in (LiteBottleneck, MobileFormerBlock, MobileFormerDownsample):
                 raise self.refuse(block, "unknown to deploy")
+        if len(blocks) > MOST_BLOCKS:
+            raise ValueError(f"deploy: at most {MOST_BLOCKS} blocks can be deployed, got {len(blocks)}")
         first = padded_rows(model.tokens.weight)
         passes = self.one_pass(None, blocks[0] if blocks else None)
         for index, block in enumerate(blocks):
