@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -15,6 +15,20 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
 	.venv/bin/mypy
+
+# Address and undefined-behaviour sanitizers over the tests of the kernels (a quarter of an hour); thread
+# sanitizer over the threaded parts on plain threads.
+SANITIZED = build/sanitize
+sanitize: .venv/installed
+	MFKERNELS_SANITIZE=address,undefined CXX="$(CXX)" .venv/bin/pip install -q --disable-pip-version-check \
+	  --no-deps --no-build-isolation --upgrade --target $(SANITIZED) .
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/.venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
+	  --rootdir $(CURDIR) $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_deploy.py -k "not compile and not export"
+	$(CXX) -std=gnu++17 -O1 -g -fsanitize=thread -Wno-psabi -DMFK_GENERIC_ONLY -DMFK_ISA=generic -o $(SANITIZED)/threads \
+	  tests/sanitize/threads.cpp csrc/isa.cpp csrc/cpu/mobile_former_pass.cpp csrc/cpu/mobile_former_tokens.cpp
+	.venv/bin/python tests/sanitize/plan.py $(SANITIZED)/plan $(SANITIZED)/weights
+	$(SANITIZED)/threads $(SANITIZED)/plan $(SANITIZED)/weights
 
 clean:
 	rm -rf .venv build demo-output *.egg-info mfkernels/*.so

@@ -78,6 +78,7 @@ class CMakeBuild(build_ext):
             "MFK_PYTHON_INCLUDE": sysconfig.get_path("include"),
             "MFK_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "MFK_CUDA": with_cuda(torch),
+            "MFK_SANITIZE": os.environ.get("MFKERNELS_SANITIZE", ""),
         }
         command = [cmake, "-S", str(ROOT), "-B", str(build)]
         if shutil.which("ninja"):

@@ -1,10 +1,12 @@
 import json
+import lzma
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from released_data import DATA
 
 import mfkernels
 from mfkernels import cli
@@ -64,3 +66,51 @@ def test_demo_with_a_wrong_argument_says_so_in_one_line(arguments, message, caps
         cli.main(["demo", *arguments])
     assert stop.value.code != 0
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bench(tmp_path, capsys):
+    options = ["--networks", "mobile_former_26m,mobilenet_v3_large", "--runtimes", "mfkernels,eager"]
+    sizes = ["--sizes", "64,96", "--seconds", "0.1", "--output", str(tmp_path)]
+    assert cli.main(["bench", *options, *sizes]) == 0
+    printed = capsys.readouterr()
+    assert "mobilenet_v3_large in mfkernels: skipped" in printed.err
+    assert "ours / best other" in printed.out
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 3
+    for line in lines:
+        assert line["cpu"] and line["threads"] == 1 and line["low_ms"] <= line["median_ms"] <= line["high_ms"]
+        assert 0 <= line["difference"] < 1e-4
+    assert (tmp_path / "sizes.png").exists() and (tmp_path / "networks-64.png").exists()
+
+
+def test_bench_profile(tmp_path, capsys):
+    assert cli.main(["bench", "--profile", "--networks", "mobile_former_26m", "--output", str(tmp_path)]) == 0
+    assert "features.8 tokens" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "profile.jsonl").read_text().splitlines()]
+    assert all(row["microseconds"] >= 0 and row["peak"] > 1e9 for row in rows)
+    manifest = json.loads(lzma.decompress((DATA / "manifests.json.xz").read_bytes()))["mobile_former_26m"]
+    assert 0.9 < sum(row["operations"] for row in rows) / 2 / manifest["macs"] <= 1  # the rest is attention
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--networks", "resnet50"], "network must be one of mobile_former_26m"),
+        (["--runtimes", "tensorrt"], "runtime must be one of mfkernels, eager"),
+    ],
+)
+def test_bench_with_a_wrong_name_says_so_in_one_line(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--output", str(tmp_path), *arguments])
+    assert stop.value.code != 0
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_rivals_are_those_of_the_papers():
+    from mfkernels.bench.run import rivals
+
+    parameters = {name: sum(p.numel() for p in make().parameters()) for name, make in rivals().items()}
+    assert {name: round(count / 1e6, 2) for name, count in parameters.items()} == {
+        "mobilenet_v3_large": 5.48,
+        "shufflenet_v2_2x": 7.39,
+    }
