@@ -108,6 +108,14 @@ def test_strange_parts_are_named():
     model.features[2] = Mine().eval()
     with pytest.raises(ValueError, match=r"deploy: features\.2 \(Mine\): unknown"):
         mfkernels.deploy(model)
+    model = create_model(SMALL).eval()
+    model.features[1].act1 = Mine().eval()
+    with pytest.raises(ValueError, match=r"deploy: features\.1\.act1 \(Mine\): unknown"):
+        mfkernels.deploy(model)
+    model = create_model(SMALL).eval()
+    model.features[4].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"deploy: features\.4 .*: has a forward hook"):
+        mfkernels.deploy(model)
 
 
 def test_bad_arguments():

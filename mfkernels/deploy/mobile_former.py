@@ -10,13 +10,36 @@ from torch import Tensor, nn
 from ..checks import check_tensor
 from ..models.mobile_former import MobileFormer
 from ..nn import (
+    ClassifierHead,
+    DropPath,
+    DynamicReLU,
+    Former,
+    FormerToMobile,
+    HyperNetwork,
     LiteBottleneck,
     MobileFormerBlock,
     MobileFormerDownsample,
+    MobileToFormer,
 )
 from .packing import Packer, dense, fold, norm_factors, padded, shuffled, spread
 
 MOST_BLOCKS = 255
+_BLOCKS = (LiteBottleneck, MobileFormerBlock, MobileFormerDownsample)
+_KNOWN = (
+    *_BLOCKS,
+    *(
+        MobileFormer,
+        ClassifierHead,
+        DropPath,
+        DynamicReLU,
+        Former,
+        FormerToMobile,
+        HyperNetwork,
+        MobileToFormer,
+    ),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.ChannelShuffle, nn.Conv2d, nn.Dropout, nn.Embedding, nn.GELU),
+    *(nn.Hardsigmoid, nn.Hardswish, nn.Identity, nn.LayerNorm, nn.Linear, nn.ReLU, nn.ReLU6, nn.Sequential),
+)
 
 _STEM, _LITE, _BLOCK, _DOWN = range(4)
 _NO_LINEAR = [0, 0, 0, 0]
@@ -87,7 +110,7 @@ class _Planner:
         self.tokens, self.width = model.tokens.weight.shape
 
     def refuse(self, module: nn.Module, why: str) -> ValueError:
-        return ValueError(f"deploy: {self.names[module]} ({type(module).__name__}): {why}")
+        return ValueError(f"deploy: {self.names[module] or 'the model'} ({type(module).__name__}): {why}")
 
     def need(self, condition: bool, module: nn.Module, what: str) -> None:
         if not condition:
@@ -96,9 +119,11 @@ class _Planner:
     def run(self) -> tuple[Tensor, Tensor]:
         model = self.model
         blocks: list[Any] = list(model.features)
-        for block in blocks:
-            if type(block) not in (LiteBottleneck, MobileFormerBlock, MobileFormerDownsample):
-                raise self.refuse(block, "unknown to deploy")
+        for module in model.modules():
+            if type(module) not in _KNOWN or (module in blocks and type(module) not in _BLOCKS):
+                raise self.refuse(module, "unknown to deploy")
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise self.refuse(module, "has a forward hook, which deploy would leave out")
         if len(blocks) > MOST_BLOCKS:
             raise ValueError(f"deploy: at most {MOST_BLOCKS} blocks can be deployed, got {len(blocks)}")
         first = padded_rows(model.tokens.weight)
