@@ -2,18 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
-#include <cstdint>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/peak.h"
+#include "huge_pages.h"
 #include "isa.h"
 
 namespace {
@@ -67,16 +62,6 @@ std::map<std::string, std::string> build_info() {
           {"cuda", MFK_CUDA}};
 }
 
-// Asks the system for large pages under memory that has not been written yet. Reading tens of megabytes
-// once is a quarter faster so. Advice only: where it cannot be followed nothing happens.
-void advise_huge_pages(uintptr_t address, size_t bytes) {
-#if defined(__linux__)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -87,7 +72,7 @@ PYBIND11_MODULE(_C, m) {
       "True if this build has the instruction set and this machine can run it.");
   m.def("set_instruction_set", &set_instruction_set, "Choose it, for the whole process.");
   m.def("cpu_features", &cpu_features, "Features of this CPU that matter to the kernels.");
-  m.def("advise_huge_pages", &advise_huge_pages, "Ask for large pages under memory not yet written.");
+  m.def("advise_huge_pages", &mfk::advise_huge_pages, "Ask for large pages under memory not yet written.");
   m.def("peak_flops", &mfk::peak_flops, "Measures the float32 operations a second of one thread.");
   m.def("build_info", &build_info, "How this binary was built.");
 }

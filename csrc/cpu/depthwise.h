@@ -54,26 +54,20 @@ void depthwise_row(const float* const (&rows)[3], int64_t width_in, int64_t widt
     const float* at[3];
     for (int ky = 0; ky < 3; ++ky) at[ky] = rows[ky] + left * pixel;
     float* to = out + first * channels;
-#define MFK_RUN(N, L, R) detail::depthwise_run<N, kStride, L, R>(at, pixel, w, to, epilogue, channels)
-#define MFK_CASE(N)                                                   \
-  case N:                                                             \
-    if (cut_left) {                                                   \
-      cut_right ? MFK_RUN(N, true, true) : MFK_RUN(N, true, false);   \
-    } else {                                                          \
-      cut_right ? MFK_RUN(N, false, true) : MFK_RUN(N, false, false); \
-    }                                                                 \
-    break;
-    switch (count) {
-      MFK_CASE(1)
-      MFK_CASE(2)
-      MFK_CASE(3)
-      MFK_CASE(4)
-      MFK_CASE(5)
-      MFK_CASE(6)
-      MFK_CASE(7)
-    }
-#undef MFK_CASE
-#undef MFK_RUN
+    with_constant<kMost>(count, [&](auto outputs) __attribute__((always_inline)) {
+      constexpr int n = decltype(outputs)::value;
+      auto run_with = [&](auto cuts_left, auto cuts_right) __attribute__((always_inline)) {
+        detail::depthwise_run<n, kStride, decltype(cuts_left)::value, decltype(cuts_right)::value>(
+            at, pixel, w, to, epilogue, channels);
+      };
+      const std::true_type yes;
+      const std::false_type no;
+      if (cut_left) {
+        cut_right ? run_with(yes, yes) : run_with(yes, no);
+      } else {
+        cut_right ? run_with(no, yes) : run_with(no, no);
+      }
+    });
   }
 }
 

@@ -61,9 +61,7 @@ void forward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
       load_head<T>(args.v, args, task, v);
       loaded = index / args.splits;
     }
-    for (int64_t p = task.p0; p < task.p1; p += args.tile) {
-      const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
-      const int64_t width = round_up(count, kLanes<C>);
+    for_tiles<C>(task, args.tile, [&](int64_t p, int64_t count, int64_t width) {
       const Tile<C> x =
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
       multiply_pixels<C>(weights, width, nullptr, 0, tokens, Matrix<C>{k, depth, 1}, depth, x.data, x.stride,
@@ -72,7 +70,7 @@ void forward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
       multiply_pixels<C>(y, width, x.data, x.stride, depth, Matrix<C>{v, 1, depth}, tokens, weights, width,
                          width);
       store_tile<T>(args.y.as<T>(), task.b, task.head * depth, depth, p, count, y, width);
-    }
+    });
   }
 }
 
@@ -94,9 +92,7 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
     double* partial_k = args.partial_k + index * tokens * depth;
     double* partial_v = args.partial_v + index * tokens * depth;
     for (int64_t i = 0; i < tokens * depth; ++i) partial_k[i] = partial_v[i] = 0;
-    for (int64_t p = task.p0; p < task.p1; p += args.tile) {
-      const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
-      const int64_t width = round_up(count, n);
+    for_tiles<C>(task, args.tile, [&](int64_t p, int64_t count, int64_t width) {
       const int64_t c = task.head * depth;
       const Tile<C> x = load_tile<T>(args.x.as<const T>(), task.b, c, depth, p, count, scratch);
       const Tile<C> g = load_tile<T>(args.grad_y.as<const T>(), task.b, c, depth, p, count, grad_scratch);
@@ -120,7 +116,7 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
       store_tile<T>(args.grad_x.as<T>(), task.b, c, depth, p, count, grad_x, width);
       multiply_reduce<C>(partial_k, depth, 1, tokens, grad_logits, width, depth, x.data, x.stride, width);
       multiply_reduce<C>(partial_v, depth, 1, tokens, weights, width, depth, g.data, g.stride, width);
-    }
+    });
   }
 }
 

@@ -85,11 +85,13 @@ struct AddBiasTwoHardsigmoid {
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
 
+MFK_INLINE vec<float> hardswish(vec<float> y) { return y * relu6(y + 3.0f) / 6; }
+
 struct AddBiasHardswish {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return y * relu6(y + 3.0f) / 6; }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return hardswish(y); }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
@@ -173,29 +175,10 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows x, const float* w,
 template <int V, class Epilogue>
 MFK_INLINE void gemm_run(int64_t count, int64_t tiles, Rows x, const float* w, int64_t w_stride, float* out,
                          int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
-#define MFK_CASE(P)                                                                           \
-  case P:                                                                                     \
-    if constexpr (P <= kPositions) {                                                          \
-      gemm_tiles<P, V, Epilogue>(tiles, x, w, w_stride, out, out_stride, epilogue, first, o); \
-    }                                                                                         \
-    break;
-  switch (count) {
-    MFK_CASE(1)
-    MFK_CASE(2)
-    MFK_CASE(3)
-    MFK_CASE(4)
-    MFK_CASE(5)
-    MFK_CASE(6)
-    MFK_CASE(7)
-    MFK_CASE(8)
-    MFK_CASE(9)
-    MFK_CASE(10)
-    MFK_CASE(11)
-    MFK_CASE(12)
-    MFK_CASE(13)
-    MFK_CASE(14)
-  }
-#undef MFK_CASE
+  with_constant<kPositions>(count, [&](auto positions) __attribute__((always_inline)) {
+    gemm_tiles<decltype(positions)::value, V, Epilogue>(tiles, x, w, w_stride, out, out_stride, epilogue,
+                                                        first, o);
+  });
 }
 
 // out[p * out_stride + o] = epilogue(sum_i x(p, i) * w(i, o)) for p < positions. Weights stay in the first

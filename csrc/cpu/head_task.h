@@ -17,6 +17,16 @@ struct HeadTask {
         p1(p0 + args.split < args.pixels ? p0 + args.split : args.pixels) {}
 };
 
+// Calls f(p, count, width) for each tile of the task's pixels: from pixel p on, `count` of them, in `width`
+// numbers, whole vectors.
+template <class C, class F>
+MFK_INLINE void for_tiles(const HeadTask& task, int64_t tile, F f) {
+  for (int64_t p = task.p0; p < task.p1; p += tile) {
+    const int64_t count = task.p1 - p < tile ? task.p1 - p : tile;
+    f(p, count, round_up(count, kLanes<C>));
+  }
+}
+
 // The head's slice of (B, M, C), as (M, C/heads) in the compute type.
 template <class T, class Args>
 void load_head(const void* source, const Args& args, const HeadTask& task, compute_t<T>* out) {

@@ -207,11 +207,9 @@ void mobile_former_head(const HeadArgs& args, int64_t begin, int64_t end) {
     for (int64_t v = 0; v * kLanes<float> < outputs; ++v) {
       double lanes[kLanes<float>];
       sums[v].store_upto(lanes, kLanes<float>);
-      for (int64_t i = 0; i < kLanes<float>; ++i) {
-        const float mean = static_cast<float>(lanes[i] / args.pixels);
-        const float gate = mean + 3 < 0 ? 0 : (mean + 3 > 6 ? 6 : mean + 3);
-        args.pooled[o + v * kLanes<float> + i] = mean * gate / 6;
-      }
+      float* pooled = args.pooled + o + v * kLanes<float>;
+      for (int64_t i = 0; i < kLanes<float>; ++i) pooled[i] = static_cast<float>(lanes[i] / args.pixels);
+      store(pooled, hardswish(load(pooled)));
     }
   }
 }

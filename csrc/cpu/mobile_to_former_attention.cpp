@@ -40,9 +40,7 @@ void forward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
       partial[m * record] = sizeof(C) == 4 ? -__FLT_MAX__ : -__DBL_MAX__;
       for (int64_t i = 1; i < record; ++i) partial[m * record + i] = 0;
     }
-    for (int64_t p = task.p0; p < task.p1; p += args.tile) {
-      const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
-      const int64_t width = round_up(count, n);
+    for_tiles<C>(task, args.tile, [&](int64_t p, int64_t count, int64_t width) {
       const Tile<C> x =
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
       multiply_logits<C>(logits, q, scale, tokens, depth, x, width);
@@ -77,7 +75,7 @@ void forward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
         }
       }
       multiply_reduce<C>(partial + 2, record, 1, tokens, logits, width, depth, x.data, x.stride, width);
-    }
+    });
   }
 }
 
@@ -139,9 +137,7 @@ void backward_weights(const MobileToFormerArgs& args, int64_t begin, int64_t end
     C* grad_weights = static_cast<C*>(args.grad_weights) + index * args.room;
     double* products = args.products + index * tokens;
     for (int64_t m = 0; m < tokens; ++m) products[m] = 0;
-    for (int64_t p = task.p0; p < task.p1; p += args.tile) {
-      const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
-      const int64_t width = round_up(count, n);
+    for_tiles<C>(task, args.tile, [&](int64_t p, int64_t count, int64_t width) {
       const Tile<C> x =
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
       multiply_logits<C>(weights, q, scale, tokens, depth, x, width);
@@ -161,7 +157,7 @@ void backward_weights(const MobileToFormerArgs& args, int64_t begin, int64_t end
       }
       weights += tokens * width;
       grad_weights += tokens * width;
-    }
+    });
   }
 }
 
@@ -187,9 +183,7 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
     C* grad_logits = static_cast<C*>(args.grad_weights) + index * args.room;  // overwritten in place
     double* partial = args.partial + index * tokens * depth;
     for (int64_t i = 0; i < tokens * depth; ++i) partial[i] = 0;
-    for (int64_t p = task.p0; p < task.p1; p += args.tile) {
-      const int64_t count = task.p1 - p < args.tile ? task.p1 - p : args.tile;
-      const int64_t width = round_up(count, n);
+    for_tiles<C>(task, args.tile, [&](int64_t p, int64_t count, int64_t width) {
       const Tile<C> x =
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
       Tile<C> given{nullptr, 0};
@@ -216,7 +210,7 @@ void backward(const MobileToFormerArgs& args, int64_t begin, int64_t end) {
       multiply_reduce<C>(partial, depth, 1, tokens, grad_logits, width, depth, x.data, x.stride, width);
       weights += tokens * width;
       grad_logits += tokens * width;
-    }
+    });
   }
 }
 

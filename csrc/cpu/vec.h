@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <type_traits>
+
 #ifndef MFK_ISA
 #error "MFK_ISA must be generic, avx2 or avx512: the build compiles this file once for each"
 #endif
@@ -234,26 +236,34 @@ MFK_INLINE C max_lanes(vec<C> v) {
   return lanes[0];
 }
 
-// exp(x), within 2 units in the last place; 0 where the result would be denormal, NaN for NaN.
 // x = n ln 2 + r, |r| <= ln(2)/2; exp(r) by its Taylor series, 2^n by its exponent bits.
-MFK_INLINE vec<float> exp(vec<float> x) {
-  const vec<float> low = splat(-87.336544f), high = splat(88.72283f);
-  vec<float> t = x < low ? low : x;
-  t = t > high ? high : t;
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  vec<float> shifted = t * 1.44269504f + shift;
-  mask<float> n = reinterpret_cast<mask<float>>(shifted) - 0x4b400000;
-  vec<float> whole = shifted - shift;
-  vec<float> r = t - whole * 0.693145752f;
-  r = r - whole * 1.42860682e-6f;
-  vec<float> p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
+constexpr float kExpShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+struct ExpParts {
+  vec<float> shifted, r;  // n + kExpShift, and r
+};
+MFK_INLINE ExpParts exp_parts(vec<float> x) {
+  const vec<float> shifted = x * 1.44269504f + kExpShift, whole = shifted - kExpShift;
+  const vec<float> r = x - whole * 0.693145752f;
+  return {shifted, r - whole * 1.42860682e-6f};
+}
+// The series up to r^5, and `sixth` r^6.
+MFK_INLINE vec<float> exp_series(vec<float> sixth, vec<float> r) {
+  vec<float> p = sixth * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// exp(x), within 2 units in the last place; 0 where the result would be denormal, NaN for NaN.
+MFK_INLINE vec<float> exp(vec<float> x) {
+  const vec<float> low = splat(-87.336544f), high = splat(88.72283f);
+  vec<float> t = x < low ? low : x;
+  t = t > high ? high : t;
+  const ExpParts parts = exp_parts(t);
+  const mask<float> n = reinterpret_cast<mask<float>>(parts.shifted) - 0x4b400000;
+  const vec<float> p = exp_series(splat(1.0f / 5040) * parts.r + 1.0f / 720, parts.r);
   // In two steps, since 2^128 has no exponent bits.
   mask<float> half = n >> 1;
   vec<float> y = p * reinterpret_cast<vec<float>>((half + 127) << 23);
@@ -297,21 +307,11 @@ MFK_INLINE vec<double> exp(vec<double> x) {
 // denormal, the smallest normal number.
 MFK_INLINE vec<float> exp_nonpositive(vec<float> x) {
   const vec<float> low = splat(-87.336544f);
-  const vec<float> t = x < low ? low : x;
-  const float shift = 12582912.0f;
-  const vec<float> shifted = t * 1.44269504f + shift, whole = shifted - shift;
-  vec<float> r = t - whole * 0.693145752f;
-  r = r - whole * 1.42860682e-6f;
-  vec<float> p = splat(1.0f / 720);
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const ExpParts parts = exp_parts(x < low ? low : x);
+  const vec<float> p = exp_series(splat(1.0f / 720), parts.r);
   // Times 2^n: n onto the exponent bits.
   const vec<float> y = reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(p) +
-                                                    (reinterpret_cast<mask<float>>(shifted) << 23));
+                                                    (reinterpret_cast<mask<float>>(parts.shifted) << 23));
   return x != x ? x : y;
 }
 
@@ -362,6 +362,18 @@ class Buffer {
  private:
   C* data_;
 };
+
+// Calls f with `n`, from 1 to kMost, as a constant; for any other n it does nothing.
+template <int kMost, class F>
+MFK_INLINE void with_constant(int64_t n, F f) {
+  if constexpr (kMost > 0) {
+    if (n == kMost) {
+      f(std::integral_constant<int, kMost>());
+    } else {
+      with_constant<kMost - 1>(n, f);
+    }
+  }
+}
 
 MFK_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

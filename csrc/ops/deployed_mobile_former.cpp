@@ -46,7 +46,7 @@ Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan, i
   return run(image, weights, plan, classes, [] {});
 }
 
-// Seconds, float64, that each step takes on one thread for a batch of one: for each pass its tokens and
+// Seconds, float64, that each step takes for a batch of one: for each pass its tokens and
 // itself, then the last tokens, the head, and the two linear layers.
 Tensor times(const Tensor& image, const Tensor& weights, const Tensor& plan, int64_t classes) {
   STD_TORCH_CHECK(image.dim() == 4 && image.size(0) == 1, kOp, ": x must be one image");

@@ -2,10 +2,6 @@
 // sanitizer can run it on plain threads (tests/sanitize).
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -16,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/deployed_mobile_former.h"
+#include "../huge_pages.h"
 
 namespace mfk {
 namespace {
@@ -30,9 +27,7 @@ Block allocate(int64_t floats) {
   const size_t alignment = bytes >= huge ? huge : 64;
   Block block(static_cast<float*>(std::aligned_alloc(alignment, (bytes / alignment + 1) * alignment)));
   if (block == nullptr) throw std::runtime_error("no memory for " + std::to_string(floats) + " floats");
-#if defined(__linux__)
-  if (bytes >= huge) madvise(block.get(), bytes, MADV_HUGEPAGE);
-#endif
+  if (bytes >= huge) advise_huge_pages(reinterpret_cast<uintptr_t>(block.get()), bytes);
   return block;
 }
 
