@@ -46,9 +46,11 @@ def check_shape(op: str, name: str, value: Tensor, axes: str, shape: Sequence[in
 def match_autocast(*values: Any) -> tuple[Any, ...]:
     """The tensors in the widest of their dtypes where autocast is on: it leaves a network with a map in one
     dtype and coefficients in another. Where it is off, different dtypes are the caller's mistake."""
-    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    device = tensors[0].device.type if tensors else "meta"
+    device = values[0].device.type if isinstance(values[0], Tensor) else "meta"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return values
+    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    if not tensors:
         return values
     widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     return tuple(v.to(widest) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)

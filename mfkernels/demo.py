@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
+from . import progress
 from .backends import use_backend
 from .bench.run import machine, randomise
 from .deploy import deploy
@@ -117,23 +118,17 @@ def _compare(model: nn.Module, deployed: nn.Module, x: Tensor, size: int) -> dic
 def _interleave(functions: list[Callable[[], Tensor]], what: str) -> list[float]:
     """Median milliseconds of each function, called in turn, so that a drift of the machine meets all."""
     times: list[list[float]] = [[] for _ in functions]
+    if not sys.stderr.isatty():
+        progress.show(f"{what}: measuring", keep=True)
     start = time.perf_counter()
     while (elapsed := time.perf_counter() - start) < SECONDS or len(times[0]) < 5:
         for function, of_function in zip(functions, times, strict=True):
             begin = time.perf_counter()
             function()
             of_function.append(1e3 * (time.perf_counter() - begin))
-        _progress(f"{what}: {min(99, int(100 * elapsed / SECONDS))} %, {len(times[0])} rounds")
-    _progress("")
+        progress.show(f"{what}: {min(99, int(100 * elapsed / SECONDS))} %, {len(times[0])} rounds")
+    progress.show("")
     return [statistics.median(of_function) for of_function in times]
-
-
-def _progress(text: str) -> None:
-    """One line on the terminal, overwritten by the next."""
-    if sys.stderr.isatty():
-        print(f"\r{text:<50}", end="" if text else "\r", file=sys.stderr, flush=True)
-    elif text.endswith(" 1 rounds"):  # no terminal: only the beginning of each size
-        print(text.partition(":")[0] + ": measuring", file=sys.stderr, flush=True)
 
 
 def _table(setting: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _C, __version__, native
+from .. import _C, __version__, native, progress
 from ..backends import use_backend
 from ..deploy import deploy
 from ..info import cpu_name
@@ -146,12 +146,12 @@ def _prepared(name: str, runtimes: Sequence[str], x: Tensor, threads: int) -> It
     with torch.inference_mode(False):
         model = network(name)
         for runtime in runtimes:
-            _progress(f"preparing {name} in {runtime}")
+            progress.show(f"preparing {name} in {runtime}")
             try:
                 with torch.no_grad():
                     yield runtime, RUNTIMES[runtime](copy.deepcopy(model), x, threads)
             except Skipped as reason:
-                _progress(f"{name} in {runtime}: skipped, {reason}", end="\n")
+                progress.show(f"{name} in {runtime}: skipped, {reason}", keep=True)
 
 
 def _measure(
@@ -175,8 +175,8 @@ def _measure(
                 call()
                 times[key].append(1e3 * (time.perf_counter() - begin))
         done = min(99, int(100 * (time.perf_counter() - start) / (seconds * len(calls))))
-        _progress(f"{size}x{size}: {done} %")
-    _progress("")
+        progress.show(f"{size}x{size}: {done} %")
+    progress.show("")
     entries = []
     for (name, runtime), values in times.items():
         low, _, high = statistics.quantiles(values, n=4)
@@ -289,11 +289,3 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "mfkernels": __version__,
     }
-
-
-def _progress(text: str, end: str = "") -> None:
-    """One line on the terminal, overwritten by the next."""
-    if sys.stderr.isatty():
-        print(f"\r{text:<70}", end=end or "\r", file=sys.stderr, flush=True)
-    elif end:
-        print(text, file=sys.stderr, flush=True)

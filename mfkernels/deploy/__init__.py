@@ -35,8 +35,8 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
+    if type(model) is not MobileFormer:
+        raise TypeError(f"deploy: model must be a network of mfkernels.models, got {type(model).__name__}")
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         model = copy.deepcopy(model).cpu()
-    if type(model) is MobileFormer:
-        return DeployedMobileFormer(model)
-    raise TypeError(f"deploy: model must be a network of mfkernels.models, got {type(model).__name__}")
+    return DeployedMobileFormer(model)

@@ -247,11 +247,7 @@ class _Planner:
             modules = [block.hyper1, block.hyper3]
             convs = [(layers[0], layers[2]) for layers in (block.conv1, block.conv3)]
             slots = [_slots(conv.in_channels, _numbers(conv, shuffle)) for conv, shuffle in convs]
-        hidden = [module.hyper[0] for module in modules]
-        fields = self.pack.linear(
-            torch.cat([padded_rows(layer.weight.t()).t() for layer in hidden]),
-            torch.cat([padded_rows(layer.bias[None])[0] for layer in hidden]),
-        )
+        fields = self.side_by_side([(module.hyper[0], 1.0) for module in modules])
         for module, places in zip(modules, slots, strict=True):
             layer = module.hyper[2]
             weight, bias = padded_rows(layer.weight).double(), layer.bias.double()
@@ -288,11 +284,14 @@ class _Planner:
             made += [(next_bridge.q, (next_bridge.channels // self.heads) ** -0.5)]
             if hasattr(next_bridge, "alpha"):
                 made += [(next_bridge.alpha[0], 1.0)]
-        if not made:
-            return fields + _NO_LINEAR
-        weight = torch.cat([padded_rows(layer.weight.double().t() * by).t() for layer, by in made])
-        bias = torch.cat([padded_rows(layer.bias.double()[None] * by)[0] for layer, by in made])
-        return fields + self.pack.linear(weight, bias)
+        return fields + (self.side_by_side(made) if made else _NO_LINEAR)
+
+    def side_by_side(self, layers: list[tuple[Any, float]]) -> list[int]:
+        """Layers of the same input as one matrix, each with padded outputs and multiplied by its factor."""
+        weights = [padded_rows(layer.weight.double().t() * by).t() for layer, by in layers]
+        return self.pack.linear(
+            torch.cat(weights), torch.cat([padded_rows(layer.bias.double() * by) for layer, by in layers])
+        )
 
     def former(self, former: Any) -> list[int]:
         self.need(hasattr(former, "q") and not hasattr(former, "token_mlp"), former, "mixing by attention")
@@ -326,7 +325,7 @@ class _Planner:
 
     def norm(self, norm: nn.LayerNorm) -> int:
         self.need(norm.eps == 1e-5, norm, "layer norms with eps 1e-5")
-        return self.pack.add(torch.cat([padded_rows(norm.weight[None])[0], padded_rows(norm.bias[None])[0]]))
+        return self.pack.add(torch.cat([padded_rows(norm.weight), padded_rows(norm.bias)]))
 
     # --- head --------------------------------------------------------------------------------------------
 
@@ -351,8 +350,8 @@ class _Planner:
 
 
 def padded_rows(rows: Tensor) -> Tensor:
-    """Each row with zeros at its end."""
-    return nn.functional.pad(rows.detach(), (0, padded(rows.shape[1]) - rows.shape[1]))
+    """Each row, or the only one, with zeros at its end."""
+    return nn.functional.pad(rows.detach(), (0, padded(rows.shape[-1]) - rows.shape[-1]))
 
 
 def _slots(inputs: int, numbers: Sequence[int]) -> list[int]:

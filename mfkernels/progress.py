@@ -1,0 +1,12 @@
+"""What a long job shows while it works."""
+
+import sys
+
+
+def show(text: str, *, keep: bool = False) -> None:
+    """One line on the terminal, overwritten by the next unless it is to be kept; in a log only what is to be
+    kept."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<70}", end="\n" if keep else "\r", file=sys.stderr, flush=True)
+    elif keep:
+        print(text, file=sys.stderr, flush=True)
