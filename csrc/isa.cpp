@@ -31,4 +31,12 @@ Isa isa() { return chosen().load(std::memory_order_relaxed); }
 
 void set_isa(Isa isa) { chosen().store(isa, std::memory_order_relaxed); }
 
+bool bf16_supported() {
+#if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
+  return isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace mfk

@@ -12,6 +12,8 @@ __attribute__((visibility("default"))) Isa isa();
 // True if this build has it and this machine can run it.
 __attribute__((visibility("default"))) bool isa_supported(Isa isa);
 __attribute__((visibility("default"))) void set_isa(Isa isa);
+// True if the instruction set in use is kAvx512, and this machine multiplies bfloat16.
+__attribute__((visibility("default"))) bool bf16_supported();
 
 }  // namespace mfk
 
@@ -23,7 +25,9 @@ __attribute__((visibility("default"))) void set_isa(Isa isa);
 
 // Declares the kernel `name`, one for each instruction set, and mfk::name, which calls the one in use.
 // Kernels do the tasks begin to end-1 of a call; which tasks there are, each kernel's header says.
-#define MFK_DECLARE_KERNEL(name, Args)                                                               \
+#define MFK_DECLARE_KERNEL(name, Args) MFK_DECLARE_KERNEL_AFTER(, name, Args)
+// Likewise, with something to be tried first.
+#define MFK_DECLARE_KERNEL_AFTER(first, name, Args)                                                  \
   namespace generic {                                                                                \
   void name(const Args& args, int64_t begin, int64_t end);                                           \
   }                                                                                                  \
@@ -32,7 +36,7 @@ __attribute__((visibility("default"))) void set_isa(Isa isa);
         void name(const Args& args, int64_t begin, int64_t end);                                     \
       })                                                                                             \
   inline void name(const Args& args, int64_t begin, int64_t end) {                                   \
-    switch (isa()) {                                                                                 \
+    first switch (isa()) {                                                                                 \
       MFK_ON_X86(case Isa::kAvx512 : return avx512::name(args, begin, end);                          \
                  case Isa::kAvx2 : return avx2::name(args, begin, end);)                             \
       default:                                                                                       \

@@ -71,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
       "supports", [](const std::string& name) { return mfk::isa_supported(parse(name)); },
       "True if this build has the instruction set and this machine can run it.");
   m.def("set_instruction_set", &set_instruction_set, "Choose it, for the whole process.");
+  m.def("bf16_supported", &mfk::bf16_supported, "True if deployed networks can run in bfloat16.");
   m.def("cpu_features", &cpu_features, "Features of this CPU that matter to the kernels.");
   m.def("advise_huge_pages", &mfk::advise_huge_pages, "Ask for large pages under memory not yet written.");
   m.def("peak_flops", &mfk::peak_flops, "Measures the float32 operations a second of one thread.");

@@ -2,6 +2,7 @@
 // networks: for positions that have just been written, and are in cache.
 #pragma once
 
+#include "gemm.h"
 #include "tile.h"
 #include "tile_gemm.h"
 
@@ -19,16 +20,16 @@ class Bridge {
   int64_t scratch(int64_t positions) const { return (stride_ + heads_ * tokens_) * round_up(positions, 16); }
 
   // The positions, transposed into `scratch`: pixels in the lanes, zero beyond the last.
-  void open(const float* x, int64_t positions, float* scratch) {
+  void open(const Stored* x, int64_t positions, float* scratch) {
     positions_ = positions;
     width_ = round_up(positions, kLanes<float>);
     tile_ = scratch;
     weights_ = scratch + stride_ * width_;
-    load_tile<float>(FeatureMap<const float>{x, 0, 1, stride_}, 0, 0, stride_, 0, positions, tile_);
+    load_tile<Stored>(FeatureMap<const Stored>{x, 0, 1, stride_}, 0, 0, stride_, 0, positions, tile_);
   }
 
   // Mobile <- Former: adds to x softmax over the tokens of (x keys), times values.
-  void scatter(float* x, const float* keys, const float* values) const {
+  void scatter(Stored* x, const float* keys, const float* values) const {
     logits(keys);
     for (int64_t head = 0; head < heads_; ++head) {
       float* first = weights_ + head * tokens_ * width_;
@@ -37,7 +38,7 @@ class Bridge {
       multiply_pixels<float>(rows, width_, rows, width_, depth_,
                              Matrix<float>{values + head * depth_, 1, row_}, tokens_, first, width_, width_);
     }
-    store_tile<float>(FeatureMap<float>{x, 0, 1, stride_}, 0, 0, stride_, 0, positions_, tile_, width_);
+    store_tile<Stored>(FeatureMap<Stored>{x, 0, 1, stride_}, 0, 0, stride_, 0, positions_, tile_, width_);
   }
 
   // The part of Mobile -> Former that these positions have. The record: for each pair of a head and a token

@@ -2,7 +2,8 @@
 //
 // A plan is a list of 64-bit integers, read here as a MobileFormerPlan; mfkernels/deploy/mobile_former.py
 // writes the fields in this order. Offsets count floats from the start of the weights. Feature maps are
-// channels last; their channels are padded to a multiple of 16, and what the padding holds is zero.
+// channels last; their channels are padded to a multiple of 16, and what the padding holds is zero. They are
+// float, or bfloat16.
 //
 // A pass writes one map, row by row, and does to a row all that is to be done while it is in cache: Mobile
 // <- Former, and the part of the next Mobile -> Former that this row has. Between passes a step over the few
@@ -54,6 +55,7 @@ struct PlanPass {
 
 struct MobileFormerPlan {
   int64_t weights;  // floats
+  int64_t bf16;     // 0 or 1: matrices and maps in bfloat16, all else in float
   int64_t tokens, token_dim, heads, former_heads, hyper_token;
   int64_t class_tokens;
   int64_t first_tokens;             // (tokens, padded token width)
@@ -83,12 +85,12 @@ struct PassArgs {
   const PlanPass* pass;
   const float* weights;
   TokenState state;
-  // kStem: the image, any strides; else `in`, dense.
-  const float* in;
+  // kStem: the image, float, any strides; else `in`, dense.
+  const void* in;
   int64_t stride_c, stride_h, stride_w;
   int64_t height, width;          // of the input
   int64_t out_height, out_width;  // of the output
-  float* out;
+  void* out;
   int64_t group;                      // rows of a task
   double* gathered;                   // a record for each task, see Bridge::gather
   float* (*scratch)(int64_t floats);  // working memory of the calling thread
@@ -112,13 +114,14 @@ struct TokensArgs {
 struct HeadArgs {
   const MobileFormerPlan* plan;
   const float* weights;
-  const float* in;  // (pixels, padded channels)
+  const void* in;  // (pixels, padded channels)
   int64_t pixels;
   float* pooled;
   float* (*scratch)(int64_t floats);
 };
 
 struct ClassifierArgs {
+  const MobileFormerPlan* plan;
   PlanLinear linear;
   const float* weights;
   const float* in;  // (batch, in_stride)
@@ -126,12 +129,19 @@ struct ClassifierArgs {
   int64_t hardswish;  // 0 or 1
   float* out;
   int64_t out_stride;
+  float* (*scratch)(int64_t floats);
 };
 
+// As MFK_DECLARE_KERNEL, with one more for networks in bfloat16.
+#define MFK_DECLARE_DEPLOYED_KERNEL(name, Args)                                                   \
+  MFK_ON_X86(namespace avx512bf16 { void name(const Args& args, int64_t begin, int64_t end); })   \
+  MFK_DECLARE_KERNEL_AFTER(                                                                       \
+      MFK_ON_X86(if (args.plan->bf16) return avx512bf16::name(args, begin, end);), name, Args)
+
 // Tasks: one a group of output rows; exactly one; one a panel of 32 outputs; likewise.
-MFK_DECLARE_KERNEL(mobile_former_pass, PassArgs)
-MFK_DECLARE_KERNEL(mobile_former_tokens, TokensArgs)
-MFK_DECLARE_KERNEL(mobile_former_head, HeadArgs)
-MFK_DECLARE_KERNEL(mobile_former_classifier, ClassifierArgs)
+MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_pass, PassArgs)
+MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_tokens, TokensArgs)
+MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_head, HeadArgs)
+MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_classifier, ClassifierArgs)
 
 }  // namespace mfk

@@ -10,8 +10,8 @@ namespace detail {
 
 // kOutputs neighbouring outputs of all channels. `rows` point at the pixel of the first one's left tap.
 // kLeft: that pixel is outside of the image; kRight: the last one's right tap is.
-template <int kOutputs, int kStride, bool kLeft, bool kRight, class Epilogue>
-void depthwise_run(const float* const (&rows)[3], int64_t pixel, const float* w, float* out,
+template <int kOutputs, int kStride, bool kLeft, bool kRight, class In, class Epilogue>
+void depthwise_run(const In* const (&rows)[3], int64_t pixel, const float* w, Stored* out,
                    Epilogue epilogue, int64_t channels) {
   constexpr int n = kLanes<float>, kColumns = (kOutputs - 1) * kStride + 3;
   for (int64_t c = 0, in = 0; c < channels; c += n, in += n) {
@@ -41,9 +41,9 @@ void depthwise_run(const float* const (&rows)[3], int64_t pixel, const float* w,
 
 // A row of `width_out` outputs from three input rows of `width_in` pixels (a row of zeros where the image
 // ends). Output channel c, of `channels`, comes from input channel c modulo `pixel`; taps (3, 3, channels).
-template <int kStride, class Epilogue>
-void depthwise_row(const float* const (&rows)[3], int64_t width_in, int64_t width_out, int64_t pixel,
-                   const float* w, float* out, Epilogue epilogue, int64_t channels) {
+template <int kStride, class In, class Epilogue>
+void depthwise_row(const In* const (&rows)[3], int64_t width_in, int64_t width_out, int64_t pixel,
+                   const float* w, Stored* out, Epilogue epilogue, int64_t channels) {
   constexpr int64_t kMost = 7;
   const int64_t runs = (width_out + kMost - 1) / kMost;
   for (int64_t run = 0; run < runs; ++run) {
@@ -51,9 +51,9 @@ void depthwise_row(const float* const (&rows)[3], int64_t width_in, int64_t widt
     const int64_t first = width_out * run / runs, count = width_out * (run + 1) / runs - first;
     const int64_t left = first * kStride - 1;
     const bool cut_left = left<0, cut_right = left + (count - 1) * kStride + 3> width_in;
-    const float* at[3];
+    const In* at[3];
     for (int ky = 0; ky < 3; ++ky) at[ky] = rows[ky] + left * pixel;
-    float* to = out + first * channels;
+    Stored* to = out + first * channels;
     with_constant<kMost>(count, [&](auto outputs) __attribute__((always_inline)) {
       constexpr int n = decltype(outputs)::value;
       auto run_with = [&](auto cuts_left, auto cuts_right) __attribute__((always_inline)) {

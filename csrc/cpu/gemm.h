@@ -1,4 +1,4 @@
-// Products of a run of positions (pixels or tokens; channels in the lanes) with weights, in float.
+// Products of a run of positions (pixels or tokens; channels in the lanes) with weights; sums in float.
 #pragma once
 
 #include "vec.h"
@@ -13,18 +13,44 @@ constexpr int kPositions = 14;
 constexpr int kPositions = 6;
 #endif
 
+// What maps and weights of a deployed network are stored as.
+#if defined(__AVX512BF16__)
+using Stored = bf16;
+#else
+using Stored = float;
+#endif
+
 // The left side: element (p, r * run + c) at data[p * position + r * skip + c], for c < run, r < runs.
+template <class T>
 struct Rows {
-  const float* data;
+  const T* data;
   int64_t position, runs, run, skip;
 };
 
+// Inputs of type T that are multiplied in one step.
+template <class T>
+constexpr int64_t kStep = sizeof(float) / sizeof(T);
+
+MFK_INLINE vec<float> multiply_add(const float* a, vec<float> b, vec<float> sum) { return sum + splat(*a) * b; }
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16; neither products nor their sum are rounded to it.
+MFK_INLINE vec<float> multiply_add(const bf16* a, vec<float> b, vec<float> sum) {
+  int32_t pair;
+  memcpy(&pair, a, sizeof pair);
+  return reinterpret_cast<vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                       reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
+                                                       reinterpret_cast<__m512bh>(b)));
+}
+#endif
+
 // The right side, (inputs, outputs) with outputs a multiple of 16, as packed by mfkernels/deploy/packing.py:
-// panels of 32 outputs (the last one may have 16), in each the outputs of an input side by side.
+// panels of 32 outputs (the last one may have 16), in each the outputs of an input side by side. In
+// bfloat16 two inputs of an output share the place of a float; a run of odd length ends with a zero.
 struct Weights {
   const float* data;
-  int64_t inputs, outputs;
+  int64_t outputs;
 };
+MFK_INLINE int64_t weight_rows(int64_t inputs) { return (inputs + kStep<Stored> - 1) / kStep<Stored>; }
 
 // What is done to a sum before it is stored. `at(o)` loads what depends on the output alone: the bias, with
 // which the sum begins, and what its operator, called with the whole sum, needs.
@@ -108,12 +134,14 @@ struct AddBiasGelu {
 };
 
 // sum + bias + residual[p * stride + o]
+template <class T>
 struct AddResidual {
-  const float *bias, *residual;
+  const float* bias;
+  const T* residual;
   int64_t stride;
   struct At {
     vec<float> bias;
-    const float* residual;
+    const T* residual;
     int64_t stride;
     MFK_INLINE vec<float> operator()(vec<float> y, int64_t p) const {
       return y + load(residual + p * stride);
@@ -124,12 +152,12 @@ struct AddResidual {
 
 // Tiles of P positions by V vectors of outputs, from position `first` and output `o` on. Few positions would
 // wait for each other's sums: they get several sums each, for every second or fourth input.
-template <int P, int V, class Epilogue>
-__attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows x, const float* w, int64_t w_stride, float* out,
+template <int P, int V, class T, class Out, class Epilogue>
+__attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float* w, int64_t w_stride, Out* out,
                                           int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
   constexpr int n = kLanes<float>;
   constexpr int kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
-  const int64_t s = x.position;
+  const int64_t s = x.position, steps = (x.run + kStep<T> - 1) / kStep<T>;
   x.data += first * s;
   out += first * out_stride + o;
   for (; tiles > 0; --tiles, first += P, x.data += P * s, out += P * out_stride) {
@@ -140,26 +168,26 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows x, const float* w,
     }
     for (int64_t r = 0; r < x.runs; ++r) {
       // Few pointers, three positions each: one for every position would not fit the integer registers.
-      const float* base[(P + 2) / 3];
+      const T* base[(P + 2) / 3];
       for (int i = 0; i < (P + 2) / 3; ++i) base[i] = x.data + r * x.skip + 3 * i * s;
-      const float* row = w + r * x.run * w_stride;
+      const float* row = w + r * steps * w_stride;
       auto step = [&](vec<float>(&sums)[P][V]) __attribute__((always_inline)) {
         vec<float> b[V];
         for (int v = 0; v < V; ++v) b[v] = load(row + v * n);
         row += w_stride;
         for (int p = 0; p < P; ++p) {
-          const vec<float> a = splat(base[p / 3][(p % 3) * s]);
-          for (int v = 0; v < V; ++v) sums[p][v] += a * b[v];
+          const T* a = &base[p / 3][(p % 3) * s];
+          for (int v = 0; v < V; ++v) sums[p][v] = multiply_add(a, b[v], sums[p][v]);
         }
-        for (int i = 0; i < (P + 2) / 3; ++i) ++base[i];
+        for (int i = 0; i < (P + 2) / 3; ++i) base[i] += kStep<T>;
       };
       int64_t c = 0;
       if constexpr (kSums > 1) {
-        for (; c + kSums <= x.run; c += kSums) {
+        for (; c + kSums <= steps; c += kSums) {
           for (int k = 0; k < kSums; ++k) step(acc[k]);
         }
       }
-      for (; c < x.run; ++c) step(acc[0]);
+      for (; c < steps; ++c) step(acc[0]);
     }
     for (int v = 0; v < V; ++v) {
       const auto finish = epilogue.at(o + v * n);
@@ -172,27 +200,28 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows x, const float* w,
   }
 }
 
-template <int V, class Epilogue>
-MFK_INLINE void gemm_run(int64_t count, int64_t tiles, Rows x, const float* w, int64_t w_stride, float* out,
+template <int V, class T, class Out, class Epilogue>
+MFK_INLINE void gemm_run(int64_t count, int64_t tiles, Rows<T> x, const float* w, int64_t w_stride, Out* out,
                          int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
   with_constant<kPositions>(count, [&](auto positions) __attribute__((always_inline)) {
-    gemm_tiles<decltype(positions)::value, V, Epilogue>(tiles, x, w, w_stride, out, out_stride, epilogue,
+    gemm_tiles<decltype(positions)::value, V, T, Out, Epilogue>(tiles, x, w, w_stride, out, out_stride, epilogue,
                                                         first, o);
   });
 }
 
 // out[p * out_stride + o] = epilogue(sum_i x(p, i) * w(i, o)) for p < positions. Weights stay in the first
 // cache while the positions pass.
-template <class Epilogue>
-void gemm(int64_t positions, Rows x, Weights w, float* out, int64_t out_stride, Epilogue epilogue) {
+template <class T, class Out, class Epilogue>
+void gemm(int64_t positions, Rows<T> x, Weights w, Out* out, int64_t out_stride, Epilogue epilogue) {
   constexpr int n = kLanes<float>;
   // Tiles of nearly equal size rather than full ones and a small rest: `longer` ones have one position more.
   const int64_t tiles = (positions + kPositions - 1) / kPositions;
   const int64_t size = positions / tiles, longer = positions % tiles, middle = longer * (size + 1);
+  const int64_t rows = x.runs * ((x.run + kStep<T> - 1) / kStep<T>);  // of weights
   for (int64_t panel = 0; panel < w.outputs; panel += 32) {
     const int64_t width = w.outputs - panel < 32 ? w.outputs - panel : 32;
     for (int64_t o = panel; o < panel + width;) {
-      const float* weights = w.data + panel * w.inputs + (o - panel);
+      const float* weights = w.data + panel * rows + (o - panel);
       const int64_t vectors = panel + width - o >= 2 * n ? 2 : 1;
       if (vectors == 2) {
         gemm_run<2>(size + 1, longer, x, weights, width, out, out_stride, epilogue, 0, o);

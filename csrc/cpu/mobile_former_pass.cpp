@@ -42,23 +42,29 @@ struct Pass {
                (rows(group) + 1) * out_row * out_channels + group * out_row * plan.hidden2 + 64;
     }
   }
-  float* take(int64_t floats) {
-    float* p = next;
-    next += round_up(floats, 16);
+  template <class T>
+  T* take(int64_t count) {
+    auto* p = reinterpret_cast<T*>(next);
+    next += round_up(count, 16 * kStep<T>) / kStep<T>;
     return p;
   }
-  float* take_zeros(int64_t floats) {
-    float* p = take(floats);
-    memset(p, 0, floats * sizeof(float));
+  template <class T>
+  T* take_zeros(int64_t count) {
+    T* p = take<T>(count);
+    memset(p, 0, count * sizeof(T));
     return p;
   }
 
   const float* at(int64_t offset) const { return weights + offset; }
   Weights matrix(const PlanLinear& linear) const {
-    return Weights{at(linear.weight), linear.inputs, linear.outputs};
+    return Weights{at(linear.weight), linear.outputs};
   }
-  float* out_row(int64_t y) const { return args.out + y * args.out_width * out_channels; }
-  const float* in_row(int64_t y) const { return args.in + y * args.width * in_channels; }
+  Stored* out_row(int64_t y) const {
+    return static_cast<Stored*>(args.out) + y * args.out_width * out_channels;
+  }
+  const Stored* in_row(int64_t y) const {
+    return static_cast<const Stored*>(args.in) + y * args.width * in_channels;
+  }
 
   // The bridges, over rows y0 to y1-1 of the output.
   void finish(int64_t task, int64_t y0, int64_t y1, float* scratch) {
@@ -84,8 +90,8 @@ struct Pass {
 
   void stem(int64_t begin, int64_t end) {
     const int64_t padded_width = args.width + 2;
-    float* lines = take_zeros(3 * plan.in_channels * padded_width);  // (channels, 3, padded_width)
-    float* scratch = take(bridge.scratch(args.group * args.out_width));
+    float* lines = take_zeros<float>(3 * plan.in_channels * padded_width);  // (channels, 3, padded_width)
+    float* scratch = take<float>(bridge.scratch(args.group * args.out_width));
     for_tasks(begin, end, [&](int64_t task, int64_t y0, int64_t y1) {
       for (int64_t y = y0; y < y1; ++y) {
         for (int64_t c = 0; c < plan.in_channels; ++c) {
@@ -96,7 +102,7 @@ struct Pass {
               memset(to, 0, args.width * sizeof(float));
               continue;
             }
-            const float* from = args.in + c * args.stride_c + line * args.stride_h;
+            const float* from = static_cast<const float*>(args.in) + c * args.stride_c + line * args.stride_h;
             if (args.stride_w == 1) {
               memcpy(to, from, args.width * sizeof(float));
             } else {
@@ -104,7 +110,7 @@ struct Pass {
             }
           }
         }
-        gemm(args.out_width, Rows{lines, 2, 3 * plan.in_channels, 3, padded_width}, matrix(plan.pointwise1),
+        gemm(args.out_width, Rows<float>{lines, 2, 3 * plan.in_channels, 3, padded_width}, matrix(plan.pointwise1),
              out_row(y), out_channels, AddBiasRelu6{at(plan.pointwise1.bias)});
       }
       finish(task, y0, y1, scratch);
@@ -113,9 +119,9 @@ struct Pass {
 
   // One row of a depthwise convolution with padding 1 and the pass's stride. `row(y)` is a pointer to an
   // input row, or to zeros.
-  template <class Epilogue>
-  void depthwise(const float* const (&rows)[3], int64_t width, int64_t out_width, int64_t channels,
-                 int64_t hidden, int64_t stride, int64_t taps, float* out, Epilogue epilogue) const {
+  template <class In, class Epilogue>
+  void depthwise(const In* const (&rows)[3], int64_t width, int64_t out_width, int64_t channels,
+                 int64_t hidden, int64_t stride, int64_t taps, Stored* out, Epilogue epilogue) const {
     if (stride == 1) {
       depthwise_row<1>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
     } else {
@@ -126,28 +132,29 @@ struct Pass {
     return {at(bias), slopes, slopes + channels};
   }
   // What the depthwise convolution before it left, multiple runs of the true channels.
-  Rows expanded(const float* data, int64_t hidden, int64_t run, int64_t skip) const {
+  Rows<Stored> expanded(const Stored* data, int64_t hidden, int64_t run, int64_t skip) const {
     return {data, hidden, hidden / skip, run, skip};
   }
 
   // pointwise2 over `positions`, with what is added to it.
-  void project(Rows rows, int64_t positions, const float* added, float* out) const {
+  template <class T>
+  void project(Rows<Stored> rows, int64_t positions, const T* added, Stored* out) const {
     if (added == nullptr) {
       gemm(positions, rows, matrix(plan.pointwise2), out, out_channels, AddBias{at(plan.pointwise2.bias)});
     } else {
       gemm(positions, rows, matrix(plan.pointwise2), out, out_channels,
-           AddResidual{at(plan.pointwise2.bias), added, out_channels});
+           AddResidual<T>{at(plan.pointwise2.bias), added, out_channels});
     }
   }
 
   void lite(int64_t begin, int64_t end) {
-    const float* zeros = take_zeros(args.width * in_channels);
-    float* hidden = take(args.group * args.out_width * plan.hidden1);
-    float* scratch = take(bridge.scratch(args.group * args.out_width));
+    const Stored* zeros = take_zeros<Stored>(args.width * in_channels);
+    Stored* hidden = take<Stored>(args.group * args.out_width * plan.hidden1);
+    float* scratch = take<float>(bridge.scratch(args.group * args.out_width));
     const AddBiasRelu6 relu6{at(plan.depthwise1 + 9 * plan.hidden1)};
     for_tasks(begin, end, [&](int64_t task, int64_t y0, int64_t y1) {
       for (int64_t y = y0; y < y1; ++y) {
-        const float* rows[3];
+        const Stored* rows[3];
         for (int64_t ky = 0; ky < 3; ++ky) rows[ky] = input_or(zeros, y * plan.stride - 1 + ky);
         depthwise(rows, args.width, args.out_width, in_channels, plan.hidden1, plan.stride, plan.depthwise1,
                   hidden + (y - y0) * args.out_width * plan.hidden1, relu6);
@@ -157,7 +164,7 @@ struct Pass {
       finish(task, y0, y1, scratch);
     });
   }
-  const float* input_or(const float* zeros, int64_t y) const {
+  const Stored* input_or(const Stored* zeros, int64_t y) const {
     return y < 0 || y >= args.height ? zeros : in_row(y);
   }
 
@@ -188,15 +195,15 @@ struct Pass {
 
   void block(int64_t begin, int64_t end) {
     const int64_t row = args.width * plan.hidden1;
-    const float* zeros = take_zeros(row);
-    Ring ring{take(rows(args.group) * row), zeros, row, args.height};
-    float* hidden = take(args.group * args.out_width * plan.hidden1);
-    float* scratch = take(bridge.scratch(args.group * args.out_width));
+    const float* zeros = take_zeros<float>(row);
+    Ring ring{take<float>(rows(args.group) * row), zeros, row, args.height};
+    Stored* hidden = take<Stored>(args.group * args.out_width * plan.hidden1);
+    float* scratch = take<float>(bridge.scratch(args.group * args.out_width));
     const auto act1 = activation(plan.pointwise1.bias, args.state.slopes1, plan.hidden1);
     const auto act2 = activation(plan.depthwise1 + 9 * plan.hidden1, args.state.slopes2, plan.hidden1);
     for_tasks(begin, end, [&](int64_t task, int64_t y0, int64_t y1) {
       ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
-        gemm((until - from) * args.width, Rows{in_row(from), in_channels, 1, plan.in_channels, 0},
+        gemm((until - from) * args.width, Rows<Stored>{in_row(from), in_channels, 1, plan.in_channels, 0},
              matrix(plan.pointwise1), to, plan.hidden1, act1);
       });
       for (int64_t y = y0; y < y1; ++y) {
@@ -204,7 +211,7 @@ struct Pass {
         depthwise(rows, args.width, args.out_width, plan.hidden1, plan.hidden1, 1, plan.depthwise1,
                   hidden + (y - y0) * row, act2);
       }
-      project(Rows{hidden, plan.hidden1, 1, plan.pointwise2.inputs, 0}, (y1 - y0) * args.width,
+      project(Rows<Stored>{hidden, plan.hidden1, 1, plan.pointwise2.inputs, 0}, (y1 - y0) * args.width,
               plan.residual ? in_row(y0) : nullptr, out_row(y0));
       finish(task, y0, y1, scratch);
     });
@@ -212,18 +219,18 @@ struct Pass {
 
   void down(int64_t begin, int64_t end) {
     const int64_t row = args.out_width * out_channels;
-    const float* input_zeros = take_zeros(args.width * in_channels);
-    const float* zeros = take_zeros(row);
-    float* hidden1 = take(rows(args.group) * args.out_width * plan.hidden1);
-    Ring ring{take(rows(args.group) * row), zeros, row, args.out_height};
-    float* hidden2 = take(args.group * args.out_width * plan.hidden2);
-    float* scratch = take(bridge.scratch(args.group * args.out_width));
+    const Stored* input_zeros = take_zeros<Stored>(args.width * in_channels);
+    const float* zeros = take_zeros<float>(row);
+    Stored* hidden1 = take<Stored>(rows(args.group) * args.out_width * plan.hidden1);
+    Ring ring{take<float>(rows(args.group) * row), zeros, row, args.out_height};
+    Stored* hidden2 = take<Stored>(args.group * args.out_width * plan.hidden2);
+    float* scratch = take<float>(bridge.scratch(args.group * args.out_width));
     const auto act1 = activation(plan.depthwise1 + 9 * plan.hidden1, args.state.slopes1, plan.hidden1);
     const auto act2 = activation(plan.depthwise2 + 9 * plan.hidden2, args.state.slopes2, plan.hidden2);
     for_tasks(begin, end, [&](int64_t task, int64_t y0, int64_t y1) {
       ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
         for (int64_t y = from; y < until; ++y) {
-          const float* rows[3];
+          const Stored* rows[3];
           for (int64_t ky = 0; ky < 3; ++ky) rows[ky] = input_or(input_zeros, y * plan.stride - 1 + ky);
           depthwise(rows, args.width, args.out_width, in_channels, plan.hidden1, plan.stride, plan.depthwise1,
                     hidden1 + (y - from) * args.out_width * plan.hidden1, act1);

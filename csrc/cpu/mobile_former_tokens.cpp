@@ -5,11 +5,25 @@ namespace mfk {
 namespace MFK_ISA {
 namespace {
 
+// (rows, channels), each row padded, as the left side of a product; in `room` where they must be rounded.
+MFK_INLINE Rows<Stored> as_stored(const float* in, int64_t rows, int64_t stride, int64_t channels,
+                                  Stored* room) {
+  if constexpr (sizeof(Stored) == sizeof(float)) {
+    return {reinterpret_cast<const Stored*>(in), stride, 1, channels, 0};
+  }
+  const int64_t width = padded(channels);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < width; c += kLanes<float>) store(room + r * width + c, load(in + r * stride + c));
+  }
+  return {room, width, 1, channels, 0};
+}
+
 struct Step {
   const TokensArgs& args;
   const PlanTokens& plan;
   const float* weights;
   const int64_t tokens, heads, width, stride;  // stride: padded token width
+  Stored* left = nullptr;  // room for the left side of a product
 
   explicit Step(const TokensArgs& a)
       : args(a),
@@ -23,8 +37,8 @@ struct Step {
   template <class Epilogue>
   void linear(const PlanLinear& l, int64_t rows, const float* in, int64_t in_stride, float* out,
               int64_t out_stride, Epilogue epilogue) const {
-    gemm(rows, Rows{in, in_stride, 1, l.inputs, 0}, Weights{weights + l.weight, l.inputs, l.outputs}, out,
-         out_stride, epilogue);
+    gemm(rows, as_stored(in, rows, in_stride, l.inputs, left), Weights{weights + l.weight, l.outputs},
+         out, out_stride, epilogue);
   }
   const float* bias(const PlanLinear& l) const { return weights + l.bias; }
 
@@ -127,12 +141,12 @@ struct Step {
     float* x = args.state.tokens;
     linear(plan.former_query, tokens, x, stride, a, stride, AddBias{bias(plan.former_query)});
     attend(a, x, b);
-    linear(plan.former_mix, tokens, b, stride, x, stride, AddResidual{bias(plan.former_mix), x, stride});
+    linear(plan.former_mix, tokens, b, stride, x, stride, AddResidual<float>{bias(plan.former_mix), x, stride});
     normalise(x, plan.former_norm);
     if (!plan.ffn) return;
     const int64_t hidden = plan.ffn_in.outputs;
     linear(plan.ffn_in, tokens, x, stride, a, hidden, AddBiasGelu{bias(plan.ffn_in)});
-    linear(plan.ffn_out, tokens, a, hidden, x, stride, AddResidual{bias(plan.ffn_out), x, stride});
+    linear(plan.ffn_out, tokens, a, hidden, x, stride, AddResidual<float>{bias(plan.ffn_out), x, stride});
     normalise(x, plan.ffn_norm);
   }
 
@@ -153,7 +167,7 @@ struct Step {
     }
   }
 
-  void run() const {
+  void run() {
     const int64_t columns = plan.bridge_channels > 0 ? padded(plan.bridge_channels) : 0;
     int64_t widest = stride;
     auto at_least = [&](int64_t n) { widest = n > widest ? n : widest; };
@@ -162,13 +176,14 @@ struct Step {
     at_least(plan.squeeze.outputs);
     // At the front, room for the logits of a token, or for a row of doubles.
     const int64_t front = round_up(tokens > 2 * columns ? tokens : 2 * columns, 16);
-    float* a = args.scratch(front + 2 * tokens * widest) + front;
+    float* a = args.scratch(front + 3 * tokens * widest) + front;
     float* b = a + tokens * widest;
+    left = reinterpret_cast<Stored*>(b + tokens * widest);
     if (plan.bridge_channels > 0) {
       combine(a, plan.bridge_channels);
       if (plan.gate) apply_gate(a, columns);
       float* x = args.state.tokens;
-      linear(plan.project, tokens, a, columns, x, stride, AddResidual{bias(plan.project), x, stride});
+      linear(plan.project, tokens, a, columns, x, stride, AddResidual<float>{bias(plan.project), x, stride});
       normalise(x, plan.norm);
     }
     if (plan.former) former(a, b);
@@ -188,15 +203,16 @@ void mobile_former_tokens(const TokensArgs& args, int64_t, int64_t) { Step(args)
 void mobile_former_head(const HeadArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t kRun = 64;
   const PlanLinear& head = args.plan->head;
-  const int64_t stride = padded(head.inputs);
+  const int64_t stride = padded(head.inputs), steps = weight_rows(head.inputs);
+  const auto* in = static_cast<const Stored*>(args.in);
   float* tile = args.scratch(kRun * 32);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t o = panel * 32, outputs = head.outputs - o < 32 ? head.outputs - o : 32;
-    const Weights w{args.weights + head.weight + o * head.inputs, head.inputs, outputs};
+    const Weights w{args.weights + head.weight + o * steps, outputs};
     WideSum<float> sums[32 / kLanes<float>];
     for (int64_t p = 0; p < args.pixels; p += kRun) {
       const int64_t count = args.pixels - p < kRun ? args.pixels - p : kRun;
-      gemm(count, Rows{args.in + p * stride, stride, 1, head.inputs, 0}, w, tile, outputs,
+      gemm(count, Rows<Stored>{in + p * stride, stride, 1, head.inputs, 0}, w, tile, outputs,
            AddBiasRelu6{args.weights + head.bias + o});
       for (int64_t v = 0; v * kLanes<float> < outputs; ++v) {
         vec<float> run{};
@@ -217,8 +233,9 @@ void mobile_former_head(const HeadArgs& args, int64_t begin, int64_t end) {
 void mobile_former_classifier(const ClassifierArgs& args, int64_t begin, int64_t end) {
   const PlanLinear& l = args.linear;
   const int64_t o = begin * 32, until = end * 32 < l.outputs ? end * 32 : l.outputs;
-  const Weights w{args.weights + l.weight + o * l.inputs, l.inputs, until - o};
-  const Rows rows{args.in, args.in_stride, 1, l.inputs, 0};
+  const Weights w{args.weights + l.weight + o * weight_rows(l.inputs), until - o};
+  auto* room = reinterpret_cast<Stored*>(args.scratch(args.batch * padded(l.inputs)));
+  const Rows<Stored> rows = as_stored(args.in, args.batch, args.in_stride, l.inputs, room);
   const float* bias = args.weights + l.bias + o;
   if (args.hardswish) {
     gemm(args.batch, rows, w, args.out + o, args.out_stride, AddBiasHardswish{bias});

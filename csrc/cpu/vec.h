@@ -104,6 +104,12 @@ MFK_INLINE vec<float> load(const bf16* p) {
 }
 MFK_INLINE void store(float* p, vec<float> v) { memcpy(p, &v, sizeof v); }
 MFK_INLINE void store(double* p, vec<double> v) { memcpy(p, &v, sizeof v); }
+#if defined(__AVX512BF16__)
+MFK_INLINE void store(bf16* p, vec<float> v) {
+  const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+  memcpy(p, &half, sizeof half);
+}
+#else
 MFK_INLINE void store(bf16* p, vec<float> v) {
   using word = typename VectorOf<uint32_t, kLanes<float>>::type;
   word bits = reinterpret_cast<word>(v);
@@ -112,6 +118,7 @@ MFK_INLINE void store(bf16* p, vec<float> v) {
   auto half = __builtin_convertvector(rounded, typename VectorOf<uint16_t, kLanes<float>>::type);
   memcpy(p, &half, sizeof half);
 }
+#endif
 
 // The first n < kLanes lanes; the others are loaded as zero and not stored.
 template <class T>

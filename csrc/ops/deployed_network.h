@@ -111,7 +111,7 @@ class Network {
       const int64_t group = group_rows(pass, shape.height, shape.width);
       groups_[i] = group;
       tasks_[i] = (shape.height + group - 1) / group;
-      map_ = std::max(map_, shape.height * shape.width * padded(pass.out_channels));
+      map_ = std::max(map_, shape.height * shape.width * padded(pass.out_channels) / (plan.bf16 ? 2 : 1));
       hidden1 = std::max(hidden1, pass.hidden1);
       hidden2 = std::max({hidden2, pass.hidden2, pass.hidden1});
       made = std::max(made, pass.tokens.generate.outputs);
@@ -246,8 +246,8 @@ void run_network(const MobileFormerPlan& plan, const float* weights, const Image
     parallel(panels, [&](int64_t begin, int64_t end) { mobile_former_classifier(args, begin, end); });
     done();
   };
-  linear({plan.fc, weights, features, width, batch, 1, middle, hidden});
-  linear({plan.classifier, weights, middle, hidden, batch, 0, logits, last});
+  linear({&plan, plan.fc, weights, features, width, batch, 1, middle, hidden, scratch});
+  linear({&plan, plan.classifier, weights, middle, hidden, batch, 0, logits, last, scratch});
   for (int64_t b = 0; b < batch; ++b) std::copy_n(logits + b * last, classes, out + b * classes);
 }
 

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from .. import _C, native
 from ..models.mobile_former import MobileFormer
 from .mobile_former import DeployedMobileFormer
 
@@ -17,19 +18,22 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     Args:
         model: a network of `mfkernels.models` in eval mode. It is left as it is; later changes of its
             weights do not reach the result.
-        dtype: of weights and activations; torch.float32.
+        dtype: of weights and activations; torch.float32, or torch.bfloat16 on processors that multiply it
+            (AVX512-BF16). Sums are float32 in either.
 
     Returns:
-        A module that takes (B, C, H, W) images of any batch and size in float32 on the CPU and returns what
-        `model` does, up to rounding. It can be called from several threads, copied, pickled and exported.
+        A module that takes (B, C, H, W) images of any batch and size on the CPU, in float32 or `dtype`, and
+        returns what `model` does in their dtype, up to rounding. It can be called from several threads, copied, pickled and exported.
         It runs on at most `torch.get_num_threads()` threads, and has no gradients.
 
     Raises:
         TypeError: not a network of `mfkernels.models`, or a dtype that is not supported.
         ValueError: `model` is in train mode, or has a part that deploy does not know, named.
+        RuntimeError: bfloat16, and this processor or the instruction set in use (MFKERNELS_ISA) cannot
+            multiply it.
     """
-    if dtype != torch.float32:
-        raise TypeError(f"deploy: dtype must be torch.float32, got {dtype}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"deploy: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"deploy: model must be an nn.Module, got {type(model).__name__}")
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
@@ -37,6 +41,11 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
     if type(model) is not MobileFormer:
         raise TypeError(f"deploy: model must be a network of mfkernels.models, got {type(model).__name__}")
+    if dtype == torch.bfloat16 and not _C.bf16_supported():
+        raise RuntimeError(
+            "deploy: bfloat16 needs a processor with avx512bf16 and the instruction set avx512, but "
+            f"{native.instruction_set()} is in use and the processor has {', '.join(_C.cpu_features())}"
+        )
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         model = copy.deepcopy(model).cpu()
-    return DeployedMobileFormer(model)
+    return DeployedMobileFormer(model, dtype)

@@ -51,12 +51,13 @@ class DeployedMobileFormer(nn.Module):
     weights: Tensor
     plan: Tensor
 
-    def __init__(self, model: MobileFormer) -> None:
+    def __init__(self, model: MobileFormer, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.in_channels = model.in_channels
         last: Any = model.classifier.classifier[1]
         self.classes = last.out_features
-        weights, plan = _Planner(model).run()
+        weights, plan = _Planner(model, dtype).run()
         self.register_buffer("weights", weights)
         self.register_buffer("plan", plan)
         passes = ["stem", *(f"features.{i}" for i in range(len(model.features)))]
@@ -65,25 +66,28 @@ class DeployedMobileFormer(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) float32 images on the CPU to (B, classes).
+        """(B, C, H, W) images on the CPU to (B, classes), in the dtype of the images: float32, or that of the
+        network.
 
         Raises:
             TypeError, ValueError: an input that does not fit, named.
         """
         self._check(x)
-        return torch.ops.mfkernels.deployed_mobile_former(x, self.weights, self.plan, self.classes)
+        out = torch.ops.mfkernels.deployed_mobile_former(x.float(), self.weights, self.plan, self.classes)
+        return out.to(x.dtype)
 
     def times(self, x: Tensor) -> dict[str, float]:
         """Seconds that each part takes for one image, (1, C, H, W): the parts of the network by name, those
         of the tokens with " tokens" behind it."""
         self._check(x)
-        seconds = torch.ops.mfkernels.deployed_mobile_former_times(x, self.weights, self.plan, self.classes)
+        seconds = torch.ops.mfkernels.deployed_mobile_former_times(x.float(), self.weights, self.plan, self.classes)
         return dict(zip(self._parts, seconds.tolist(), strict=True))
 
     def _check(self, x: Tensor) -> None:
         check_tensor("deploy", "x", x, "B C H W")
-        if x.dtype != torch.float32 or x.device.type not in ("cpu", "meta"):
-            raise TypeError(f"deploy: x must be a float32 tensor on the CPU, got {x.dtype} on {x.device}")
+        if x.dtype not in (torch.float32, self.dtype) or x.device.type not in ("cpu", "meta"):
+            allowed = " or ".join(str(dtype)[6:] for dtype in dict.fromkeys((torch.float32, self.dtype)))
+            raise TypeError(f"deploy: x must be a {allowed} tensor on the CPU, got {x.dtype} on {x.device}")
         if x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(
                 f"deploy: x must have shape (B, {self.in_channels}, H, W), H and W at least 1, "
@@ -102,8 +106,8 @@ def _(x, weights, plan, classes):
 
 
 class _Planner:
-    def __init__(self, model: MobileFormer) -> None:
-        self.model, self.pack = model, Packer()
+    def __init__(self, model: MobileFormer, dtype: torch.dtype) -> None:
+        self.model, self.pack = model, Packer(dtype)
         self.names = {module: name for name, module in model.named_modules()}
         self.heads = 0  # of the bridges; all have the same number
         self.former_heads = 0
@@ -138,7 +142,7 @@ class _Planner:
             raise ValueError("deploy: all blocks must take their coefficients from the same token")
         header = [self.tokens, self.width, self.heads, self.former_heads, hyper_tokens.pop()]
         header += [max(model.classifier.class_tokens, 0), self.pack.add(first)]
-        plan = [self.pack.size, *header, *last, *head, len(blocks) + 1, *passes]
+        plan = [self.pack.size, int(self.pack.dtype == torch.bfloat16), *header, *last, *head, len(blocks) + 1, *passes]
         return self.pack.tensor(), torch.tensor(plan, dtype=torch.int64)
 
     # --- passes ------------------------------------------------------------------------------------------
@@ -165,14 +169,14 @@ class _Planner:
         stem: Any = self.model.stem
         conv, norm, _ = stem
         weight, bias = fold(conv, norm)
-        linear = self.pack.linear(weight.flatten(1), bias)
+        linear = self.pack.linear(weight.flatten(1), bias, dtype=torch.float32)  # images are float32
         return [_STEM, conv.in_channels, conv.out_channels, 2, 0, 0, 0, 0, 0, *linear, *_NO_LINEAR]
 
     def lite(self, block: Any) -> list[int]:
         self.need(len(block.conv) == 6, block, "3x3 depthwise convolutions")
         conv, norm, _, shuffle, point, point_norm = block.conv
         depthwise, hidden, order = self.multiplying(block, conv, norm, shuffle)
-        linear = self.pointwise(point, point_norm, order, nn.Identity())
+        linear = self.pointwise(point, point_norm, order, nn.Identity(), len(order) // conv.in_channels)
         sizes = [_LITE, conv.in_channels, point.out_channels, conv.stride[0], int(block.skip)]
         return [*sizes, hidden, 0, depthwise, 0, *_NO_LINEAR, *linear]
 
@@ -196,9 +200,9 @@ class _Planner:
         conv1, norm1, shuffle1 = block.conv1
         conv3, norm3, shuffle3 = block.conv3
         depthwise1, hidden1, order1 = self.multiplying(block, conv1, norm1, shuffle1)
-        linear1 = self.pointwise(block.conv2[0], block.conv2[1], order1, nn.Identity())
+        linear1 = self.pointwise(block.conv2[0], block.conv2[1], order1, nn.Identity(), len(order1) // conv1.in_channels)
         depthwise2, hidden2, order3 = self.multiplying(block, conv3, norm3, shuffle3)
-        linear2 = self.pointwise(block.conv4[0], block.conv4[1], order3, nn.Identity())
+        linear2 = self.pointwise(block.conv4[0], block.conv4[1], order3, nn.Identity(), len(order3) // conv3.in_channels)
         self.need(conv3.stride == (1, 1), block, "a second depthwise convolution of stride 1")
         sizes = [_DOWN, conv1.in_channels, conv3.in_channels, conv1.stride[0], 0]
         return [*sizes, hidden1, hidden2, depthwise1, depthwise2, *linear1, *linear2]
@@ -227,11 +231,15 @@ class _Planner:
         offset = self.pack.depthwise(*fold(conv, norm), _slots(inputs, _made(conv)))
         return offset, times * padded(inputs), _numbers(conv, shuffle)
 
-    def pointwise(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, columns: Any, shuffle: nn.Module) -> list[int]:
-        """A 1x1 convolution; its inputs lie in memory in the order of `columns`, its outputs are shuffled."""
+    def pointwise(
+        self, conv: nn.Conv2d, norm: nn.BatchNorm2d, columns: Any, shuffle: nn.Module, runs: int = 1
+    ) -> list[int]:
+        """A 1x1 convolution; its inputs lie in memory in the order of `columns`, in so many runs;
+        its outputs are shuffled."""
         weight, bias = fold(conv, norm)
         rows = shuffled(shuffle, conv.out_channels)
-        return self.pack.linear(dense(weight, conv.groups)[rows][:, list(columns)], bias[rows])
+        matrix = dense(weight, conv.groups)[rows][:, list(columns)]
+        return self.pack.linear(matrix, bias[rows], runs=runs)
 
     # --- tokens ------------------------------------------------------------------------------------------
 

@@ -16,28 +16,47 @@ def padded(channels: int) -> int:
 
 
 class Packer:
-    """Gathers tensors; each begins at a multiple of 16 floats. Offsets count floats."""
+    """Gathers tensors; each begins at a multiple of 16 floats. Offsets count floats.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: of the matrices; all else is float32.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._parts: list[Tensor] = []
         self.size = 0
 
     def add(self, values: Tensor) -> int:
         """Returns the offset of these values, flattened."""
-        flat = values.detach().double().flatten()
+        flat = values.detach().float().flatten()
         offset = self.size
         self.size += padded(flat.numel())
         self._parts.append(nn.functional.pad(flat, (0, self.size - offset - flat.numel())))
         return offset
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> list[int]:
+    def linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        runs: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> list[int]:
         """A matrix (outputs, inputs) and its bias, as a PlanLinear: inputs, padded outputs, two offsets.
 
-        Panels of 32 outputs (the last may have 16), in each the outputs of an input side by side.
+        Panels of 32 outputs (the last may have 16), in each the outputs of an input side by side. In
+        bfloat16 inputs go in pairs, and both of an output share the place of a float.
+
+        Args:
+            runs: of inputs that lie apart in memory; a pair does not reach from one to the next.
+            dtype: another than that of the other matrices.
         """
         outputs, inputs = weight.shape
         columns = torch.zeros(inputs, padded(outputs), dtype=torch.float64)
         columns[:, :outputs] = weight.detach().t()
+        if (dtype or self.dtype) == torch.bfloat16:
+            columns = _in_pairs(columns.view(runs, -1, columns.shape[1]))
         panels = [columns[:, o : o + PANEL].flatten() for o in range(0, columns.shape[1], PANEL)]
         biases = torch.zeros(columns.shape[1], dtype=torch.float64)
         if bias is not None:
@@ -55,6 +74,13 @@ class Packer:
         weights = torch.empty(self.size, dtype=torch.float32)
         _C.advise_huge_pages(weights.data_ptr(), 4 * self.size)
         return weights.copy_(torch.cat(self._parts))
+
+
+def _in_pairs(rows: Tensor) -> Tensor:
+    """(runs, inputs, outputs) to (pairs, outputs): pairs of bfloat16 in the bits of a float32."""
+    runs, inputs, outputs = rows.shape
+    even = nn.functional.pad(rows, (0, 0, 0, inputs % 2)).bfloat16()
+    return even.view(-1, 2, outputs).transpose(1, 2).contiguous().view(torch.float32).squeeze(2)
 
 
 def spread(values: Tensor, slots: Sequence[int]) -> Tensor:
