@@ -36,7 +36,7 @@ __attribute__((visibility("default"))) bool bf16_supported();
         void name(const Args& args, int64_t begin, int64_t end);                                     \
       })                                                                                             \
   inline void name(const Args& args, int64_t begin, int64_t end) {                                   \
-    first switch (isa()) {                                                                                 \
+    first switch (isa()) {                                                                           \
       MFK_ON_X86(case Isa::kAvx512 : return avx512::name(args, begin, end);                          \
                  case Isa::kAvx2 : return avx2::name(args, begin, end);)                             \
       default:                                                                                       \

@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--sizes", default="224", metavar="N,...", help="image sides in pixels")
     bench.add_argument("--batch", type=int, default=1)
     bench.add_argument("--threads", type=int, default=1)
+    bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     bench.add_argument("--seconds", type=float, default=5.0, help="for each network in a runtime at a size")
     bench.add_argument("--profile", action="store_true", help="instead: where the time of our networks goes")
     bench.add_argument("--output", type=Path, default=Path("bench-output"), help="folder of the results")

@@ -9,7 +9,7 @@ import torch
 from released_data import DATA
 
 import mfkernels
-from mfkernels import cli
+from mfkernels import _C, cli
 
 
 def _run(*arguments, **environment):
@@ -81,6 +81,27 @@ def test_bench(tmp_path, capsys):
         assert line["cpu"] and line["threads"] == 1 and line["low_ms"] <= line["median_ms"] <= line["high_ms"]
         assert 0 <= line["difference"] < 1e-4
     assert (tmp_path / "sizes.png").exists() and (tmp_path / "networks-64.png").exists()
+
+
+def test_bench_in_bfloat16(tmp_path, capsys):
+    options = [
+        "--networks",
+        "mobile_former_26m",
+        "--runtimes",
+        "mfkernels,eager,onnxruntime",
+        "--sizes",
+        "64",
+    ]
+    assert (
+        cli.main(["bench", *options, "--dtype", "bfloat16", "--seconds", "0.1", "--output", str(tmp_path)])
+        == 0
+    )
+    skipped = capsys.readouterr().err
+    assert "mobile_former_26m in onnxruntime: skipped" in skipped
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["runtime"] for line in lines] == ["mfkernels"] * _C.bf16_supported() + ["eager"]
+    assert ("needs a processor with avx512bf16" in skipped) == (not _C.bf16_supported())
+    assert all(line["dtype"] == "bfloat16" and 0 <= line["difference"] < 0.3 for line in lines)
 
 
 def test_bench_profile(tmp_path, capsys):

@@ -11,6 +11,7 @@ from test_models import VARIANTS
 from tolerance import Errors
 
 import mfkernels
+from mfkernels import _C, native
 from mfkernels.bench.run import randomise
 from mfkernels.models import MobileFormer, create_model, list_models
 
@@ -50,6 +51,71 @@ def test_same_numbers(name, instruction_set):
     errors.check(name)
 
 
+BF16 = pytest.mark.skipif(not _C.bf16_supported(), reason="this processor does not multiply bfloat16")
+
+
+@BF16
+@pytest.mark.parametrize("name", list_models())
+def test_bfloat16(name):
+    """At most twice the error of the plain network in bfloat16."""
+    model = make(name, num_classes=101)
+    deployed, rounded = mfkernels.deploy(model, dtype=torch.bfloat16), copy.deepcopy(model).bfloat16()
+    ours, reference, largest = [], [], []
+    for seed, (batch, height, width) in enumerate(SIZES):
+        x = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        expected = truth(model, x)
+        got = deployed(x.float())
+        assert got.dtype == torch.float32
+        assert torch.equal(deployed(x), got.bfloat16())
+        ours.append((got - expected).abs().max())
+        reference.append((plain(rounded, x) - expected).abs().max())
+        largest.append(expected.abs().max())
+    assert max(ours) <= 2 * max(reference)
+    assert sum(ours) <= sum(reference) < sum(largest)
+
+
+@BF16
+def test_bfloat16_variants_threads_and_copies():
+    threads = torch.get_num_threads()
+    for options in DEPLOYABLE.values():
+        model = small_variant(options)
+        x = torch.randn(2, model.in_channels, 37, 51)
+        deployed = mfkernels.deploy(model, dtype=torch.bfloat16)
+        expected = truth(model, x)
+        error = (deployed(x) - expected).abs().max()
+        reference = (plain(copy.deepcopy(model).bfloat16(), x.bfloat16()) - expected).abs().max()
+        assert error <= 2 * reference
+        try:
+            torch.set_num_threads(2)
+            assert torch.equal(pickle.loads(pickle.dumps(deployed))(x), deployed(x))
+            both = deployed(x)
+            torch.set_num_threads(1)
+            assert torch.equal(deployed(x), both)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@BF16
+def test_bfloat16_needs_its_instructions():
+    model = create_model(SMALL).eval()
+    deployed = mfkernels.deploy(model, dtype=torch.bfloat16)
+    before = native.instruction_set()
+    native.set_instruction_set("avx2")
+    try:
+        with pytest.raises(RuntimeError, match=r"needs a processor with avx512bf16 .* but avx2 is in use"):
+            mfkernels.deploy(model, dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match="AVX512-BF16"):
+            deployed(torch.ones(1, 3, 32, 32))
+    finally:
+        native.set_instruction_set(before)
+
+
+@pytest.mark.skipif(_C.bf16_supported(), reason="this processor multiplies bfloat16")
+def test_bfloat16_on_another_processor_is_an_error():
+    with pytest.raises(RuntimeError, match="bfloat16 needs a processor with avx512bf16"):
+        mfkernels.deploy(create_model(SMALL).eval(), dtype=torch.bfloat16)
+
+
 DEPLOYABLE = {
     "one token": dict(token_num=1),
     "many tokens": dict(token_num=17),
@@ -65,15 +131,20 @@ DEPLOYABLE = {
 }
 
 
-@pytest.mark.parametrize("variant", DEPLOYABLE)
-def test_variants(variant):
-    options = dict(groups=4, token_num=3) | DEPLOYABLE[variant]
+def small_variant(options: dict) -> MobileFormer:
+    options = dict(groups=4, token_num=3) | options
     channels = options.get("in_channels", 3)
     rows = [("D", 3, 12, 1, 2, 0), ("M", 3, 12, 1, 1, 3), ("D", 6, 20, 1, 2, 4), ("M", 4, 20, 1, 1, 4)]
     torch.manual_seed(0)
     model = MobileFormer(rows, num_classes=7, **options)
     randomise(model, torch.randn(4, channels, 64, 64))
-    model.eval()
+    return model.eval()
+
+
+@pytest.mark.parametrize("variant", DEPLOYABLE)
+def test_variants(variant):
+    model = small_variant(DEPLOYABLE[variant])
+    channels = model.in_channels
     deployed = mfkernels.deploy(model)
     for size in ((2, channels, 64, 64), (1, channels, 37, 51)):
         x = torch.randn(size)
@@ -130,7 +201,9 @@ def test_bad_arguments():
         mfkernels.deploy(torch.nn.Linear(2, 2).eval())
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got int"):
         mfkernels.deploy(5)
-    with pytest.raises(TypeError, match=r"dtype must be torch\.float32, got torch\.float16"):
+    with pytest.raises(
+        TypeError, match=r"dtype must be torch\.float32 or torch\.bfloat16, got torch\.float16"
+    ):
         mfkernels.deploy(model.eval(), dtype=torch.float16)
     deployed = mfkernels.deploy(model)
     for bad, kind, message in (

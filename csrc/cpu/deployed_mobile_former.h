@@ -133,10 +133,10 @@ struct ClassifierArgs {
 };
 
 // As MFK_DECLARE_KERNEL, with one more for networks in bfloat16.
-#define MFK_DECLARE_DEPLOYED_KERNEL(name, Args)                                                   \
-  MFK_ON_X86(namespace avx512bf16 { void name(const Args& args, int64_t begin, int64_t end); })   \
-  MFK_DECLARE_KERNEL_AFTER(                                                                       \
-      MFK_ON_X86(if (args.plan->bf16) return avx512bf16::name(args, begin, end);), name, Args)
+#define MFK_DECLARE_DEPLOYED_KERNEL(name, Args)                                                         \
+  MFK_ON_X86(namespace avx512bf16 { void name(const Args& args, int64_t begin, int64_t end); })         \
+  MFK_DECLARE_KERNEL_AFTER(MFK_ON_X86(if (args.plan->bf16) return avx512bf16::name(args, begin, end);), \
+                           name, Args)
 
 // Tasks: one a group of output rows; exactly one; one a panel of 32 outputs; likewise.
 MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_pass, PassArgs)

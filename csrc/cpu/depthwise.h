@@ -11,8 +11,8 @@ namespace detail {
 // kOutputs neighbouring outputs of all channels. `rows` point at the pixel of the first one's left tap.
 // kLeft: that pixel is outside of the image; kRight: the last one's right tap is.
 template <int kOutputs, int kStride, bool kLeft, bool kRight, class In, class Epilogue>
-void depthwise_run(const In* const (&rows)[3], int64_t pixel, const float* w, Stored* out,
-                   Epilogue epilogue, int64_t channels) {
+void depthwise_run(const In* const (&rows)[3], int64_t pixel, const float* w, Stored* out, Epilogue epilogue,
+                   int64_t channels) {
   constexpr int n = kLanes<float>, kColumns = (kOutputs - 1) * kStride + 3;
   for (int64_t c = 0, in = 0; c < channels; c += n, in += n) {
     if (in == pixel) in = 0;

@@ -31,7 +31,9 @@ struct Rows {
 template <class T>
 constexpr int64_t kStep = sizeof(float) / sizeof(T);
 
-MFK_INLINE vec<float> multiply_add(const float* a, vec<float> b, vec<float> sum) { return sum + splat(*a) * b; }
+MFK_INLINE vec<float> multiply_add(const float* a, vec<float> b, vec<float> sum) {
+  return sum + splat(*a) * b;
+}
 #if defined(__AVX512BF16__)
 // Pairs of bfloat16; neither products nor their sum are rounded to it.
 MFK_INLINE vec<float> multiply_add(const bf16* a, vec<float> b, vec<float> sum) {
@@ -153,8 +155,9 @@ struct AddResidual {
 // Tiles of P positions by V vectors of outputs, from position `first` and output `o` on. Few positions would
 // wait for each other's sums: they get several sums each, for every second or fourth input.
 template <int P, int V, class T, class Out, class Epilogue>
-__attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float* w, int64_t w_stride, Out* out,
-                                          int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
+__attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float* w, int64_t w_stride,
+                                          Out* out, int64_t out_stride, Epilogue epilogue, int64_t first,
+                                          int64_t o) {
   constexpr int n = kLanes<float>;
   constexpr int kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
   const int64_t s = x.position, steps = (x.run + kStep<T> - 1) / kStep<T>;
@@ -204,8 +207,8 @@ template <int V, class T, class Out, class Epilogue>
 MFK_INLINE void gemm_run(int64_t count, int64_t tiles, Rows<T> x, const float* w, int64_t w_stride, Out* out,
                          int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
   with_constant<kPositions>(count, [&](auto positions) __attribute__((always_inline)) {
-    gemm_tiles<decltype(positions)::value, V, T, Out, Epilogue>(tiles, x, w, w_stride, out, out_stride, epilogue,
-                                                        first, o);
+    gemm_tiles<decltype(positions)::value, V, T, Out, Epilogue>(tiles, x, w, w_stride, out, out_stride,
+                                                                epilogue, first, o);
   });
 }
 

@@ -56,9 +56,7 @@ struct Pass {
   }
 
   const float* at(int64_t offset) const { return weights + offset; }
-  Weights matrix(const PlanLinear& linear) const {
-    return Weights{at(linear.weight), linear.outputs};
-  }
+  Weights matrix(const PlanLinear& linear) const { return Weights{at(linear.weight), linear.outputs}; }
   Stored* out_row(int64_t y) const {
     return static_cast<Stored*>(args.out) + y * args.out_width * out_channels;
   }
@@ -110,8 +108,8 @@ struct Pass {
             }
           }
         }
-        gemm(args.out_width, Rows<float>{lines, 2, 3 * plan.in_channels, 3, padded_width}, matrix(plan.pointwise1),
-             out_row(y), out_channels, AddBiasRelu6{at(plan.pointwise1.bias)});
+        gemm(args.out_width, Rows<float>{lines, 2, 3 * plan.in_channels, 3, padded_width},
+             matrix(plan.pointwise1), out_row(y), out_channels, AddBiasRelu6{at(plan.pointwise1.bias)});
       }
       finish(task, y0, y1, scratch);
     });

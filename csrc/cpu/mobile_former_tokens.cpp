@@ -23,7 +23,7 @@ struct Step {
   const PlanTokens& plan;
   const float* weights;
   const int64_t tokens, heads, width, stride;  // stride: padded token width
-  Stored* left = nullptr;  // room for the left side of a product
+  Stored* left = nullptr;                      // room for the left side of a product
 
   explicit Step(const TokensArgs& a)
       : args(a),
@@ -37,8 +37,8 @@ struct Step {
   template <class Epilogue>
   void linear(const PlanLinear& l, int64_t rows, const float* in, int64_t in_stride, float* out,
               int64_t out_stride, Epilogue epilogue) const {
-    gemm(rows, as_stored(in, rows, in_stride, l.inputs, left), Weights{weights + l.weight, l.outputs},
-         out, out_stride, epilogue);
+    gemm(rows, as_stored(in, rows, in_stride, l.inputs, left), Weights{weights + l.weight, l.outputs}, out,
+         out_stride, epilogue);
   }
   const float* bias(const PlanLinear& l) const { return weights + l.bias; }
 
@@ -141,7 +141,8 @@ struct Step {
     float* x = args.state.tokens;
     linear(plan.former_query, tokens, x, stride, a, stride, AddBias{bias(plan.former_query)});
     attend(a, x, b);
-    linear(plan.former_mix, tokens, b, stride, x, stride, AddResidual<float>{bias(plan.former_mix), x, stride});
+    linear(plan.former_mix, tokens, b, stride, x, stride,
+           AddResidual<float>{bias(plan.former_mix), x, stride});
     normalise(x, plan.former_norm);
     if (!plan.ffn) return;
     const int64_t hidden = plan.ffn_in.outputs;

@@ -22,8 +22,9 @@ Tensor run(const Tensor& x, const Tensor& weights, const Tensor& plan_tensor, in
   ours = ours && plan->passes <= kMostPasses && words == header + plan->passes * pass &&
          weights.numel() == plan->weights && plan->classifier.outputs >= classes;
   STD_TORCH_CHECK(ours, kOp, ": weights and plan must be those that deploy made");
-  STD_TORCH_CHECK(!plan->bf16 || bf16_supported(), kOp,
-                  ": a network in bfloat16 needs a processor with AVX512-BF16, and the instruction set avx512");
+  STD_TORCH_CHECK(
+      !plan->bf16 || bf16_supported(), kOp,
+      ": a network in bfloat16 needs a processor with AVX512-BF16, and the instruction set avx512");
   STD_TORCH_CHECK(x.size(1) == passes_of(*plan)->in_channels, kOp, ": x must have ",
                   passes_of(*plan)->in_channels, " channels, got ", x.size(1));
   STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, kOp, ": x must have at least one pixel");

@@ -4,6 +4,8 @@ import importlib.util
 import json
 from argparse import Namespace
 
+import torch
+
 from ..models import list_models
 from . import report
 from .run import bench, machine, peak_flops, profile
@@ -35,10 +37,14 @@ def run(options: Namespace) -> None:
         sizes,
         batch=options.batch,
         threads=options.threads,
+        dtype=getattr(torch, options.dtype),
         seconds=options.seconds,
         log=options.output / "results.jsonl",
     )
-    print(", ".join(machine().values()) + f", {options.threads} thread(s), batch {options.batch}")
+    print(
+        ", ".join(machine().values())
+        + f", {options.threads} thread(s), batch {options.batch}, {options.dtype}"
+    )
     print(report.table(entries))
     if plots and len(sizes) > 1:
         report.plot_sizes(entries, options.output / "sizes.png")

@@ -40,6 +40,7 @@ class Entry:
     low_ms: float
     high_ms: float
     calls: int
+    dtype: str
     difference: float  # largest from eager, relative to the largest output
 
 
@@ -50,6 +51,7 @@ def bench(
     *,
     batch: int = 1,
     threads: int = 1,
+    dtype: torch.dtype = torch.float32,
     seconds: float = 10.0,
     log: Path | None = None,
 ) -> list[Entry]:
@@ -65,6 +67,7 @@ def bench(
         sizes: image sides in pixels.
         batch: images a call.
         threads: of every runtime.
+        dtype: torch.float32 or torch.bfloat16.
         seconds: of measurement, for each size and network in a runtime.
         log: a file to which each entry is appended as a line of JSON.
 
@@ -78,11 +81,11 @@ def bench(
     with pinned(threads), torch.inference_mode():
         for size in sizes:
             calls = {}
-            x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+            x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
             for name in networks:
                 for runtime, call in _prepared(name, runtimes, x, threads):
                     calls[name, runtime] = call
-            entries += _measure(calls, size, batch, threads, seconds)
+            entries += _measure(calls, x, threads, seconds)
             calls.clear()
             torch.compiler.reset()
             gc.collect()
@@ -154,9 +157,8 @@ def _prepared(name: str, runtimes: Sequence[str], x: Tensor, threads: int) -> It
                 progress.show(f"{name} in {runtime}: skipped, {reason}", keep=True)
 
 
-def _measure(
-    calls: dict[tuple[str, str], Call], size: int, batch: int, threads: int, seconds: float
-) -> list[Entry]:
+def _measure(calls: dict[tuple[str, str], Call], x: Tensor, threads: int, seconds: float) -> list[Entry]:
+    batch, _, _, size = x.shape
     expected = {name: result_of(call) for (name, runtime), call in calls.items() if runtime == "eager"}
     differences = {}
     for key, call in calls.items():
@@ -184,6 +186,7 @@ def _measure(
         entries.append(
             Entry(
                 *(name, runtime, size, batch, threads, middle, low, high, len(values)),
+                dtype=str(x.dtype)[6:],
                 difference=differences[name, runtime],
             )
         )

@@ -1,4 +1,5 @@
-"""The runtimes: each makes of a network and an example a function of no arguments that runs it once."""
+"""The runtimes: each makes of a float32 network and an example, whose dtype is that to be used, a function of
+no arguments that runs it once."""
 
 import importlib.util
 import io
@@ -30,13 +31,15 @@ def _need(*modules: str) -> None:
 
 def _mfkernels(model: nn.Module, x: Tensor, threads: int) -> Call:
     try:
-        deployed = deploy(model)
-    except TypeError as error:
+        deployed = deploy(model, dtype=x.dtype)
+    except (TypeError, RuntimeError) as error:
         raise Skipped(str(error)) from error
     return lambda: deployed(x)
 
 
 def _eager(model: nn.Module, x: Tensor, threads: int) -> Call:
+    model = model.to(x.dtype)
+
     def call() -> Tensor:
         with use_backend("reference"):
             return model(x)
@@ -51,6 +54,8 @@ def _channels_last(model: nn.Module, x: Tensor, threads: int) -> Call:
 
 def _compile(model: nn.Module, x: Tensor, threads: int) -> Call:
     import torch._inductor.config as inductor
+
+    model = model.to(x.dtype)
 
     def compiled(x: Tensor) -> Tensor:
         with use_backend("reference"):
@@ -67,6 +72,8 @@ def _compile(model: nn.Module, x: Tensor, threads: int) -> Call:
 
 def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Call:
     _need("onnxruntime", "onnx", "onnxscript")
+    if x.dtype != torch.float32:
+        raise Skipped(f"it has no {str(x.dtype)[6:]} on a CPU")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -93,13 +100,14 @@ def _openvino(model: nn.Module, x: Tensor, threads: int) -> Call:
     os.environ.setdefault("OPENVINO_TELEMETRY", "0")
     import openvino
 
+    precision, x = {torch.float32: "f32", torch.bfloat16: "bf16"}[x.dtype], x.float()
     with use_backend("reference"), torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = openvino.convert_model(model, example_input=x.clone(), input=[list(x.shape)])
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = openvino.compile_model(converted, "CPU", settings).create_infer_request()
@@ -119,4 +127,4 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor, int], Call]] = {
 
 def result_of(call: Call) -> np.ndarray:
     out = call()
-    return out.numpy() if isinstance(out, Tensor) else np.asarray(out)
+    return out.float().numpy() if isinstance(out, Tensor) else np.asarray(out)

@@ -80,7 +80,9 @@ class DeployedMobileFormer(nn.Module):
         """Seconds that each part takes for one image, (1, C, H, W): the parts of the network by name, those
         of the tokens with " tokens" behind it."""
         self._check(x)
-        seconds = torch.ops.mfkernels.deployed_mobile_former_times(x.float(), self.weights, self.plan, self.classes)
+        seconds = torch.ops.mfkernels.deployed_mobile_former_times(
+            x.float(), self.weights, self.plan, self.classes
+        )
         return dict(zip(self._parts, seconds.tolist(), strict=True))
 
     def _check(self, x: Tensor) -> None:
@@ -142,7 +144,15 @@ class _Planner:
             raise ValueError("deploy: all blocks must take their coefficients from the same token")
         header = [self.tokens, self.width, self.heads, self.former_heads, hyper_tokens.pop()]
         header += [max(model.classifier.class_tokens, 0), self.pack.add(first)]
-        plan = [self.pack.size, int(self.pack.dtype == torch.bfloat16), *header, *last, *head, len(blocks) + 1, *passes]
+        plan = [
+            self.pack.size,
+            int(self.pack.dtype == torch.bfloat16),
+            *header,
+            *last,
+            *head,
+            len(blocks) + 1,
+            *passes,
+        ]
         return self.pack.tensor(), torch.tensor(plan, dtype=torch.int64)
 
     # --- passes ------------------------------------------------------------------------------------------
@@ -200,9 +210,13 @@ class _Planner:
         conv1, norm1, shuffle1 = block.conv1
         conv3, norm3, shuffle3 = block.conv3
         depthwise1, hidden1, order1 = self.multiplying(block, conv1, norm1, shuffle1)
-        linear1 = self.pointwise(block.conv2[0], block.conv2[1], order1, nn.Identity(), len(order1) // conv1.in_channels)
+        linear1 = self.pointwise(
+            block.conv2[0], block.conv2[1], order1, nn.Identity(), len(order1) // conv1.in_channels
+        )
         depthwise2, hidden2, order3 = self.multiplying(block, conv3, norm3, shuffle3)
-        linear2 = self.pointwise(block.conv4[0], block.conv4[1], order3, nn.Identity(), len(order3) // conv3.in_channels)
+        linear2 = self.pointwise(
+            block.conv4[0], block.conv4[1], order3, nn.Identity(), len(order3) // conv3.in_channels
+        )
         self.need(conv3.stride == (1, 1), block, "a second depthwise convolution of stride 1")
         sizes = [_DOWN, conv1.in_channels, conv3.in_channels, conv1.stride[0], 0]
         return [*sizes, hidden1, hidden2, depthwise1, depthwise2, *linear1, *linear2]

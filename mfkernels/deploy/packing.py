@@ -78,7 +78,7 @@ class Packer:
 
 def _in_pairs(rows: Tensor) -> Tensor:
     """(runs, inputs, outputs) to (pairs, outputs): pairs of bfloat16 in the bits of a float32."""
-    runs, inputs, outputs = rows.shape
+    _, inputs, outputs = rows.shape
     even = nn.functional.pad(rows, (0, 0, 0, inputs % 2)).bfloat16()
     return even.view(-1, 2, outputs).transpose(1, 2).contiguous().view(torch.float32).squeeze(2)
 
