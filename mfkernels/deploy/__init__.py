@@ -24,7 +24,8 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     Returns:
         A module that takes (B, C, H, W) images of any batch and size on the CPU, in float32 or `dtype`, and
         returns what `model` does in their dtype, up to rounding. It can be called from several threads,
-        copied, pickled and exported. It runs on at most `torch.get_num_threads()` threads, and has no gradients.
+        copied, pickled and exported. It runs on at most `torch.get_num_threads()` threads, and has no
+        gradients.
 
     Raises:
         TypeError: not a network of `mfkernels.models`, or a dtype that is not supported.
