@@ -2,6 +2,12 @@
 
 from .operators.dynamic_relu import dynamic_relu
 from .operators.former_to_mobile_attention import former_to_mobile_attention
+from .operators.global_response_norm import global_response_norm
 from .operators.mobile_to_former_attention import mobile_to_former_attention
 
-__all__ = ["dynamic_relu", "former_to_mobile_attention", "mobile_to_former_attention"]
+__all__ = [
+    "dynamic_relu",
+    "former_to_mobile_attention",
+    "global_response_norm",
+    "mobile_to_former_attention",
+]

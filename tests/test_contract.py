@@ -68,6 +68,8 @@ def run(op, sample: Sample, function, cotangents: dict[str, Tensor], layout=same
     inputs = sample.given()
     results = {f"output {i}": out for i, out in enumerate(outputs)}
     grads = [cotangents[name].to(out.dtype).expand(out.shape) for name, out in results.items()]
+    if layout is widen:
+        grads = [widen(grad) for grad in grads]
     gradients = torch.autograd.grad(outputs, list(inputs.values()), grads)
     results |= {f"gradient of {name}": value for name, value in zip(inputs, gradients, strict=True)}
     return {name: value.detach() for name, value in results.items()}

@@ -35,10 +35,16 @@ _FUNCTIONS = {
     aten.add: _add,
     aten.sub: np.subtract,
     aten.div: np.divide,
+    aten.neg: np.negative,
     aten.eq: lambda a, b: (a == b).astype(np.longdouble),
     aten.bmm: np.matmul,
     aten.mm: np.matmul,
     aten.sum: lambda x, dims=(), keepdim=False, dtype=None: x.sum(axis=_axes(dims), keepdims=keepdim),
+    aten.mean: lambda x, dims=(), keepdim=False, dtype=None: x.mean(axis=_axes(dims), keepdims=keepdim),
+    aten.linalg_vector_norm: lambda x, order, dims, keepdim: np.sqrt(
+        (x * x).sum(axis=_axes(dims), keepdims=keepdim)
+    ),
+    aten.masked_fill_: lambda x, mask, value: np.where(mask != 0, np.longdouble(value), x),
     aten.amax: lambda x, dims=(), keepdim=False: x.max(axis=_axes(dims), keepdims=keepdim),
     aten._softmax: _softmax,
     aten._softmax_backward_data: _softmax_backward,
@@ -72,9 +78,14 @@ class Wide(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        self = args[0] if args else None
         args = tree_map_only(Tensor, lambda t: t.array if isinstance(t, Wide) else t.numpy(), args)
         with np.errstate(all="ignore"):
-            return cls(np.asarray(_FUNCTIONS[func.overloadpacket](*args, **kwargs or {})))
+            result = np.asarray(_FUNCTIONS[func.overloadpacket](*args, **kwargs or {}))
+        if func._schema.is_mutable:  # autograd's own masked_fill_
+            args[0][...] = result
+            return self
+        return cls(result)
 
 
 def widen(x: Tensor) -> Wide:

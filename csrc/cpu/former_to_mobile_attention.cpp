@@ -102,13 +102,21 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
       multiply_pixels<C>(grad_logits, width, nullptr, 0, tokens, Matrix<C>{v, depth, 1}, depth, g.data,
                          g.stride, width);
       for (int64_t j = 0; j < width; j += n) {
+        // dP counts from that of the largest weight: where this is nearly one, the mean is nearly its dP, and
+        // their difference would lose its digits.
+        vec<C> top = load(weights + j), pivot = load(grad_logits + j);
+        for (int64_t m = 1; m < tokens; ++m) {
+          const vec<C> weight = load(weights + m * width + j);
+          pivot = weight > top ? load(grad_logits + m * width + j) : pivot;
+          top = weight > top ? weight : top;
+        }
         const vec<C> mean = sum_in_four<C>(tokens, [&](int64_t m) {
-          return load(weights + m * width + j) * load(grad_logits + m * width + j);
+          return load(weights + m * width + j) * (load(grad_logits + m * width + j) - pivot);
         });
         for (int64_t m = 0; m < tokens; ++m) {
           C* grad = grad_logits + m * width + j;
-          store(grad,
-                load(weights + m * width + j) * (load(grad) - mean) * scale);  // of x k, not of the logits
+          // Of x k, not of the logits.
+          store(grad, load(weights + m * width + j) * (load(grad) - pivot - mean) * scale);
         }
       }
       multiply_pixels<C>(grad_x, width, g.data, g.stride, depth, Matrix<C>{k, 1, depth}, tokens, grad_logits,

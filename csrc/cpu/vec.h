@@ -187,16 +187,22 @@ MFK_INLINE V maximum(V a, V b) {
 }
 
 // Sums over many pixels end in doubles: their error must not grow with the size of the map. `WideSum` holds
-// one double for each lane of a vec<C>.
+// one double for each lane of a vec<C>; sums of doubles keep what each addition rounds off (Knuth's sum of
+// two numbers and its error).
 template <class C>
 struct WideSum;
 template <>
 struct WideSum<double> {
-  vec<double> lanes{};
+  vec<double> lanes{}, rest{};
 
-  MFK_INLINE void add(vec<double> v) { lanes += v; }
+  MFK_INLINE void add(vec<double> v) {
+    const vec<double> sum = lanes + v, added = sum - lanes;
+    rest += (lanes - (sum - added)) + (v - added);
+    lanes = sum;
+  }
   MFK_INLINE void store_upto(double* p, int64_t n) const;
-  MFK_INLINE vec<double> folded() const { return lanes; }
+  // Where the sum is not finite, what was rounded off is not a number.
+  MFK_INLINE vec<double> folded() const { return rest == rest ? lanes + rest : lanes; }
 };
 template <>
 struct WideSum<float> {
@@ -211,7 +217,9 @@ struct WideSum<float> {
   MFK_INLINE void store_upto(double* p, int64_t n) const;
   MFK_INLINE vec<double> folded() const { return low + high; }
 };
-MFK_INLINE void WideSum<double>::store_upto(double* p, int64_t n) const { MFK_ISA::store_upto(p, lanes, n); }
+MFK_INLINE void WideSum<double>::store_upto(double* p, int64_t n) const {
+  MFK_ISA::store_upto(p, folded(), n);
+}
 MFK_INLINE void WideSum<float>::store_upto(double* p, int64_t n) const {
   MFK_ISA::store_upto(p, low, n);
   if (n > kLanes<double>) MFK_ISA::store_upto(p + kLanes<double>, high, n - kLanes<double>);

@@ -1,0 +1,144 @@
+#include "global_response_norm.h"
+
+#include "tile.h"
+
+namespace mfk {
+namespace MFK_ISA {
+namespace {
+
+// The channels of a task. Lanes are pixels of one channel where these lie together, else channels of one
+// pixel.
+struct Run {
+  int64_t b, c, channels;  // from channel c on
+
+  template <class Args>
+  Run(const Args& args, int64_t task) {
+    const int64_t groups = (args.channels + kResponseChannels - 1) / kResponseChannels;
+    b = task / groups;
+    c = task % groups * kResponseChannels;
+    channels = args.channels - c < kResponseChannels ? args.channels - c : kResponseChannels;
+  }
+};
+
+// So many steps are summed in the compute type before the sum goes into a double: squares do not cancel, the
+// other two sums may.
+template <class C, int N>
+constexpr int64_t kSteps = sizeof(C) == 4 && N == 1 ? 4 : 1;
+
+// `term(i, run)` adds step i to N vectors.
+template <class C, int N, class Term>
+MFK_INLINE void sum_steps(int64_t steps, Term term, WideSum<C> (&sums)[N]) {
+  for (int64_t i = 0; i < steps;) {
+    vec<C> run[N] = {};
+    const int64_t end = i + kSteps<C, N> < steps ? i + kSteps<C, N> : steps;
+    for (; i < end; ++i) term(i, run);
+    for (int k = 0; k < N; ++k) sums[k].add(run[k]);
+  }
+}
+
+template <class T, int N>
+void sums(const ResponseSumsArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  constexpr int64_t n = kLanes<C>;
+  double* out[3] = {args.squares, args.products, args.sums};
+  const auto x = args.x.as<const T>(), g = args.g.as<const T>();
+  auto add = [](vec<C> value, vec<C> grad, vec<C>(&run)[N]) {
+    run[0] += value * value;
+    if constexpr (N == 3) {
+      run[1] += value * grad;
+      run[2] += grad;
+    }
+  };
+  for (int64_t task = begin; task < end; ++task) {
+    const Run run(args, task);
+    double* at[3];
+    for (int k = 0; k < N; ++k) at[k] = out[k] + run.b * args.channels + run.c;
+    if (args.x.stride_p == 1) {
+      for (int64_t c = 0; c < run.channels; ++c) {
+        const T* first = x.at(run.b, run.c + c, 0);
+        const T* grad = N == 3 ? g.at(run.b, run.c + c, 0) : first;
+        WideSum<C> total[N];
+        sum_steps<C>((args.pixels + n - 1) / n,
+                     [&](int64_t i, vec<C>(&part)[N]) {
+                       const int64_t rest = args.pixels - i * n;
+                       add(load_upto(first + i * n, rest), load_upto(grad + i * n, rest), part);
+                     },
+                     total);
+        for (int k = 0; k < N; ++k) at[k][c] = sum_lanes<C>(total[k]);
+      }
+    } else {
+      for (int64_t c = 0; c < run.channels; c += n) {
+        const int64_t rest = run.channels - c;
+        const T* first = x.at(run.b, run.c + c, 0);
+        const T* grad = N == 3 ? g.at(run.b, run.c + c, 0) : first;
+        WideSum<C> total[N];
+        sum_steps<C>(
+            args.pixels,
+            [&](int64_t i, vec<C>(&part)[N]) {
+              add(load_upto(first + i * x.stride_p, rest),
+                  load_upto(grad + i * (N == 3 ? g.stride_p : x.stride_p), rest), part);
+            },
+            total);
+        for (int k = 0; k < N; ++k) total[k].store_upto(at[k] + c, rest < n ? rest : n);
+      }
+    }
+  }
+}
+
+template <class T, bool kTwo>
+void apply(const ResponseApplyArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  constexpr int64_t n = kLanes<C>;
+  const auto a = args.a.as<const T>(), b = args.b.as<const T>();
+  const auto out = args.out.as<T>();
+  for (int64_t task = begin; task < end; ++task) {
+    const Run run(args, task);
+    C scale[kResponseChannels], other[kResponseChannels], shift[kResponseChannels];
+    for (int64_t c = 0; c < kResponseChannels; ++c) {
+      const int64_t at = run.b * args.channels + run.c + c;
+      const bool inside = c < run.channels;
+      scale[c] = inside ? static_cast<C>(args.scale[at]) : 0;
+      other[c] = kTwo && inside ? static_cast<C>(args.other[at]) : 0;
+      shift[c] = !kTwo && inside ? static_cast<C>(args.shift[at]) : 0;
+    }
+    const bool rows = args.a.stride_p == 1;
+    const int64_t steps = rows ? (args.pixels + n - 1) / n : args.pixels;
+    for (int64_t c = 0; c < run.channels; c += rows ? 1 : n) {
+      const vec<C> by = rows ? splat(scale[c]) : load(scale + c);
+      const vec<C> by_other = rows ? splat(other[c]) : load(other + c);
+      const vec<C> plus = rows ? splat(shift[c]) : load(shift + c);
+      const T* first = a.at(run.b, run.c + c, 0);
+      const T* second = kTwo ? b.at(run.b, run.c + c, 0) : first;
+      T* to = out.at(run.b, run.c + c, 0);
+      for (int64_t i = 0; i < steps; ++i) {
+        const int64_t lanes = rows ? args.pixels - i * n : run.channels - c;
+        vec<C> value = load_upto(first + i * (rows ? n : a.stride_p), lanes) * by;
+        if constexpr (kTwo) {
+          value += load_upto(second + i * (rows ? n : b.stride_p), lanes) * by_other;
+        } else {
+          value += plus;
+        }
+        store_upto(to + i * (rows ? n : out.stride_p), value, lanes);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void response_sums(const ResponseSumsArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    args.both ? sums<T, 3>(args, begin, end) : sums<T, 1>(args, begin, end);
+  });
+}
+
+void response_apply(const ResponseApplyArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    args.both ? apply<T, true>(args, begin, end) : apply<T, false>(args, begin, end);
+  });
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

@@ -1,0 +1,82 @@
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...checks import check_like, check_shape, check_tensor, match_autocast
+from ..layout import empty_map, once
+from .reference import global_response_norm_reference
+
+OP = "global_response_norm"
+MEANS = ("channels", "released")
+
+
+def global_response_norm(
+    x: Tensor, gamma: Tensor, beta: Tensor, mean: str = "channels", eps: float = 1e-6
+) -> Tensor:
+    """Global response normalisation, residual included.
+
+    `y = gamma * x * n + beta + x` with `n = g / (mean(g) + eps)` and `g[b,c]` the L2 norm of a channel over
+    its pixels.
+
+    Args:
+        x: (B, C, H, W), any strides.
+        gamma: (C,).
+        beta: (C,).
+        mean: "channels": the mean of g over the channels of a sample, as published in ConvNeXt V2;
+            "released": g itself, as the released code of Dynamic Mobile-Former has it, which makes n nearly 1.
+        eps: added to the mean.
+
+    All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
+    differ, and the widest dtype is taken.
+
+    Returns:
+        (B, C, H, W) in x's dtype and memory format. The gradient of the norm of a channel of zeros is zero.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or its dtype is not that of `x`.
+        ValueError: a shape, a device or `mean` does not fit.
+
+    Source: Woo et al., ConvNeXt V2, CVPR 2023, section 3; Xu et al., Dynamic Mobile-Former, equation 5, and
+    its released code.
+    """
+    x, gamma, beta = match_autocast(x, gamma, beta)
+    _check(x, gamma, beta, mean)
+    if backends.use_kernels(OP, x):
+        return torch.ops.mfkernels.global_response_norm(x, gamma, beta, mean, eps)
+    return global_response_norm_reference(x, gamma, beta, mean, eps)
+
+
+def _check(x: Tensor, gamma: Tensor, beta: Tensor, mean: str) -> None:
+    check_tensor(OP, "x", x, "B C H W")
+    for name, value in (("gamma", gamma), ("beta", beta)):
+        check_tensor(OP, name, value, "C")
+        check_like(OP, name, value, "x", x)
+        check_shape(OP, name, value, "C", (x.shape[1],))
+    if mean not in MEANS:
+        raise ValueError(f"{OP}: mean must be 'channels' or 'released', got {mean!r}")
+
+
+@torch.library.register_fake(f"mfkernels::{OP}")
+def _(x, gamma, beta, mean="channels", eps=1e-6):
+    _check(x, gamma, beta, mean)
+    return empty_map(x, x.shape)
+
+
+@torch.library.register_fake(f"mfkernels::{OP}_backward")
+def _(grad_out, x, gamma, beta, mean="channels", eps=1e-6):
+    return empty_map(x, x.shape), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, gamma, beta, ctx.mean, ctx.eps = inputs
+    ctx.save_for_backward(x, gamma, beta)
+
+
+def _backward(ctx, grad_out):
+    x, gamma, beta = ctx.saved_tensors
+    grads = torch.ops.mfkernels.global_response_norm_backward(grad_out, x, gamma, beta, ctx.mean, ctx.eps)
+    return *grads, None, None
+
+
+torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
+torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
