@@ -1,11 +1,13 @@
 """The operators. Each is also registered as `torch.ops.mfkernels.<same name>`."""
 
+from .operators.dynamic_conv2d import dynamic_conv2d
 from .operators.dynamic_relu import dynamic_relu
 from .operators.former_to_mobile_attention import former_to_mobile_attention
 from .operators.global_response_norm import global_response_norm
 from .operators.mobile_to_former_attention import mobile_to_former_attention
 
 __all__ = [
+    "dynamic_conv2d",
     "dynamic_relu",
     "former_to_mobile_attention",
     "global_response_norm",

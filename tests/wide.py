@@ -25,6 +25,35 @@ def _softmax_backward(grad, output, dim, dtype):
     return output * (grad - (grad * output).sum(axis=dim, keepdims=True))
 
 
+def _windows(x, kernel, dilation, padding, stride):
+    """For each tap: its number, and the slices of the padded map that it sees."""
+    sizes = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, d, p, s in zip(x, kernel, dilation, padding, stride, strict=True)
+    ]
+    for number, taps in enumerate(np.ndindex(*kernel)):
+        starts = [t * d for t, d in zip(taps, dilation, strict=True)]
+        rows, columns = (
+            slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, sizes, stride, strict=True)
+        )
+        yield number, sizes, (..., rows, columns)
+
+
+def _im2col(x, kernel, dilation, padding, stride):
+    padded = np.pad(x, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
+    taps = [padded[seen] for _, _, seen in _windows(x.shape[2:], kernel, dilation, padding, stride)]
+    return np.stack(taps, 2).reshape(x.shape[0], x.shape[1] * len(taps), taps[0].shape[2] * taps[0].shape[3])
+
+
+def _col2im(columns, size, kernel, dilation, padding, stride):
+    batch, channels = columns.shape[0], columns.shape[1] // (kernel[0] * kernel[1])
+    padded = np.zeros((batch, channels, *(n + 2 * p for n, p in zip(size, padding, strict=True))), np.longdouble)
+    columns = columns.reshape(batch, channels, kernel[0] * kernel[1], columns.shape[2])
+    for number, sizes, seen in _windows(size, kernel, dilation, padding, stride):
+        padded[seen] += columns[:, :, number].reshape(batch, channels, *sizes)
+    return padded[..., padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
+
+
 def _expand(x, shape):
     lead = (1,) * (len(shape) - x.ndim) + x.shape
     return np.broadcast_to(x, [m if n == -1 else n for n, m in zip(shape, lead, strict=True)])
@@ -45,6 +74,8 @@ _FUNCTIONS = {
         (x * x).sum(axis=_axes(dims), keepdims=keepdim)
     ),
     aten.masked_fill_: lambda x, mask, value: np.where(mask != 0, np.longdouble(value), x),
+    aten.im2col: _im2col,
+    aten.col2im: _col2im,
     aten.amax: lambda x, dims=(), keepdim=False: x.max(axis=_axes(dims), keepdims=keepdim),
     aten._softmax: _softmax,
     aten._softmax_backward_data: _softmax_backward,

@@ -15,14 +15,28 @@ struct Matrix {
   int64_t row, column;
 };
 
+// Rows of pixels: side by side at one distance, or each at its own place.
+template <class C>
+struct RowsBy {
+  const C* data;
+  int64_t stride;
+  MFK_INLINE const C* at(int64_t j) const { return data + j * stride; }
+};
+template <class C>
+struct RowsAt {
+  const C* data;
+  const int64_t* places;
+  MFK_INLINE const C* at(int64_t j) const { return data + places[j]; }
+};
+
 namespace detail {
 
 // A sum of so many products is added to the total as one: long chains would gather rounding errors.
 constexpr int64_t kChain = 8;
 
-template <class C, int kRows, int kVectors>
+template <class C, int kRows, int kVectors, class Right>
 MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t start_stride, Matrix<C> a,
-                             int64_t depth, const C* b, int64_t b_stride) {
+                             int64_t depth, Right b, int64_t p) {
   constexpr int n = kLanes<C>;
   vec<C> total[kRows][kVectors] = {};
   for (int64_t begin = 0; begin < depth; begin += kChain) {
@@ -30,7 +44,7 @@ MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t
     vec<C> acc[kRows][kVectors] = {};
     for (int64_t j = begin; j < end; ++j) {
       vec<C> column[kVectors];
-      for (int v = 0; v < kVectors; ++v) column[v] = load(b + j * b_stride + v * n);
+      for (int v = 0; v < kVectors; ++v) column[v] = load(b.at(j) + p + v * n);
       for (int r = 0; r < kRows; ++r) {
         vec<C> factor = splat(a.data[r * a.row + j * a.column]);
         for (int v = 0; v < kVectors; ++v) acc[r][v] += factor * column[v];
@@ -49,18 +63,18 @@ MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t
   }
 }
 
-template <class C, int kRows>
+template <class C, int kRows, class Right>
 MFK_INLINE void pixels_rows(C* out, int64_t out_stride, const C* start, int64_t start_stride, Matrix<C> a,
-                            int64_t depth, const C* b, int64_t b_stride, int64_t width) {
+                            int64_t depth, Right b, int64_t width) {
   constexpr int n = kLanes<C>;
   int64_t p = 0;
   for (; p + 2 * n <= width; p += 2 * n) {
-    pixels_block<C, kRows, 2>(out + p, out_stride, start == nullptr ? nullptr : start + p, start_stride, a,
-                              depth, b + p, b_stride);
+    pixels_block<C, kRows, 2, Right>(out + p, out_stride, start == nullptr ? nullptr : start + p,
+                                     start_stride, a, depth, b, p);
   }
   if (p < width) {
-    pixels_block<C, kRows, 1>(out + p, out_stride, start == nullptr ? nullptr : start + p, start_stride, a,
-                              depth, b + p, b_stride);
+    pixels_block<C, kRows, 1, Right>(out + p, out_stride, start == nullptr ? nullptr : start + p,
+                                     start_stride, a, depth, b, p);
   }
 }
 
@@ -97,22 +111,28 @@ MFK_INLINE void reduce_rows(double* out, int64_t out_row, int64_t out_column, co
 
 }  // namespace detail
 
-// out[i][p] = start[i][p] + sum_j a(i, j) * b[j][p] for i < rows, j < depth, p < width, a multiple of the
+// out[i][p] = start[i][p] + sum_j a(i, j) * b.at(j)[p] for i < rows, j < depth, p < width, a multiple of the
 // lanes. `start` may be null for zero, and may be `out`.
-template <class C>
+template <class C, class Right>
 void multiply_pixels(C* out, int64_t out_stride, const C* start, int64_t start_stride, int64_t rows,
-                     Matrix<C> a, int64_t depth, const C* b, int64_t b_stride, int64_t width) {
+                     Matrix<C> a, int64_t depth, Right b, int64_t width) {
   int64_t i = 0;
   auto block = [&](auto block_rows) {
     constexpr int n = decltype(block_rows)::value;
-    detail::pixels_rows<C, n>(out + i * out_stride, out_stride,
-                              start == nullptr ? nullptr : start + i * start_stride, start_stride,
-                              Matrix<C>{a.data + i * a.row, a.row, a.column}, depth, b, b_stride, width);
+    detail::pixels_rows<C, n, Right>(out + i * out_stride, out_stride,
+                                     start == nullptr ? nullptr : start + i * start_stride, start_stride,
+                                     Matrix<C>{a.data + i * a.row, a.row, a.column}, depth, b, width);
     i += n;
   };
   while (rows - i >= 6) block(std::integral_constant<int, 6>());
   if (rows - i >= 3) block(std::integral_constant<int, 3>());
   while (rows - i >= 1) block(std::integral_constant<int, 1>());
+}
+
+template <class C>
+void multiply_pixels(C* out, int64_t out_stride, const C* start, int64_t start_stride, int64_t rows,
+                     Matrix<C> a, int64_t depth, const C* b, int64_t b_stride, int64_t width) {
+  multiply_pixels<C>(out, out_stride, start, start_stride, rows, a, depth, RowsBy<C>{b, b_stride}, width);
 }
 
 // out[i * out_row + j * out_column] += sum_p a[i][p] * b[j][p] for i < rows, j < columns, p < width.

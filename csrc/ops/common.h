@@ -69,10 +69,11 @@ inline bool is_channels_last(const Tensor& x) {
 }
 
 // An unwritten map in x's memory format; `empty_map` in mfkernels/operators/layout.py is its twin.
-inline Tensor empty_map(const Tensor& x) {
+inline Tensor empty_map(const Tensor& x, const std::vector<int64_t>& shape) {
   const auto format = is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
+  return torch::stable::empty(shape, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
 }
+inline Tensor empty_map(const Tensor& x) { return empty_map(x, shape_of(x)); }
 
 inline Tensor empty(std::vector<int64_t> shape, ScalarType type, const Tensor& x) {
   return torch::stable::empty(shape, type, std::nullopt, x.device());

@@ -1,0 +1,350 @@
+#include "dynamic_conv2d.h"
+
+#include "tile.h"
+#include "tile_gemm.h"
+
+namespace mfk {
+namespace MFK_ISA {
+namespace {
+
+// How a map lies in working memory so that every tap of every output reads whole vectors. The padded map is
+// split by the remainders of row and column modulo the stride; in each part, output pixel (r, c) is at
+// r * columns + c, and a tap reads at a constant distance from there. Between the rows of the outputs are
+// columns that belong to none.
+struct Planes {
+  const DynamicConvArgs& args;
+  int64_t rows;  // of the output
+  int64_t columns, part, channel;
+
+  Planes(const DynamicConvArgs& a, int64_t out_rows)
+      : args(a),
+        rows(out_rows),
+        columns(blocks_of((a.out_width - 1) * a.stride_w + (a.kernel_w - 1) * a.dilation_w + 1, a.stride_w)),
+        part(columns *
+             blocks_of((out_rows - 1) * a.stride_h + (a.kernel_h - 1) * a.dilation_h + 1, a.stride_h)),
+        channel(part * a.stride_h * a.stride_w) {}
+
+  // From an output pixel to what a tap reads.
+  int64_t tap(int64_t ky, int64_t kx) const {
+    const int64_t y = ky * args.dilation_h, x = kx * args.dilation_w;
+    return place(y, x);
+  }
+  int64_t place(int64_t y, int64_t x) const {  // of the padded map
+    return (y % args.stride_h * args.stride_w + x % args.stride_w) * part + y / args.stride_h * columns +
+           x / args.stride_w;
+  }
+  int64_t height() const { return part / columns * args.stride_h; }
+  int64_t width() const { return columns * args.stride_w; }
+  // Outputs with what lies between them, in whole vectors.
+  template <class C>
+  int64_t run() const {
+    return round_up((rows - 1) * columns + args.out_width, kLanes<C>);
+  }
+  // Memory for so many channels; the last vector may reach beyond.
+  template <class C>
+  int64_t size(int64_t channels) const {
+    return channels * channel + 2 * kLanes<C>;
+  }
+
+  // Calls f(y, p) for each row of the map that output rows from `first` on read, with the place of its first
+  // pixel that is there, x0; and the number of pixels.
+  template <class F>
+  void for_rows(int64_t first, F f) const {
+    const int64_t top = first * args.stride_h - args.padding_h;
+    for (int64_t y = top < 0 ? 0 : top; y < args.height && y - top < height(); ++y) f(y, y - top);
+  }
+
+  // Copies channels c to c + channels - 1 of a sample; `row` is room for a row of all of them.
+  template <class T, class C>
+  void fill(int64_t b, int64_t c, int64_t channels, int64_t first, C* planes, C* row) const {
+    memset(planes, 0, size<C>(channels) * sizeof(C));
+    for_rows(first, [&](int64_t y, int64_t padded_y) {
+      const Tile<C> tile =
+          load_tile<T>(args.x.as<const T>(), b, c, channels, y * args.width, args.width, row);
+      for (int64_t i = 0; i < channels; ++i) {
+        for_columns(padded_y, [&](int64_t x, int64_t at, int64_t count) {
+          const C* from = tile.data + i * tile.stride + x;
+          C* to = planes + i * channel + at;
+          if (args.stride_w == 1) {
+            memcpy(to, from, count * sizeof(C));
+          } else {
+            for (int64_t j = 0; j < count; ++j) to[j] = from[j * args.stride_w];
+          }
+        });
+      }
+    });
+  }
+  // The inverse: the map's gradient from the planes of all rows. Pixels that nothing reads have none.
+  template <class T, class C>
+  void spill(int64_t b, int64_t c, int64_t channels, const C* planes, C* row) const {
+    const int64_t stride = round_up(args.width, kLanes<C>);
+    for (int64_t y = 0; y < args.height; ++y) {
+      memset(row, 0, channels * stride * sizeof(C));
+      if (y + args.padding_h < height()) {
+        for (int64_t i = 0; i < channels; ++i) {
+          for_columns(y + args.padding_h, [&](int64_t x, int64_t at, int64_t count) {
+            for (int64_t j = 0; j < count; ++j) {
+              row[i * stride + x + j * args.stride_w] = planes[i * channel + at + j];
+            }
+          });
+        }
+      }
+      store_tile<T>(args.grad_x.as<T>(), b, c, channels, y * args.width, args.width, row, stride);
+    }
+  }
+
+ private:
+  // Calls f(x, at, count) for the runs of a row: pixels x, x + stride, ... lie side by side from `at` on.
+  template <class F>
+  void for_columns(int64_t padded_y, F f) const {
+    for (int64_t x = 0; x < args.stride_w && x < args.width; ++x) {
+      const int64_t left = (x + args.padding_w) / args.stride_w;
+      const int64_t fit = columns - left, there = blocks_of(args.width - x, args.stride_w);
+      if (fit > 0) f(x, place(padded_y, x + args.padding_w), there < fit ? there : fit);
+    }
+  }
+};
+
+// The gradient of some outputs and rows in the planes' order, zero between the rows.
+template <class T, class C>
+void load_outputs(const DynamicConvArgs& args, const Planes& planes, int64_t b, int64_t c, int64_t channels,
+                  int64_t first, C* out, C* scratch) {
+  const int64_t run = planes.run<C>(), count = planes.rows * args.out_width;
+  const Tile<C> tile =
+      load_tile<T>(args.grad_y.as<const T>(), b, c, channels, first * args.out_width, count, scratch);
+  memset(out, 0, channels * run * sizeof(C));
+  for (int64_t i = 0; i < channels; ++i) {
+    for (int64_t r = 0; r < planes.rows; ++r) {
+      memcpy(out + i * run + r * planes.columns, tile.data + i * tile.stride + r * args.out_width,
+             args.out_width * sizeof(C));
+    }
+  }
+}
+
+// The mixed kernels of some outputs, (outputs, depth).
+template <class T, class C>
+void mix(const DynamicConvArgs& args, int64_t b, int64_t first, int64_t outputs, int64_t depth, C* out) {
+  const T* weight = static_cast<const T*>(args.weight) + first * depth;
+  const T* basis = static_cast<const T*>(args.basis) + first * depth;
+  const T* attention = static_cast<const T*>(args.attention) + b * args.kernels;
+  const int64_t all = args.groups * args.outputs * depth;
+  const C scale = static_cast<C>(args.scale);
+  for (int64_t i = 0; i < outputs * depth; i += kLanes<C>) {
+    const int64_t rest = outputs * depth - i;
+    vec<C> sum{};
+    for (int64_t k = 0; k < args.kernels; ++k) {
+      sum += to_compute(attention[k]) * load_upto(basis + k * all + i, rest);
+    }
+    store_upto(out + i, load_upto(weight + i, rest) + scale * sum, rest);
+  }
+}
+template <class T, class C>
+C mixed_bias(const DynamicConvArgs& args, int64_t b, int64_t output) {
+  C sum = args.bias == nullptr ? 0 : to_compute(static_cast<const T*>(args.bias)[output]);
+  if (args.basis_bias == nullptr) return sum;
+  const T* attention = static_cast<const T*>(args.attention) + b * args.kernels;
+  for (int64_t k = 0; k < args.kernels; ++k) {
+    sum += to_compute(attention[k]) *
+           to_compute(static_cast<const T*>(args.basis_bias)[k * args.groups * args.outputs + output]);
+  }
+  return sum;
+}
+
+MFK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  const int64_t taps = args.kernel_h * args.kernel_w, depth = args.inputs * taps;
+  const int64_t out_blocks = blocks_of(args.outputs, args.out_block);
+  const int64_t row_blocks = blocks_of(args.out_height, args.rows);
+  const int64_t group_blocks = blocks_of(args.groups, args.group_block);
+  const int64_t most_rows = least(args.rows, args.out_height),
+                most_outputs = args.group_block * args.out_block;
+  const Planes widest(args, most_rows);
+  Buffer<C> planes(widest.size<C>(args.group_block * args.inputs));
+  Buffer<C> row(args.group_block * args.inputs * round_up(args.width, kLanes<C>));
+  Buffer<C> kernel(args.out_block * depth), y(most_outputs * widest.run<C>());
+  Buffer<int64_t> places(depth);
+  int64_t filled = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t o = task % out_blocks * args.out_block, outer = task / out_blocks;
+    const int64_t r = outer % row_blocks * args.rows, b = outer / row_blocks / group_blocks;
+    const int64_t g = outer / row_blocks % group_blocks * args.group_block;
+    const int64_t groups = least(args.group_block, args.groups - g),
+                  outputs = least(args.out_block, args.outputs - o);
+    const Planes shape(args, least(args.rows, args.out_height - r));
+    const int64_t run = shape.run<C>();
+    if (outer != filled) {
+      shape.fill<T>(b, g * args.inputs, groups * args.inputs, r, static_cast<C*>(planes),
+                    static_cast<C*>(row));
+      for (int64_t i = 0; i < depth; ++i) {
+        places[i] = i / taps * shape.channel + shape.tap(i % taps / args.kernel_w, i % args.kernel_w);
+      }
+      filled = outer;
+    }
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t first = (g + i) * args.outputs + o;
+      C* out = y + i * outputs * run;
+      mix<T>(args, b, first, outputs, depth, static_cast<C*>(kernel));
+      multiply_pixels<C>(out, run, nullptr, 0, outputs, Matrix<C>{kernel, depth, 1}, depth,
+                         RowsAt<C>{planes + i * args.inputs * shape.channel, places}, run);
+      for (int64_t j = 0; j < outputs; ++j) {
+        const C bias = mixed_bias<T, C>(args, b, first + j);
+        C* line = out + j * run;
+        for (int64_t k = 0; k < shape.rows; ++k) {  // closes the gaps between the rows
+          for (int64_t p = 0; p < args.out_width; ++p) {
+            line[k * args.out_width + p] = line[k * shape.columns + p] + bias;
+          }
+        }
+      }
+    }
+    store_tile<T>(args.y.as<T>(), b, g * args.outputs + o, groups * outputs, r * args.out_width,
+                  shape.rows * args.out_width, static_cast<C*>(y), run);
+  }
+}
+
+// The gradient of a map, in its planes: for each tap, kernels^T times the gradient of the outputs.
+template <class T>
+void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  const int64_t taps = args.kernel_h * args.kernel_w, depth = args.inputs * taps;
+  const int64_t in_blocks = blocks_of(args.inputs, args.in_block);
+  const int64_t group_blocks = blocks_of(args.groups, args.group_block);
+  const Planes all(args, args.out_height);
+  const int64_t channels = args.group_block * args.in_block;
+  const Planes widest(args, least(args.rows, args.out_height));
+  Buffer<C> planes(all.size<C>(channels)), row(channels * round_up(args.width, kLanes<C>));
+  Buffer<C> kernel(args.outputs * depth), g(args.outputs * widest.run<C>());
+  Buffer<C> scratch(args.outputs * round_up(widest.rows * args.out_width, kLanes<C>));
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t i0 = task % in_blocks * args.in_block, outer = task / in_blocks;
+    const int64_t g0 = outer % group_blocks * args.group_block, b = outer / group_blocks;
+    const int64_t groups = least(args.group_block, args.groups - g0),
+                  inputs = least(args.in_block, args.inputs - i0);
+    memset(planes, 0, all.size<C>(groups * inputs) * sizeof(C));
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t first = (g0 + group) * args.outputs;
+      mix<T>(args, b, first, args.outputs, depth, static_cast<C*>(kernel));
+      for (int64_t r = 0; r < args.out_height; r += args.rows) {
+        const Planes shape(args, least(args.rows, args.out_height - r));
+        load_outputs<T>(args, shape, b, first, args.outputs, r, static_cast<C*>(g), static_cast<C*>(scratch));
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          C* out = planes + group * inputs * all.channel + all.tap(tap / args.kernel_w, tap % args.kernel_w) +
+                   r * all.columns;
+          multiply_pixels<C>(out, all.channel, out, all.channel, inputs,
+                             Matrix<C>{kernel + i0 * taps + tap, taps, depth}, args.outputs,
+                             static_cast<const C*>(g), shape.run<C>(), shape.run<C>());
+        }
+      }
+    }
+    all.spill<T>(b, g0 * args.inputs + i0, groups * inputs, static_cast<const C*>(planes),
+                 static_cast<C*>(row));
+  }
+}
+
+// With dW(b) the gradient of sample b's kernels: dweight = sum_b dW(b), dbasis_k = scale sum_b attention[b,k]
+// dW(b), dattention[b,k] = scale <dW(b), basis_k>; the biases likewise, without the scale.
+template <class T>
+void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  const int64_t taps = args.kernel_h * args.kernel_w, depth = args.inputs * taps;
+  const int64_t out_blocks = blocks_of(args.outputs, args.out_block), every = args.groups * args.outputs;
+  const Planes widest(args, least(args.rows, args.out_height));
+  const int64_t most = args.group_block * args.out_block, most_size = most * depth;
+  Buffer<C> planes(widest.size<C>(args.group_block * args.inputs));
+  Buffer<C> row(args.group_block * args.inputs * round_up(args.width, kLanes<C>));
+  Buffer<C> g(args.out_block * widest.run<C>());
+  Buffer<C> scratch(args.out_block * round_up(widest.rows * args.out_width, kLanes<C>));
+  Buffer<C> rounded(most_size);
+  Buffer<double> grad(most_size), grad_bias(most), weight(most_size), bias(most);
+  Buffer<double> basis(args.kernels * most_size), basis_bias(args.kernels * most);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t o = task % out_blocks * args.out_block, g0 = task / out_blocks * args.group_block;
+    const int64_t groups = least(args.group_block, args.groups - g0),
+                  outputs = least(args.out_block, args.outputs - o);
+    const int64_t rows = groups * outputs, size = rows * depth;
+    // Several groups have all of their outputs here, so these lie together in any case.
+    const int64_t first = g0 * args.outputs + o;
+    memset(weight, 0, size * sizeof(double));
+    memset(bias, 0, rows * sizeof(double));
+    memset(basis, 0, args.kernels * size * sizeof(double));
+    memset(basis_bias, 0, args.kernels * rows * sizeof(double));
+    for (int64_t b = 0; b < args.batch; ++b) {
+      memset(grad, 0, size * sizeof(double));
+      memset(grad_bias, 0, rows * sizeof(double));
+      for (int64_t r = 0; r < args.out_height; r += args.rows) {
+        const Planes shape(args, least(args.rows, args.out_height - r));
+        const int64_t run = shape.run<C>();
+        shape.fill<T>(b, g0 * args.inputs, groups * args.inputs, r, static_cast<C*>(planes),
+                      static_cast<C*>(row));
+        for (int64_t i = 0; i < groups; ++i) {
+          load_outputs<T>(args, shape, b, first + i * outputs, outputs, r, static_cast<C*>(g),
+                          static_cast<C*>(scratch));
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            multiply_reduce<C>(grad + i * outputs * depth + tap, depth, taps, outputs, g, run, args.inputs,
+                               planes + i * args.inputs * shape.channel +
+                                   shape.tap(tap / args.kernel_w, tap % args.kernel_w),
+                               shape.channel, run);
+          }
+          for (int64_t j = 0; j < outputs; ++j) {
+            WideSum<C> sum;
+            for (int64_t p = 0; p < run; p += kLanes<C>) sum.add(load(g + j * run + p));
+            grad_bias[i * outputs + j] += sum_lanes<C>(sum);
+          }
+        }
+      }
+      for (int64_t i = 0; i < size; ++i) {
+        weight[i] += grad[i];
+        rounded[i] = static_cast<C>(grad[i]);
+      }
+      for (int64_t i = 0; i < rows; ++i) bias[i] += grad_bias[i];
+      for (int64_t k = 0; k < args.kernels; ++k) {
+        const double by = to_compute(static_cast<const T*>(args.attention)[b * args.kernels + k]);
+        const T* kernels = static_cast<const T*>(args.basis) + (k * every + first) * depth;
+        for (int64_t i = 0; i < size; ++i) basis[k * size + i] += args.scale * by * grad[i];
+        WideSum<C> dot;
+        for (int64_t i = 0; i < size; i += kLanes<C>) {
+          dot.add(load_upto(static_cast<const C*>(rounded) + i, size - i) * load_upto(kernels + i, size - i));
+        }
+        long double bias_dot = 0;
+        for (int64_t i = 0; i < rows; ++i) {
+          basis_bias[k * rows + i] += by * grad_bias[i];
+          if (args.basis_bias != nullptr) {
+            bias_dot += static_cast<long double>(grad_bias[i]) *
+                        to_compute(static_cast<const T*>(args.basis_bias)[k * every + first + i]);
+          }
+        }
+        args.partial_attention[(task * args.batch + b) * args.kernels + k] =
+            static_cast<double>(args.scale * sum_lanes<C>(dot) + bias_dot);
+      }
+    }
+    auto write = [&](void* to, int64_t at, const double* from, int64_t count) {
+      if (to == nullptr) return;
+      for (int64_t i = 0; i < count; ++i) store_scalar(static_cast<T*>(to) + at + i, static_cast<C>(from[i]));
+    };
+    write(args.grad_weight, first * depth, weight, size);
+    write(args.grad_bias, first, bias, rows);
+    for (int64_t k = 0; k < args.kernels; ++k) {
+      write(args.grad_basis, (k * every + first) * depth, basis + k * size, size);
+      write(args.grad_basis_bias, k * every + first, basis_bias + k * rows, rows);
+    }
+  }
+}
+
+}  // namespace
+
+void dynamic_conv2d_forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) { forward<decltype(element)>(args, begin, end); });
+}
+
+void dynamic_conv2d_backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) { backward_x<decltype(element)>(args, begin, end); });
+}
+
+void dynamic_conv2d_backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) { backward_weight<decltype(element)>(args, begin, end); });
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

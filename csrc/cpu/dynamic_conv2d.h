@@ -1,0 +1,40 @@
+#pragma once
+
+#include "../isa.h"
+#include "feature_map.h"
+
+namespace mfk {
+
+// y[b] = conv(x[b], weight + scale * sum_k attention[b,k] basis[k]) + bias + sum_k attention[b,k]
+// basis_bias[k].
+struct DynamicConvArgs {
+  Dtype dtype;
+  int64_t batch, groups, inputs, outputs;  // channels of a group
+  int64_t kernels;
+  int64_t height, width, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  double scale;
+  AnyMap x, y;
+  // Contiguous; the last two may be null.
+  const void *weight, *basis, *attention, *bias, *basis_bias;
+  // Work is done for `group_block` groups at a time (of few channels), `out_block` of their outputs or
+  // `in_block` of their inputs (all of them where there are several groups), and `rows` rows of the output.
+  int64_t group_block, out_block, in_block, rows;
+  // Backward.
+  AnyMap grad_y, grad_x;
+  // Contiguous; the last two may be null. Partial sums for attention: (weight tasks, B, K).
+  void *grad_weight, *grad_basis, *grad_bias, *grad_basis_bias;
+  double* partial_attention;
+};
+
+inline __attribute__((always_inline)) int64_t blocks_of(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
+
+// Tasks: one for each (sample, groups, rows, outputs); (sample, groups, inputs); (groups, outputs). Each
+// stands for a block of these, the last running fastest.
+MFK_DECLARE_KERNEL(dynamic_conv2d_forward, DynamicConvArgs)
+MFK_DECLARE_KERNEL(dynamic_conv2d_backward_x, DynamicConvArgs)
+MFK_DECLARE_KERNEL(dynamic_conv2d_backward_weight, DynamicConvArgs)
+
+}  // namespace mfk

@@ -1,0 +1,170 @@
+#include "../cpu/dynamic_conv2d.h"
+
+#include "common.h"
+
+namespace mfk {
+namespace {
+
+constexpr const char* kOp = "dynamic_conv2d";
+using Ints = std::vector<int64_t>;
+
+struct Call {
+  DynamicConvArgs args{};
+  Tensor x, weight, basis, attention, bias, basis_bias;
+
+  Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& basis_in, const Tensor& attention_in,
+       const std::optional<Tensor>& bias_in, const std::optional<Tensor>& basis_bias_in, const Ints& stride,
+       const Ints& padding, const Ints& dilation, int64_t groups, double scale) {
+    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
+    STD_TORCH_CHECK(weight_in.dim() == 4, kOp, ": weight must have 4 dimensions, got ", weight_in.dim());
+    STD_TORCH_CHECK(basis_in.dim() == 5, kOp, ": basis must have 5 dimensions, got ", basis_in.dim());
+    STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, kOp,
+                    ": stride, padding and dilation must be pairs");
+    const int64_t channels = x_in.size(1), outputs = weight_in.size(0);
+    STD_TORCH_CHECK(groups >= 1 && channels % groups == 0 && outputs % groups == 0, kOp,
+                    ": groups must be positive and divide channels and outputs, got ", groups);
+    args.dtype = dtype_of(kOp, x_in);
+    args.batch = x_in.size(0);
+    args.groups = groups;
+    args.inputs = channels / groups;
+    args.outputs = outputs / groups;
+    args.kernels = basis_in.size(0);
+    args.height = x_in.size(2);
+    args.width = x_in.size(3);
+    args.kernel_h = weight_in.size(2);
+    args.kernel_w = weight_in.size(3);
+    args.stride_h = stride[0];
+    args.stride_w = stride[1];
+    args.padding_h = padding[0];
+    args.padding_w = padding[1];
+    args.dilation_h = dilation[0];
+    args.dilation_w = dilation[1];
+    args.scale = scale;
+    const Ints shape = {outputs, args.inputs, args.kernel_h, args.kernel_w};
+    check_argument(kOp, "weight", weight_in, x_in, shape);
+    check_argument(kOp, "basis", basis_in, x_in, {args.kernels, shape[0], shape[1], shape[2], shape[3]});
+    check_argument(kOp, "attention", attention_in, x_in, {args.batch, args.kernels});
+    const bool positive = *std::min_element(shape.begin(), shape.end()) >= 1 && args.kernels >= 1 &&
+                          std::min(stride[0], stride[1]) >= 1 && std::min(padding[0], padding[1]) >= 0 &&
+                          std::min(dilation[0], dilation[1]) >= 1;
+    STD_TORCH_CHECK(
+        positive, kOp,
+        ": weight and basis must not be empty, stride and dilation positive, padding not negative");
+    args.out_height = (args.height + 2 * padding[0] - dilation[0] * (args.kernel_h - 1) - 1) / stride[0] + 1;
+    args.out_width = (args.width + 2 * padding[1] - dilation[1] * (args.kernel_w - 1) - 1) / stride[1] + 1;
+    const bool fits = args.height + 2 * padding[0] > dilation[0] * (args.kernel_h - 1) &&
+                      args.width + 2 * padding[1] > dilation[1] * (args.kernel_w - 1);
+    STD_TORCH_CHECK(fits, kOp, ": x is too small for the kernel");
+    args.x = map_of(x_in, is_channels_last(x_in), x);
+    weight = torch::stable::contiguous(weight_in);
+    basis = torch::stable::contiguous(basis_in);
+    attention = torch::stable::contiguous(attention_in);
+    args.weight = weight.data_ptr();
+    args.basis = basis.data_ptr();
+    args.attention = attention.data_ptr();
+    if (bias_in.has_value()) {
+      check_argument(kOp, "bias", *bias_in, x_in, {outputs});
+      bias = torch::stable::contiguous(*bias_in);
+      args.bias = bias.data_ptr();
+    }
+    if (basis_bias_in.has_value()) {
+      check_argument(kOp, "basis_bias", *basis_bias_in, x_in, {args.kernels, outputs});
+      basis_bias = torch::stable::contiguous(*basis_bias_in);
+      args.basis_bias = basis_bias.data_ptr();
+    }
+    // Sixteen channels of a map, or a group: one channel of a map that is channels last is slow to read.
+    args.group_block =
+        std::min<int64_t>(std::max<int64_t>(1, 16 / std::max(args.inputs, args.outputs)), groups);
+    args.out_block = args.outputs;
+    args.in_block = args.inputs;
+    // So many rows that the inputs of a group stay in the second-level cache.
+    const int64_t row = args.group_block * args.inputs * args.stride_h * (args.width + 2 * padding[1]);
+    args.rows = std::min(std::max(32768 / std::max<int64_t>(row, 1), args.kernel_h), args.out_height);
+  }
+  Ints out_shape() const { return {args.batch, args.groups * args.outputs, args.out_height, args.out_width}; }
+  int64_t group_blocks() const { return blocks_of(args.groups, args.group_block); }
+  int64_t depth() const { return args.inputs * args.kernel_h * args.kernel_w; }
+};
+
+Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const Tensor& attention,
+               std::optional<Tensor> bias, std::optional<Tensor> basis_bias, Ints stride, Ints padding,
+               Ints dilation, int64_t groups, double scale) {
+  Call call(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, scale);
+  DynamicConvArgs& args = call.args;
+  Tensor y = empty_map(x, call.out_shape()), holder;
+  args.y = map_of(y, is_channels_last(x), holder);
+  if (args.group_block == 1) args.out_block = std::min<int64_t>(args.outputs, 48);
+  const int64_t tasks = args.batch * call.group_blocks() * blocks_of(args.out_height, args.rows) *
+                        blocks_of(args.outputs, args.out_block);
+  const int64_t work = args.group_block * args.out_block * call.depth() * args.rows * args.out_width;
+  torch::stable::parallel_for(0, tasks, grain(work),
+                              [&](int64_t begin, int64_t end) { dynamic_conv2d_forward(args, begin, end); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const Tensor& x, const Tensor& weight, const Tensor& basis,
+    const Tensor& attention, std::optional<Tensor> bias, std::optional<Tensor> basis_bias, Ints stride,
+    Ints padding, Ints dilation, int64_t groups, double scale) {
+  Call call(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, scale);
+  DynamicConvArgs& args = call.args;
+  check_argument(kOp, "grad_out", grad_out, x, call.out_shape());
+  Tensor grad_x = empty_map(x), holder_g, holder_x;
+  args.grad_y = map_of(grad_out, is_channels_last(x), holder_g);
+  args.grad_x = map_of(grad_x, is_channels_last(x), holder_x);
+  const int64_t work = args.group_block * args.outputs * call.depth() * args.out_height * args.out_width;
+  if (args.group_block == 1) args.in_block = std::min<int64_t>(args.inputs, 64);
+  const int64_t in_blocks = blocks_of(args.inputs, args.in_block);
+  torch::stable::parallel_for(
+      0, args.batch * call.group_blocks() * in_blocks, grain(work / in_blocks),
+      [&](int64_t begin, int64_t end) { dynamic_conv2d_backward_x(args, begin, end); });
+
+  // The sums of a task, in double, stay in the second-level cache.
+  if (args.group_block == 1) {
+    const int64_t fit = 65536 / ((args.kernels + 2) * call.depth());
+    args.out_block = std::min(std::max<int64_t>(fit, 6), args.outputs);
+  }
+  const int64_t tasks = call.group_blocks() * blocks_of(args.outputs, args.out_block);
+  Tensor grad_weight = empty(shape_of(weight), x.scalar_type(), x);
+  Tensor grad_basis = empty(shape_of(basis), x.scalar_type(), x);
+  Tensor partial = empty({tasks, args.batch, args.kernels}, ScalarType::Double, x);
+  Tensor none = empty({0}, x.scalar_type(), x), grad_bias = none, grad_basis_bias = none;
+  args.grad_weight = grad_weight.data_ptr();
+  args.grad_basis = grad_basis.data_ptr();
+  if (bias.has_value()) {
+    grad_bias = empty(shape_of(*bias), x.scalar_type(), x);
+    args.grad_bias = grad_bias.data_ptr();
+  }
+  if (basis_bias.has_value()) {
+    grad_basis_bias = empty(shape_of(*basis_bias), x.scalar_type(), x);
+    args.grad_basis_bias = grad_basis_bias.data_ptr();
+  }
+  args.partial_attention = partial.mutable_data_ptr<double>();
+  torch::stable::parallel_for(0, tasks, grain(work * args.batch), [&](int64_t begin, int64_t end) {
+    dynamic_conv2d_backward_weight(args, begin, end);
+  });
+  const int64_t dims[] = {0};
+  Tensor sum = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1), false);
+  return {grad_x,    grad_weight,    grad_basis, torch::stable::to(sum, x.scalar_type()),
+          grad_bias, grad_basis_bias};
+}
+
+}  // namespace
+}  // namespace mfk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
+  m.def(
+      "dynamic_conv2d(Tensor x, Tensor weight, Tensor basis, Tensor attention, Tensor? bias, "
+      "Tensor? basis_bias, int[] stride, int[] padding, int[] dilation, int groups, float basis_scale) -> "
+      "Tensor");
+  m.def(
+      "dynamic_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor basis, Tensor attention, "
+      "Tensor? bias, Tensor? basis_bias, int[] stride, int[] padding, int[] dilation, int groups, "
+      "float basis_scale) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_basis, Tensor grad_attention, "
+      "Tensor grad_bias, Tensor grad_basis_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
+  m.impl("dynamic_conv2d", TORCH_BOX(&mfk::forward));
+  m.impl("dynamic_conv2d_backward", TORCH_BOX(&mfk::backward));
+}

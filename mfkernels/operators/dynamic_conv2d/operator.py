@@ -1,0 +1,146 @@
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...checks import check_like, check_shape, check_tensor, match_autocast
+from ..layout import empty_map, once
+from .reference import Pair, dynamic_conv2d_reference, output_size, pair
+
+OP = "dynamic_conv2d"
+
+
+def dynamic_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    basis: Tensor,
+    attention: Tensor,
+    bias: Tensor | None = None,
+    basis_bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    basis_scale: float = 0.1,
+) -> Tensor:
+    """Convolution whose kernel differs from sample to sample: a static one plus a mix of K others.
+
+    Sample b is convolved with `weight + basis_scale * sum_k attention[b,k] * basis[k]`; to that come
+    `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used.
+
+    Args:
+        x: (B, C, H, W), any strides.
+        weight: (O, C / groups, kh, kw).
+        basis: (K, O, C / groups, kh, kw), K >= 1.
+        attention: (B, K). Need not sum to one.
+        bias: None, or (O,).
+        basis_bias: None, or (K, O); not scaled by `basis_scale`.
+        stride, padding, dilation: of both directions, or a pair for height and width.
+        groups: a divisor of C and O.
+        basis_scale: factor of the basis.
+
+    All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
+    differ, and the widest dtype is taken.
+
+    Returns:
+        (B, O, H', W') in x's dtype and memory format, H' and W' as of `torch.nn.functional.conv2d`.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or its dtype is not that of `x`; a setting is
+            no int or pair of ints.
+        ValueError: a shape, a device or a setting does not fit, or the result would have no pixel.
+
+    Source: Xu et al., Dynamic Mobile-Former, equations 3 and 4; the factor 0.1 from its released code.
+    """
+    x, weight, basis, attention, bias, basis_bias = match_autocast(
+        x, weight, basis, attention, bias, basis_bias
+    )
+    settings = [
+        _setting("stride", stride, 1),
+        _setting("padding", padding, 0),
+        _setting("dilation", dilation, 1),
+    ]
+    _check(x, weight, basis, attention, bias, basis_bias, *settings, groups)
+    arguments = (x, weight, basis, attention, bias, basis_bias, *settings, groups, basis_scale)
+    if backends.use_kernels(OP, x):
+        return torch.ops.mfkernels.dynamic_conv2d(*arguments)
+    return dynamic_conv2d_reference(*arguments)
+
+
+def _setting(name: str, value: object, least: int) -> Pair:
+    values = value if isinstance(value, tuple | list) else (value, value)
+    if len(values) != 2 or any(not isinstance(v, int) or isinstance(v, bool) for v in values):
+        raise TypeError(f"{OP}: {name} must be an int or a pair of ints, got {value!r}")
+    if min(values) < least:
+        raise ValueError(f"{OP}: {name} must be at least {least}, got {value!r}")
+    return pair((values[0], values[1]))
+
+
+def _check(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups) -> None:
+    check_tensor(OP, "x", x, "B C H W")
+    check_tensor(OP, "weight", weight, "O C/groups kh kw")
+    batch, channels, height, width = x.shape
+    outputs, _, *kernel = weight.shape
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"{OP}: groups must be an int, got {type(groups).__name__}")
+    if groups < 1 or channels % groups or outputs % groups:
+        raise ValueError(
+            f"{OP}: groups must be positive and divide the channels of x and the outputs, got {groups} for "
+            f"{channels} channels and {outputs} outputs"
+        )
+    check_like(OP, "weight", weight, "x", x)
+    shape = (outputs, channels // groups, *kernel)
+    check_shape(OP, "weight", weight, "O C/groups kh kw", shape)
+    check_tensor(OP, "basis", basis, "K O C/groups kh kw")
+    check_like(OP, "basis", basis, "x", x)
+    kernels = basis.shape[0]
+    check_shape(OP, "basis", basis, "K O C/groups kh kw", (kernels, *shape))
+    if kernels < 1:
+        raise ValueError(f"{OP}: basis must hold at least one kernel (K >= 1), got K = 0")
+    check_tensor(OP, "attention", attention, "B K")
+    check_like(OP, "attention", attention, "x", x)
+    check_shape(OP, "attention", attention, "B K", (batch, kernels))
+    if bias is not None:
+        check_tensor(OP, "bias", bias, "O")
+        check_like(OP, "bias", bias, "x", x)
+        check_shape(OP, "bias", bias, "O", (outputs,))
+    if basis_bias is not None:
+        check_tensor(OP, "basis_bias", basis_bias, "K O")
+        check_like(OP, "basis_bias", basis_bias, "x", x)
+        check_shape(OP, "basis_bias", basis_bias, "K O", (kernels, outputs))
+    if min(kernel) < 1 or channels < 1 or outputs < 1:
+        raise ValueError(f"{OP}: weight must have no empty axis, got shape {tuple(weight.shape)}")
+    if min(output_size((height, width), kernel, stride, padding, dilation)) < 1:
+        raise ValueError(
+            f"{OP}: x is too small: {height} x {width} pixels with padding {padding}, for a kernel of "
+            f"{kernel[0]} x {kernel[1]} with dilation {dilation}"
+        )
+
+
+@torch.library.register_fake(f"mfkernels::{OP}")
+def _(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, basis_scale):
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return empty_map(x, (x.shape[0], weight.shape[0], *size))
+
+
+@torch.library.register_fake(f"mfkernels::{OP}_backward")
+def _(grad_out, x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, basis_scale):
+    def like(value):
+        return x.new_empty(0) if value is None else value.new_empty(value.shape)
+
+    return empty_map(x, x.shape), *map(like, (weight, basis, attention, bias, basis_bias))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[6:]
+
+
+def _backward(ctx, grad_out):
+    inputs = ctx.saved_tensors
+    grads = torch.ops.mfkernels.dynamic_conv2d_backward(grad_out, *inputs, *ctx.settings)
+    grads = [None if value is None else grad for value, grad in zip(inputs, grads, strict=True)]
+    return *grads, *[None] * len(ctx.settings)
+
+
+torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
+torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
