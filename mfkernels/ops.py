@@ -5,6 +5,7 @@ from .operators.dynamic_relu import dynamic_relu
 from .operators.former_to_mobile_attention import former_to_mobile_attention
 from .operators.global_response_norm import global_response_norm
 from .operators.mobile_to_former_attention import mobile_to_former_attention
+from .operators.modulation_attention import modulation_attention
 
 __all__ = [
     "dynamic_conv2d",
@@ -12,4 +13,5 @@ __all__ = [
     "former_to_mobile_attention",
     "global_response_norm",
     "mobile_to_former_attention",
+    "modulation_attention",
 ]

@@ -319,7 +319,7 @@ def test_gradient_of_gradient_is_an_error(op):
     sample = _small(op, torch.float32, 1)[0].map(lambda v: v.requires_grad_())
     outputs = sample.call(op.OP)
     first = outputs[0] if isinstance(outputs, tuple) else outputs
-    (gradient,) = torch.autograd.grad(first.sum(), [sample.tensors["x"]], create_graph=True)
+    (gradient,) = torch.autograd.grad(first.sum(), [next(iter(sample.given().values()))], create_graph=True)
     with pytest.raises(RuntimeError, match="gradients of gradients"):
         gradient.sum().backward()
 

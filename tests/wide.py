@@ -17,7 +17,7 @@ def _add(a, b, alpha=1):
 
 
 def _softmax(x, dim, half_to_float):
-    weights = np.exp(x - x.max(axis=dim, keepdims=True))
+    weights = np.exp(x - x.max(axis=dim, keepdims=True, initial=-np.inf))
     return weights / weights.sum(axis=dim, keepdims=True)
 
 
@@ -47,7 +47,8 @@ def _im2col(x, kernel, dilation, padding, stride):
 
 def _col2im(columns, size, kernel, dilation, padding, stride):
     batch, channels = columns.shape[0], columns.shape[1] // (kernel[0] * kernel[1])
-    padded = np.zeros((batch, channels, *(n + 2 * p for n, p in zip(size, padding, strict=True))), np.longdouble)
+    whole = [n + 2 * p for n, p in zip(size, padding, strict=True)]
+    padded = np.zeros((batch, channels, *whole), np.longdouble)
     columns = columns.reshape(batch, channels, kernel[0] * kernel[1], columns.shape[2])
     for number, sizes, seen in _windows(size, kernel, dilation, padding, stride):
         padded[seen] += columns[:, :, number].reshape(batch, channels, *sizes)
@@ -76,6 +77,8 @@ _FUNCTIONS = {
     aten.masked_fill_: lambda x, mask, value: np.where(mask != 0, np.longdouble(value), x),
     aten.im2col: _im2col,
     aten.col2im: _col2im,
+    aten.sigmoid: lambda x: 1 / (1 + np.exp(-x)),
+    aten.sigmoid_backward: lambda grad, y: grad * y * (1 - y),
     aten.amax: lambda x, dims=(), keepdim=False: x.max(axis=_axes(dims), keepdims=keepdim),
     aten._softmax: _softmax,
     aten._softmax_backward_data: _softmax_backward,

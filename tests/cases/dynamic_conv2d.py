@@ -37,9 +37,9 @@ def random_shape(rng: random.Random) -> dict:
 
 
 def _sample(shape, values) -> Sample:
-    B, C, H, W, O, K = (shape[k] for k in ("B", "C", "H", "W", "O", "K"))
+    B, C, H, W, K, outputs = (shape[k] for k in "BCHWKO")
     k = shape["k"] if isinstance(shape["k"], tuple) else (shape["k"],) * 2
-    kernel = (O, C // shape["groups"], *k)
+    kernel = (outputs, C // shape["groups"], *k)
     names = ("stride", "padding", "dilation", "groups", "basis_scale")
     defaults = dict(stride=1, padding=0, dilation=1, basis_scale=0.5)
     return Sample(
@@ -48,8 +48,8 @@ def _sample(shape, values) -> Sample:
             weight=values(*kernel),
             basis=values(K, *kernel),
             attention=values(B, K),
-            bias=values(O) if shape.get("biases") else None,
-            basis_bias=values(K, O) if shape.get("biases") else None,
+            bias=values(outputs) if shape.get("biases") else None,
+            basis_bias=values(K, outputs) if shape.get("biases") else None,
         ),
         {name: (defaults | shape)[name] for name in names},
     )

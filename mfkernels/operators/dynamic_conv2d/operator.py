@@ -54,16 +54,13 @@ def dynamic_conv2d(
     x, weight, basis, attention, bias, basis_bias = match_autocast(
         x, weight, basis, attention, bias, basis_bias
     )
-    settings = [
-        _setting("stride", stride, 1),
-        _setting("padding", padding, 0),
-        _setting("dilation", dilation, 1),
-    ]
-    _check(x, weight, basis, attention, bias, basis_bias, *settings, groups)
-    arguments = (x, weight, basis, attention, bias, basis_bias, *settings, groups, basis_scale)
-    if backends.use_kernels(OP, x):
-        return torch.ops.mfkernels.dynamic_conv2d(*arguments)
-    return dynamic_conv2d_reference(*arguments)
+    strides = _setting("stride", stride, 1)
+    paddings = _setting("padding", padding, 0)
+    dilations = _setting("dilation", dilation, 1)
+    _check(x, weight, basis, attention, bias, basis_bias, strides, paddings, dilations, groups)
+    run = torch.ops.mfkernels.dynamic_conv2d if backends.use_kernels(OP, x) else dynamic_conv2d_reference
+    settings = (strides, paddings, dilations, groups, basis_scale)
+    return run(x, weight, basis, attention, bias, basis_bias, *settings)
 
 
 def _setting(name: str, value: object, least: int) -> Pair:
@@ -123,7 +120,7 @@ def _(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, 
 
 
 @torch.library.register_fake(f"mfkernels::{OP}_backward")
-def _(grad_out, x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, basis_scale):
+def _(grad_out, x, weight, basis, attention, bias, basis_bias, *settings):
     def like(value):
         return x.new_empty(0) if value is None else value.new_empty(value.shape)
 

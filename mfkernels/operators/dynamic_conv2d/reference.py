@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,11 +21,14 @@ def dynamic_conv2d_reference(
     basis_scale: float = 0.1,
 ) -> Tensor:
     """Plain-PyTorch definition of `mfkernels.ops.dynamic_conv2d`; same arguments."""
-    batch, channels, height, width = x.shape
-    outputs, inputs, *kernel = weight.shape
+    batch, _, height, width = x.shape
+    outputs, inputs, *_ = weight.shape
+    kernel = (weight.shape[2], weight.shape[3])
     depth = inputs * kernel[0] * kernel[1]
     mixed = weight + basis_scale * torch.einsum("bk,koihw->boihw", attention, basis)
-    columns = F.unfold(x, kernel, dilation, padding, stride)  # (B, C * kh * kw, output pixels)
+    columns = F.unfold(
+        x, kernel, pair(dilation), pair(padding), pair(stride)
+    )  # (B, C * kh * kw, output pixels)
     columns = columns.reshape(batch, groups, depth, columns.shape[2])
     y = mixed.reshape(batch, groups, outputs // groups, depth) @ columns
     y = y.reshape(batch, outputs, *output_size((height, width), kernel, stride, padding, dilation))
@@ -35,7 +40,7 @@ def dynamic_conv2d_reference(
 
 
 def output_size(
-    size: Pair, kernel: list[int], stride: int | Pair, padding: int | Pair, dilation: int | Pair
+    size: Sequence[int], kernel: Sequence[int], stride: int | Pair, padding: int | Pair, dilation: int | Pair
 ) -> list[int]:
     """Height and width of the result of a convolution."""
     return [

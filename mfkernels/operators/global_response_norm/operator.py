@@ -23,7 +23,7 @@ def global_response_norm(
         gamma: (C,).
         beta: (C,).
         mean: "channels": the mean of g over the channels of a sample, as published in ConvNeXt V2;
-            "released": g itself, as the released code of Dynamic Mobile-Former has it, which makes n nearly 1.
+            "released": g itself, as the released code of Dynamic Mobile-Former has it: n is nearly 1.
         eps: added to the mean.
 
     All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may

@@ -1,0 +1,317 @@
+#include "modulation_attention.h"
+
+#include "tile.h"
+#include "tile_gemm.h"
+
+namespace mfk {
+namespace MFK_ISA {
+namespace {
+
+constexpr int64_t kTile = kModulationTile;
+
+template <class C>
+MFK_INLINE vec<C> sigmoid(vec<C> x) {
+  return C(1) / (C(1) + exp(-x));
+}
+
+// A sample's window, and where its pixels are.
+struct Window {
+  const ModulationArgs& args;
+  int64_t index, b, row, column;  // of its first pixel
+  int64_t pixels;
+
+  Window(const ModulationArgs& a, int64_t i)
+      : args(a),
+        index(i),
+        b(i / (a.windows_x * a.windows_y)),
+        row(i / a.windows_x % a.windows_y * a.window_h),
+        column(i % a.windows_x * a.window_w),
+        pixels(a.window_h * a.window_w) {}
+
+  // Calls f(i, p, count) for the runs that pixels `first` to first + count - 1 of the window are: the run's
+  // place among them, its first pixel in the map, and its length.
+  template <class F>
+  void for_runs(int64_t first, int64_t count, F f) const {
+    if (args.window_w == args.width) return f(0, row * args.width + first, count);
+    for (int64_t i = 0; i < count;) {
+      const int64_t y = (first + i) / args.window_w, x = (first + i) % args.window_w;
+      const int64_t rest = args.window_w - x, run = rest < count - i ? rest : count - i;
+      f(i, (row + y) * args.width + column + x, run);
+      i += run;
+    }
+  }
+  // (channels, stride) from a map; columns from `count` to `stride` are not written.
+  template <class T, class C>
+  void load_pixels(const AnyMap& map, int64_t channels, int64_t first, int64_t count, C* out, int64_t stride,
+                   C* scratch) const {
+    for_runs(first, count, [&](int64_t i, int64_t p, int64_t run) {
+      const Tile<C> tile = load_tile<T>(map.as<const T>(), b, 0, channels, p, run, scratch);
+      for (int64_t c = 0; c < channels; ++c) {
+        memcpy(out + c * stride + i, tile.data + c * tile.stride, run * sizeof(C));
+      }
+    });
+  }
+  template <class T, class C>
+  void store_pixels(const AnyMap& map, int64_t channels, int64_t first, int64_t count, const C* values,
+                    C* scratch) const {
+    for_runs(first, count, [&](int64_t i, int64_t p, int64_t run) {
+      if (i == 0 && run == count) {
+        return store_tile<T>(map.as<T>(), b, 0, channels, p, run, values, kTile);
+      }
+      for (int64_t c = 0; c < channels; ++c)
+        memcpy(scratch + c * kTile, values + c * kTile + i, run * sizeof(C));
+      store_tile<T>(map.as<T>(), b, 0, channels, p, run, scratch, kTile);
+    });
+  }
+};
+
+// Pixels of a map, (channels, stride).
+template <class C>
+struct Pixels {
+  Buffer<C> data;
+  int64_t channels, stride;
+
+  Pixels(int64_t c, int64_t count)
+      : data(c * round_up(count, kTile)), channels(c), stride(round_up(count, kTile)) {
+    for (int64_t i = 0; i < channels * stride; ++i) data[i] = 0;
+  }
+  template <class T>
+  void load_from(const Window& window, const AnyMap& map, int64_t first, int64_t count, C* scratch) {
+    window.load_pixels<T>(map, channels, first, count, static_cast<C*>(data), stride, scratch);
+  }
+  template <class F>
+  void apply(F f) {
+    for (int64_t i = 0; i < channels * stride; i += kLanes<C>) store(data + i, f(load(data + i)));
+  }
+  Matrix<C> matrix() { return {data, stride, 1}; }      // (channels, pixels)
+  Matrix<C> transposed() { return {data, 1, stride}; }  // (pixels, channels)
+};
+
+// The sum of term(0), term(1), ..., in short runs: there may be thousands.
+template <class C, class F>
+MFK_INLINE vec<C> sum_in_runs(int64_t count, F term) {
+  vec<C> total{};
+  for (int64_t i = 0; i < count;) {
+    const int64_t end = i + 32 < count ? i + 32 : count;
+    vec<C> a{}, b{};
+    for (; i + 1 < end; i += 2) {
+      a += term(i);
+      b += term(i + 1);
+    }
+    if (i < end) a += term(i++);
+    total += a + b;
+  }
+  return total;
+}
+
+// A tile of queries in the lanes, and what the keys make of it.
+template <class T>
+struct Queries {
+  using C = compute_t<T>;
+  const ModulationArgs& args;
+  Pixels<C> k, v;              // of the whole window; v as the attention takes it
+  Pixels<C> q, gate, context;  // of the tile
+  Buffer<C> weights;           // (pixels, kTile): softmax(scale k^T q)
+  Buffer<C> tops, sums;        // kTile each
+  Buffer<C> scratch;
+  int64_t loaded = -1;
+
+  explicit Queries(const ModulationArgs& a)
+      : args(a),
+        k(a.depth, a.window_h * a.window_w),
+        v(a.channels, a.window_h * a.window_w),
+        q(a.depth, kTile),
+        gate(a.channels, kTile),
+        context(a.channels, kTile),
+        weights(a.window_h * a.window_w * kTile),
+        tops(kTile),
+        sums(kTile),
+        scratch((a.depth > a.channels ? a.depth : a.channels) * k.stride) {}
+
+  void run(const Window& window, int64_t first, int64_t count) {
+    const int64_t pixels = window.pixels;
+    if (window.index != loaded) {
+      loaded = window.index;
+      k.template load_from<T>(window, args.k, 0, pixels, scratch);
+      v.template load_from<T>(window, args.v, 0, pixels, scratch);
+      if (!args.outside) v.apply([](vec<C> x) { return sigmoid<C>(x); });
+    }
+    q.template load_from<T>(window, args.q, first, count, scratch);
+    gate.template load_from<T>(window, args.gate, first, count, scratch);
+    multiply_pixels<C>(weights, kTile, nullptr, 0, pixels, k.transposed(), args.depth,
+                       static_cast<const C*>(q.data), kTile, kTile);
+    const C scale = static_cast<C>(args.scale);
+    for (int64_t j = 0; j < kTile; j += kLanes<C>) {
+      C* column = weights + j;
+      vec<C> top = splat(-C(__builtin_inf()));
+      for (int64_t i = 0; i < pixels; ++i) {
+        const vec<C> value = load(column + i * kTile) * scale;
+        store(column + i * kTile, value);
+        top = value > top ? value : top;
+      }
+      const vec<C> sum = sum_in_runs<C>(pixels, [&](int64_t i) {
+        const vec<C> weight = exp(load(column + i * kTile) - top);
+        store(column + i * kTile, weight);
+        return weight;
+      });
+      for (int64_t i = 0; i < pixels; ++i) store(column + i * kTile, load(column + i * kTile) / sum);
+      store(tops + j, top);
+      store(sums + j, sum);
+    }
+    multiply_pixels<C>(context.data, kTile, nullptr, 0, args.channels, v.matrix(), pixels,
+                       static_cast<const C*>(weights), kTile, kTile);
+  }
+};
+
+template <class F>
+MFK_INLINE void for_tiles(const ModulationArgs& args, int64_t begin, int64_t end, F f) {
+  const int64_t tiles = (args.window_h * args.window_w + kTile - 1) / kTile;
+  for (int64_t task = begin; task < end; ++task) {
+    const Window window(args, task / tiles);
+    const int64_t first = task % tiles * kTile, rest = window.pixels - first;
+    f(window, first, rest < kTile ? rest : kTile);
+  }
+}
+
+template <class T>
+void forward(const ModulationArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  Queries<T> tile(args);
+  for_tiles(args, begin, end, [&](const Window& window, int64_t first, int64_t count) {
+    tile.run(window, first, count);
+    for (int64_t i = 0; i < args.channels * kTile; i += kLanes<C>) {
+      const vec<C> context = load(tile.context.data + i);
+      store(tile.context.data + i,
+            (args.outside ? sigmoid<C>(context) : context) * sigmoid<C>(load(tile.gate.data + i)));
+    }
+    window.store_pixels<T>(args.y, args.channels, first, count, static_cast<const C*>(tile.context.data),
+                           static_cast<C*>(tile.scratch));
+  });
+}
+
+// With s = sigmoid(gate), c = v P^T and g the gradient of y: dgate = g c s (1 - s), dc = g s (with `outside`
+// c is its own sigmoid, and dc has that one's derivative), dP = v^T dc, dS = P (dP - sum_keys P dP) scale,
+// dq = k dS.
+template <class T>
+void backward_q(const ModulationArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  constexpr int64_t n = kLanes<C>;
+  Queries<T> tile(args);
+  const int64_t pixels = args.window_h * args.window_w;
+  Pixels<C> g(args.channels, kTile), grad_q(args.depth, kTile);
+  Buffer<C> grads(pixels * kTile);  // of the weights, then of the logits
+  for_tiles(args, begin, end, [&](const Window& window, int64_t first, int64_t count) {
+    tile.run(window, first, count);
+    g.template load_from<T>(window, args.grad_y, first, count, tile.scratch);
+    for (int64_t i = 0; i < args.channels * kTile; i += n) {
+      const vec<C> context = load(tile.context.data + i), grad = load(g.data + i);
+      const vec<C> s = sigmoid<C>(load(tile.gate.data + i)), one = splat(C(1));
+      const vec<C> out = args.outside ? sigmoid<C>(context) : context;
+      store(tile.gate.data + i, grad * out * (s * (one - s)));
+      store(g.data + i, grad * s * (args.outside ? out * (one - out) : one));
+    }
+    window.store_pixels<T>(args.grad_gate, args.channels, first, count, static_cast<const C*>(tile.gate.data),
+                           static_cast<C*>(tile.scratch));
+    C* grad_context = static_cast<C*>(args.grad_context) + window.index * args.channels * pixels;
+    for (int64_t c = 0; c < args.channels; ++c) {
+      memcpy(grad_context + c * pixels + first, g.data + c * kTile, count * sizeof(C));
+    }
+    multiply_pixels<C>(grads, kTile, nullptr, 0, pixels, tile.v.transposed(), args.channels,
+                       static_cast<const C*>(g.data), kTile, kTile);
+    const C scale = static_cast<C>(args.scale);
+    C pivots[kTile], means[kTile];
+    for (int64_t j = 0; j < kTile; j += n) {
+      // As in former_to_mobile_attention: dP counts from that of the largest weight.
+      const C *weight = tile.weights + j, *grad = grads + j;
+      vec<C> top = load(weight), pivot = load(grad);
+      for (int64_t i = 1; i < pixels; ++i) {
+        const vec<C> w = load(weight + i * kTile);
+        pivot = w > top ? load(grad + i * kTile) : pivot;
+        top = w > top ? w : top;
+      }
+      const vec<C> mean = sum_in_runs<C>(
+          pixels, [&](int64_t i) { return load(weight + i * kTile) * (load(grad + i * kTile) - pivot); });
+      for (int64_t i = 0; i < pixels; ++i) {
+        store(grads + i * kTile + j,
+              load(weight + i * kTile) * (load(grad + i * kTile) - pivot - mean) * scale);
+      }
+      store(pivots + j, pivot);
+      store(means + j, mean);
+    }
+    multiply_pixels<C>(grad_q.data, kTile, nullptr, 0, args.depth, tile.k.matrix(), pixels,
+                       static_cast<const C*>(grads), kTile, kTile);
+    window.store_pixels<T>(args.grad_q, args.depth, first, count, static_cast<const C*>(grad_q.data),
+                           static_cast<C*>(tile.scratch));
+    C* softmax = static_cast<C*>(args.softmax) + window.index * 4 * pixels + first;
+    const C* kept[] = {tile.tops, tile.sums, pivots, means};
+    for (int i = 0; i < 4; ++i) memcpy(softmax + i * pixels, kept[i], count * sizeof(C));
+  });
+}
+
+// The same sums with keys in the lanes: dk = q dS^T, dv = dc P^T, and v's sigmoid.
+template <class T>
+void backward_k(const ModulationArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  constexpr int64_t n = kLanes<C>;
+  const int64_t pixels = args.window_h * args.window_w;
+  Pixels<C> q(args.depth, pixels), k(args.depth, kTile), v(args.channels, kTile);
+  Pixels<C> grad_k(args.depth, kTile), grad_v(args.channels, kTile);
+  Buffer<C> weights(pixels * kTile), grads(pixels * kTile);
+  Buffer<C> scratch((args.depth > args.channels ? args.depth : args.channels) * q.stride);
+  int64_t loaded = -1;
+  for_tiles(args, begin, end, [&](const Window& window, int64_t first, int64_t count) {
+    if (window.index != loaded) {
+      loaded = window.index;
+      q.template load_from<T>(window, args.q, 0, pixels, scratch);
+    }
+    k.template load_from<T>(window, args.k, first, count, scratch);
+    v.template load_from<T>(window, args.v, first, count, scratch);
+    if (!args.outside) v.apply([](vec<C> x) { return sigmoid<C>(x); });
+    const C* grad_context = static_cast<const C*>(args.grad_context) + window.index * args.channels * pixels;
+    const C* tops = static_cast<const C*>(args.softmax) + window.index * 4 * pixels;
+    const C *sums = tops + pixels, *pivots = sums + pixels, *means = pivots + pixels;
+    multiply_pixels<C>(weights, kTile, nullptr, 0, pixels, q.transposed(), args.depth,
+                       static_cast<const C*>(k.data), kTile, kTile);
+    multiply_pixels<C>(grads, kTile, nullptr, 0, pixels, Matrix<C>{grad_context, 1, pixels}, args.channels,
+                       static_cast<const C*>(v.data), kTile, kTile);
+    const C scale = static_cast<C>(args.scale);
+    for (int64_t i = 0; i < pixels; ++i) {
+      for (int64_t j = i * kTile; j < (i + 1) * kTile; j += n) {
+        const vec<C> weight = exp(load(weights + j) * scale - tops[i]) / sums[i];
+        store(weights + j, weight);
+        store(grads + j, weight * (load(grads + j) - pivots[i] - means[i]) * scale);
+      }
+    }
+    multiply_pixels<C>(grad_k.data, kTile, nullptr, 0, args.depth, q.matrix(), pixels,
+                       static_cast<const C*>(grads), kTile, kTile);
+    multiply_pixels<C>(grad_v.data, kTile, nullptr, 0, args.channels, Matrix<C>{grad_context, pixels, 1},
+                       pixels, static_cast<const C*>(weights), kTile, kTile);
+    if (!args.outside) {
+      for (int64_t i = 0; i < args.channels * kTile; i += n) {
+        const vec<C> s = load(v.data + i);
+        store(grad_v.data + i, load(grad_v.data + i) * (s * (splat(C(1)) - s)));
+      }
+    }
+    window.store_pixels<T>(args.grad_k, args.depth, first, count, static_cast<const C*>(grad_k.data),
+                           static_cast<C*>(scratch));
+    window.store_pixels<T>(args.grad_v, args.channels, first, count, static_cast<const C*>(grad_v.data),
+                           static_cast<C*>(scratch));
+  });
+}
+
+}  // namespace
+
+void modulation_attention_forward(const ModulationArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) { forward<decltype(element)>(args, begin, end); });
+}
+
+void modulation_attention_backward_q(const ModulationArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) { backward_q<decltype(element)>(args, begin, end); });
+}
+
+void modulation_attention_backward_k(const ModulationArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) { backward_k<decltype(element)>(args, begin, end); });
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

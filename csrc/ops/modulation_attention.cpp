@@ -1,0 +1,107 @@
+#include "../cpu/modulation_attention.h"
+
+#include "common.h"
+
+namespace mfk {
+namespace {
+
+constexpr const char* kOp = "modulation_attention";
+
+struct Call {
+  ModulationArgs args{};
+  Tensor q, k, v, gate;
+
+  Call(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& gate_in,
+       std::optional<double> scale, const std::string& form, std::optional<int64_t> window_size) {
+    STD_TORCH_CHECK(q_in.dim() == 4, kOp, ": q must have 4 dimensions (B, D, H, W), got ", q_in.dim());
+    STD_TORCH_CHECK(v_in.dim() == 4, kOp, ": v must have 4 dimensions (B, C, H, W), got ", v_in.dim());
+    STD_TORCH_CHECK(form == "released" || form == "paper", kOp, ": form must be 'released' or 'paper', got '",
+                    form, "'");
+    const int64_t height = q_in.size(2), width = q_in.size(3);
+    args.dtype = dtype_of(kOp, q_in);
+    args.outside = form == "paper";
+    args.batch = q_in.size(0);
+    args.depth = q_in.size(1);
+    args.channels = v_in.size(1);
+    args.width = width;
+    const std::vector<int64_t> shape = {args.batch, args.channels, height, width};
+    check_argument(kOp, "k", k_in, q_in, shape_of(q_in));
+    check_argument(kOp, "v", v_in, q_in, shape);
+    check_argument(kOp, "gate", gate_in, q_in, shape);
+    STD_TORCH_CHECK(args.depth >= 1, kOp, ": q must have at least one channel");
+    if (window_size.has_value()) {
+      const int64_t size = *window_size;
+      STD_TORCH_CHECK(size >= 1 && height % size == 0 && width % size == 0, kOp,
+                      ": window_size must be positive and divide height and width, got ", size);
+      args.window_h = args.window_w = size;
+      args.windows_y = height / size;
+      args.windows_x = width / size;
+    } else {
+      args.window_h = height;
+      args.window_w = width;
+      args.windows_y = args.windows_x = 1;
+    }
+    args.scale = scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(args.depth));
+    args.q = map_of(q_in, is_channels_last(q_in), q);
+    args.k = map_of(k_in, is_channels_last(k_in), k);
+    args.v = map_of(v_in, is_channels_last(v_in), v);
+    args.gate = map_of(gate_in, is_channels_last(gate_in), gate);
+  }
+  int64_t windows() const { return args.batch * args.windows_y * args.windows_x; }
+  int64_t pixels() const { return args.window_h * args.window_w; }
+  template <class F>
+  void run(F f) const {
+    const int64_t tiles = (pixels() + kModulationTile - 1) / kModulationTile;
+    const int64_t work = kModulationTile * pixels() * (args.depth + args.channels);
+    torch::stable::parallel_for(0, windows() * tiles, grain(work), f);
+  }
+};
+
+Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
+               std::optional<double> scale, std::string form, std::optional<int64_t> window_size) {
+  Call call(q, k, v, gate, scale, form, window_size);
+  Tensor y = empty_map(v), holder;
+  call.args.y = map_of(y, is_channels_last(v), holder);
+  call.run([&](int64_t begin, int64_t end) { modulation_attention_forward(call.args, begin, end); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, const Tensor& gate,
+                                                    std::optional<double> scale, std::string form,
+                                                    std::optional<int64_t> window_size) {
+  Call call(q, k, v, gate, scale, form, window_size);
+  check_argument(kOp, "grad_out", grad_out, q, shape_of(v));
+  ModulationArgs& args = call.args;
+  Tensor grads[] = {empty_map(q), empty_map(k), empty_map(v), empty_map(gate)};
+  const Tensor* inputs[] = {&q, &k, &v, &gate};
+  AnyMap* maps[] = {&args.grad_q, &args.grad_k, &args.grad_v, &args.grad_gate};
+  Tensor holders[4], holder;
+  for (int i = 0; i < 4; ++i) *maps[i] = map_of(grads[i], is_channels_last(*inputs[i]), holders[i]);
+  args.grad_y = map_of(grad_out, is_channels_last(grad_out), holder);
+  Tensor grad_context = empty({call.windows(), args.channels, call.pixels()}, compute_type(q), q);
+  Tensor softmax = empty({call.windows(), 4, call.pixels()}, compute_type(q), q);
+  args.grad_context = grad_context.data_ptr();
+  args.softmax = softmax.data_ptr();
+  call.run([&](int64_t begin, int64_t end) { modulation_attention_backward_q(args, begin, end); });
+  call.run([&](int64_t begin, int64_t end) { modulation_attention_backward_k(args, begin, end); });
+  return {grads[0], grads[1], grads[2], grads[3]};
+}
+
+}  // namespace
+}  // namespace mfk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
+  m.def(
+      "modulation_attention(Tensor q, Tensor k, Tensor v, Tensor gate, float? scale=None, "
+      "str form=\"released\", int? window_size=None) -> Tensor");
+  m.def(
+      "modulation_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor gate, "
+      "float? scale=None, str form=\"released\", int? window_size=None) -> (Tensor grad_q, Tensor grad_k, "
+      "Tensor grad_v, Tensor grad_gate)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
+  m.impl("modulation_attention", TORCH_BOX(&mfk::forward));
+  m.impl("modulation_attention_backward", TORCH_BOX(&mfk::backward));
+}
