@@ -38,7 +38,7 @@ def paths(*folders: str) -> list[Path]:
     found = {}
     for folder in folders:
         for root in roots:
-            for path in sorted((root / folder).glob("m*")):
+            for path in sorted((root / folder).glob("*_*")):
                 found.setdefault(path.name.split(".")[0], path)
     return list(found.values())
 
@@ -182,6 +182,35 @@ def _shuffle(c: dict) -> nn.Module:
     return mnn.ChannelShuffle(c["groups"])
 
 
+class _Dynamic(nn.Module):
+    """The convolution under the name that some files have for it."""
+
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        self.m = _dynamic(c, activation="softmax")
+
+    def forward(self, x, z):
+        return self.m(x, z)
+
+
+def _dynamic(c: dict, **options) -> nn.Module:
+    options |= dict(num_kernels=c["K"], groups=c["groups"], temperature=c.get("temp", 1.0))
+    return mnn.DynamicResidualConv2d(c["Cin"], c["Cout"], c["k"], token_dim=c.get("d", 32), **options)
+
+
+def _kernel_attention(c: dict) -> nn.Module:
+    return mnn.KernelAttention(c["C"], c["d"], c["K"], temperature=c.get("temp", 1.0))
+
+
+def _ffn(c: dict) -> nn.Module:
+    return mnn.InvertedResidualFFN(c["Cin"], c["hidden"])
+
+
+def _shma(c: dict, **options) -> nn.Module:
+    options |= dict(ratio=c.get("ratio", 1), num_heads=c.get("heads", 1), window_size=c.get("ws"))
+    return mnn.SingleHeadModulationAttention(c["C"], reduction=c["R"], **options)
+
+
 BUILDERS = {
     "mf_l2g": _l2g,
     "mf_g2l": _g2l,
@@ -192,7 +221,20 @@ BUILDERS = {
     "mf_down": _down,
     "mf_head": _head,
     "mf_shuffle": _shuffle,
+    "dmf_dyconv": _dynamic,
+    "dmf_katt": _kernel_attention,
+    "dmf_grn": lambda c: mnn.GlobalResponseNorm(c["C"]),
+    "dmf_bneck": lambda c: _ffn(c) if c.get("grn") else None,
+    "if_shma": _shma,
+    "derived_dyconv_softmax": _Dynamic,
+    "derived_grn_channel": lambda c: mnn.GlobalResponseNorm(c["C"], mean="channels"),
+    "derived_shma_sigmoid": lambda c: _shma(c, form="paper"),
 }
+
+
+def known(path: Path) -> bool:
+    """Whether we have the module that a file is of."""
+    return path.name.split(".")[0].rsplit("_", 1)[0] in BUILDERS
 
 
 def build(case: Case) -> nn.Module:
@@ -204,7 +246,7 @@ def run(case: Case, module: nn.Module, mode: str, dtype: torch.dtype) -> Iterato
     module = module.to(dtype).train(mode == "train")
     load(module, case.under("p") | case.under("b"), dtype)
     given = case.under("in")
-    order = [k for k in ("x", "tokens", "alpha", "theta") if k in given]
+    order = [k for k in ("x", "tokens", "z", "alpha", "theta") if k in given]
     inputs = {k: leaf(given[k], dtype) for k in order}
     outputs = module(*inputs.values())
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

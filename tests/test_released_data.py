@@ -6,14 +6,16 @@ import lzma
 
 import pytest
 import torch
-from released_data import DATA, Case, build, paths, read, run, run_model, run_tiny
+from released_data import DATA, Case, build, known, paths, read, run, run_model, run_tiny
 from tolerance import Errors, largest_error
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfkernels
 from mfkernels.models import create_model, list_models
 
-OPERATORS, MODELS, TINY = paths("ops_mobileformer"), paths("models"), paths("tiny")
+FOLDERS = ("ops_mobileformer", "ops_dmf", "ops_iformer", "derived")
+OPERATORS = [path for path in paths(*FOLDERS) if known(path)]
+MODELS, TINY = paths("models"), paths("tiny")
 BACKENDS = ("reference", "cpu")
 
 # A float64 run of ours meets a float64 run of theirs that was rounded to float32. Whole networks: their image

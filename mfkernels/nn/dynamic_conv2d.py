@@ -1,0 +1,76 @@
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .kernel_attention import KernelAttention
+
+
+class DynamicResidualConv2d(nn.Module):
+    """A convolution whose kernel is a static one plus a tenth of a mix of K others, chosen by a token and the
+    map itself.
+
+    Args:
+        in_channels, out_channels: C and O, divisible by `groups`.
+        kernel_size: k; the map keeps its size at stride 1 (padding k // 2).
+        token_dim: d.
+        num_kernels: K.
+        stride, groups: as of `nn.Conv2d`. The released code has stride 1 only.
+        temperature, activation: of the `KernelAttention`.
+
+    Inputs:
+        x (B, C, H, W) and token (B, d).
+
+    Returns:
+        (B, O, H', W').
+
+    Raises:
+        TypeError, ValueError: an argument or input that does not fit, named.
+
+    State: the released `Dynamic_Residual_Conv2d`. The K kernels begin as zeros, so that in the first step
+    only they learn.
+    Source: Xu et al., Dynamic Mobile-Former, equations 3 and 4; the tenth from the released code.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        token_dim: int,
+        num_kernels: int,
+        stride: int = 1,
+        groups: int = 1,
+        temperature: float = 1.0,
+        activation: str = "sigmoid",
+    ) -> None:
+        super().__init__()
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"DynamicResidualConv2d: groups must be positive and divide {in_channels} and "
+                f"{out_channels} channels, got {groups}"
+            )
+        self.stride, self.padding, self.groups = stride, kernel_size // 2, groups
+        shape = (out_channels, in_channels // groups, kernel_size, kernel_size)
+        self.Kernel_Attention = KernelAttention(
+            in_channels, token_dim, num_kernels, temperature=temperature, activation=activation
+        )
+        self.weight = nn.Parameter(torch.zeros(num_kernels, *shape))
+        self.static_weight = nn.Parameter(torch.empty(shape))
+        nn.init.kaiming_uniform_(self.static_weight)
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:
+        attention = self.Kernel_Attention(x, token)
+        return ops.dynamic_conv2d(
+            *(x, self.static_weight, self.weight, attention),
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+        )
+
+    def extra_repr(self) -> str:
+        outputs, inputs, size, _ = self.static_weight.shape
+        return (
+            f"{inputs * self.groups}, {outputs}, kernel_size={size}, num_kernels={self.weight.shape[0]}, "
+            f"stride={self.stride}, groups={self.groups}"
+        )
