@@ -56,11 +56,12 @@ def match_autocast(*values: Any) -> tuple[Any, ...]:
     return tuple(v.to(widest) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
 
 
-def check_heads(op: str, num_heads: object, channels: int) -> None:
+def check_heads(
+    op: str, num_heads: object, channels: int, of: str = "the channels of x", unit: str = "channels"
+) -> None:
     if not isinstance(num_heads, (int, torch.SymInt)) or isinstance(num_heads, bool):
         raise TypeError(f"{op}: num_heads must be an int, got {type(num_heads).__name__}")
     if num_heads < 1 or channels % int(num_heads) != 0:
         raise ValueError(
-            f"{op}: num_heads must be positive and divide the channels of x, got {num_heads} "
-            f"for {channels} channels"
+            f"{op}: num_heads must be positive and divide {of}, got {num_heads} for {channels} {unit}"
         )

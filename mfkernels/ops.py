@@ -2,6 +2,7 @@
 
 from .operators.dynamic_conv2d import dynamic_conv2d
 from .operators.dynamic_relu import dynamic_relu
+from .operators.former_block import former_block
 from .operators.former_to_mobile_attention import former_to_mobile_attention
 from .operators.global_response_norm import global_response_norm
 from .operators.mobile_to_former_attention import mobile_to_former_attention
@@ -10,6 +11,7 @@ from .operators.modulation_attention import modulation_attention
 __all__ = [
     "dynamic_conv2d",
     "dynamic_relu",
+    "former_block",
     "former_to_mobile_attention",
     "global_response_norm",
     "mobile_to_former_attention",

@@ -139,8 +139,8 @@ class Comparison:
 def test_chosen_shapes(op, dtype, layout, instruction_set):
     for shape in op.CHOSEN:
         comparison = Comparison(op, dtype)
-        pixels = shape["B"] * shape["C"] * shape["H"] * shape["W"]
-        for seed in range(2 if pixels > 5000 else 8):
+        large = max(v.numel() for v in op.make(shape, torch.Generator()).given().values()) > 5000
+        for seed in range(2 if large else 8):
             generator = torch.Generator().manual_seed(seed)
             comparison.add(op.make(shape, generator), generator, layout)
         comparison.check(f"{shape}")
@@ -180,7 +180,8 @@ def test_integers_are_exact(op, dtype, layout, instruction_set):
 @operator
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_not_finite(op, bad, instruction_set):
-    """NaN and infinity come out where the reference has them."""
+    """NaN and infinity come out where the reference has them: in float64, since GELU of infinity is NaN in
+    PyTorch's float32."""
     generator = torch.Generator().manual_seed(3)
     for shape in (op.CHOSEN[1], *(op.random_shape(random.Random(i)) for i in range(6))):
         sample = op.make(shape, generator).map(lambda v: v.float())
@@ -189,7 +190,7 @@ def test_not_finite(op, bad, instruction_set):
             tensors[name].view(-1)[tensors[name].numel() // 2] = bad
             with mfkernels.use_backend("cpu"):
                 ours = Sample(tensors, sample.others).call(op.OP)
-            expected = Sample(tensors, sample.others).call(op.REFERENCE)
+            expected = Sample(tensors, sample.others).map(lambda v: v.double()).call(op.REFERENCE)
             pairs = zip(ours, expected, strict=True) if isinstance(ours, tuple) else [(ours, expected)]
             for value, other in pairs:
                 assert torch.equal(value.isnan(), other.isnan()), f"{name} {shape}"

@@ -55,6 +55,41 @@ def _col2im(columns, size, kernel, dilation, padding, stride):
     return padded[..., padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
 
 
+def _erf(x):
+    """2 / sqrt(pi) exp(-x^2) sum_n 2^n x^(2n+1) / (1 3 5 ... (2n+1)), all terms of one sign."""
+    x = np.clip(x, -9, 9)
+    term, total = x, x
+    for n in range(1, 300):
+        term = term * 2 * x * x / (2 * n + 1)
+        total = total + term
+    return 2 / np.sqrt(np.longdouble(_PI)) * np.exp(-x * x) * total
+
+
+_PI = 4 * np.arctan(np.longdouble(1))
+
+
+def _gelu(x, approximate="none"):
+    return x * (1 + _erf(x / np.sqrt(np.longdouble(2)))) / 2
+
+
+def _gelu_backward(grad, x, approximate="none"):
+    slope = (1 + _erf(x / np.sqrt(np.longdouble(2)))) / 2 + x * np.exp(-x * x / 2) / np.sqrt(2 * _PI)
+    return grad * slope
+
+
+def _layer_norm(x, shape, weight, bias, eps):
+    mean = x.mean(-1, keepdims=True)
+    scale = 1 / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + np.longdouble(eps))
+    return (x - mean) * scale * weight + bias, mean, scale
+
+
+def _layer_norm_backward(grad, x, shape, mean, scale, weight, bias, mask):
+    normal, g = (x - mean) * scale, grad * weight
+    grad_x = scale * (g - g.mean(-1, keepdims=True) - normal * (g * normal).mean(-1, keepdims=True))
+    rows = tuple(range(x.ndim - 1))
+    return grad_x, (grad * normal).sum(rows), grad.sum(rows)
+
+
 def _expand(x, shape):
     lead = (1,) * (len(shape) - x.ndim) + x.shape
     return np.broadcast_to(x, [m if n == -1 else n for n, m in zip(shape, lead, strict=True)])
@@ -79,6 +114,14 @@ _FUNCTIONS = {
     aten.col2im: _col2im,
     aten.sigmoid: lambda x: 1 / (1 + np.exp(-x)),
     aten.sigmoid_backward: lambda grad, y: grad * y * (1 - y),
+    aten.gelu: _gelu,
+    aten.gelu_backward: _gelu_backward,
+    aten.native_layer_norm: _layer_norm,
+    aten.native_layer_norm_backward: _layer_norm_backward,
+    aten.addmm: lambda c, a, b: c + a @ b,
+    aten.split: lambda x, size, dim: np.split(x, range(size, x.shape[dim], size), dim),
+    aten.cat: lambda parts, dim=0: np.concatenate(parts, dim),
+    aten.new_zeros: lambda x, size, **_: np.zeros(size, np.longdouble),
     aten.amax: lambda x, dims=(), keepdim=False: x.max(axis=_axes(dims), keepdims=keepdim),
     aten._softmax: _softmax,
     aten._softmax_backward_data: _softmax_backward,
@@ -115,7 +158,10 @@ class Wide(Tensor):
         self = args[0] if args else None
         args = tree_map_only(Tensor, lambda t: t.array if isinstance(t, Wide) else t.numpy(), args)
         with np.errstate(all="ignore"):
-            result = np.asarray(_FUNCTIONS[func.overloadpacket](*args, **kwargs or {}))
+            result = _FUNCTIONS[func.overloadpacket](*args, **kwargs or {})
+        if isinstance(result, tuple | list):
+            return type(result)(cls(part) for part in result)
+        result = np.asarray(result)
         if func._schema.is_mutable:  # autograd's own masked_fill_
             args[0][...] = result
             return self
