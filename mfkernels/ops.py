@@ -7,6 +7,7 @@ from .operators.former_to_mobile_attention import former_to_mobile_attention
 from .operators.global_response_norm import global_response_norm
 from .operators.mobile_to_former_attention import mobile_to_former_attention
 from .operators.modulation_attention import modulation_attention
+from .operators.token_hyper import token_hyper
 
 __all__ = [
     "dynamic_conv2d",
@@ -16,4 +17,5 @@ __all__ = [
     "global_response_norm",
     "mobile_to_former_attention",
     "modulation_attention",
+    "token_hyper",
 ]

@@ -25,7 +25,176 @@ def scatter(x=X, k=None, v=None, num_heads=2):
     return ops.former_to_mobile_attention(x, k, v, num_heads)
 
 
+def convolve(x=X, weight=None, basis=None, attention=None, **others):
+    weight = ones(6, 4, 3, 3) if weight is None else weight
+    basis = ones(5, 6, 4, 3, 3) if basis is None else basis
+    attention = ones(2, 5) if attention is None else attention
+    return ops.dynamic_conv2d(x, weight, basis, attention, **dict(groups=2) | others)
+
+
+def modulate(q=X, k=X, v=None, gate=None, **others):
+    v, gate = ones(2, 3, 4, 5) if v is None else v, ones(2, 3, 4, 5) if gate is None else gate
+    return ops.modulation_attention(q, k, v, gate, **others)
+
+
+def respond(x=X, gamma=None, beta=None, **others):
+    gamma, beta = ones(8) if gamma is None else gamma, ones(8) if beta is None else beta
+    return ops.global_response_norm(x, gamma, beta, **others)
+
+
+def form(tokens=None, **others):
+    square, row = ones(8, 8), ones(8)
+    given = dict(
+        tokens=ones(2, 3, 8) if tokens is None else tokens, qkv_weight=square, qkv_bias=row,
+        proj_weight=square, proj_bias=row, norm1_weight=row, norm1_bias=row, fc1_weight=ones(6, 8),
+        fc1_bias=ones(6), fc2_weight=ones(8, 6), fc2_bias=row, norm2_weight=row, norm2_bias=row,
+    )  # fmt: skip
+    return ops.former_block(**given | others)
+
+
+def generate(token=None, **others):
+    given = dict(weight1=ones(4, 8), bias1=ones(4), weight2=ones(6, 4), bias2=ones(6))
+    return ops.token_hyper(ones(2, 8) if token is None else token, **given | others)
+
+
 CALLS = {
+    # dynamic_conv2d
+    "conv no tensor": (lambda: convolve(x=3), TypeError, "x must be a tensor, got int"),
+    "conv weight": (
+        lambda: convolve(weight=ones(6, 8, 3, 3)),
+        ValueError,
+        "weight must have shape (O, C/groups, kh, kw) = (6, 4, 3, 3), got (6, 8, 3, 3)",
+    ),
+    "conv basis": (lambda: convolve(basis=ones(5, 6, 4, 3, 1)), ValueError, "basis must have shape"),
+    "conv no basis": (
+        lambda: convolve(basis=ones(0, 6, 4, 3, 3), attention=ones(2, 0)),
+        ValueError,
+        "basis must hold at least one kernel (K >= 1), got K = 0",
+    ),
+    "conv attention": (
+        lambda: convolve(attention=ones(5, 2)),
+        ValueError,
+        "attention must have shape (B, K) = (2, 5), got (5, 2)",
+    ),
+    "conv dtype": (
+        lambda: convolve(attention=ones(2, 5).double()),
+        TypeError,
+        "attention must have the dtype of x, torch.float32, got torch.float64",
+    ),
+    "conv bias": (lambda: convolve(bias=ones(5)), ValueError, "bias must have shape (O) = (6,), got (5,)"),
+    "conv basis bias": (
+        lambda: convolve(basis_bias=ones(6)),
+        ValueError,
+        "basis_bias must have 2",
+    ),
+    "conv groups": (
+        lambda: convolve(groups=3),
+        ValueError,
+        "groups must be positive and divide the channels of x and the outputs, got 3 for 8 channels",
+    ),
+    "conv no groups": (lambda: convolve(groups=0), ValueError, "groups must be positive"),
+    "conv groups type": (lambda: convolve(groups=2.0), TypeError, "groups must be an int, got float"),
+    "conv stride": (lambda: convolve(stride=0), ValueError, "stride must be at least 1, got 0"),
+    "conv stride type": (
+        lambda: convolve(stride=(1, 2, 3)),
+        TypeError,
+        "stride must be an int or a pair of ints, got (1, 2, 3)",
+    ),
+    "conv padding": (lambda: convolve(padding=(0, -1)), ValueError, "padding must be at least 0"),
+    "conv padding type": (lambda: convolve(padding="same"), TypeError, "padding must be an int or a pair"),
+    "conv dilation": (lambda: convolve(dilation=0), ValueError, "dilation must be at least 1, got 0"),
+    "conv small": (lambda: convolve(dilation=2), ValueError, "x is too small: 4 x 5 pixels"),
+    # modulation_attention
+    "modulate keys": (lambda: modulate(k=ones(2, 7, 4, 5)), ValueError, "k must have shape (B, D, H, W)"),
+    "modulate values": (lambda: modulate(v=ones(2, 3, 5, 4)), ValueError, "v must have shape (B, C, H, W)"),
+    "modulate gate": (
+        lambda: modulate(gate=ones(2, 4, 4, 5)),
+        ValueError,
+        "gate must have shape (B, C, H, W) = (2, 3, 4, 5), got (2, 4, 4, 5)",
+    ),
+    "modulate form": (
+        lambda: modulate(form="coded"),
+        ValueError,
+        "form must be 'released' or 'paper', got 'coded'",
+    ),
+    "modulate window": (
+        lambda: modulate(window_size=3),
+        ValueError,
+        "window_size must be positive and divide height and width, got 3 for 4 x 5 pixels",
+    ),
+    "modulate window type": (
+        lambda: modulate(window_size=1.0),
+        TypeError,
+        "window_size must be None or an int, got float",
+    ),
+    "modulate no depth": (
+        lambda: modulate(q=ones(2, 0, 4, 5), k=ones(2, 0, 4, 5)),
+        ValueError,
+        "q must have at least one channel",
+    ),
+    "modulate dtype": (lambda: modulate(v=ones(2, 3, 4, 5).half()), TypeError, "v must have the dtype of q"),
+    # global_response_norm
+    "respond gamma": (
+        lambda: respond(gamma=ones(7)),
+        ValueError,
+        "gamma must have shape (C) = (8,)",
+    ),
+    "respond beta": (lambda: respond(beta=ones(1, 8, 1, 1)), ValueError, "beta must have 1 dimensions (C)"),
+    "respond mean": (
+        lambda: respond(mean="pixels"),
+        ValueError,
+        "mean must be 'channels' or 'released', got 'pixels'",
+    ),
+    # former_block
+    "form tokens": (lambda: form(tokens=ones(3, 8)), ValueError, "tokens must have 3 dimensions (B, T, d)"),
+    "form heads": (
+        lambda: form(num_heads=3),
+        ValueError,
+        "num_heads must be positive and divide the width of tokens, got 3 for 8 values",
+    ),
+    "form form": (lambda: form(form="pre"), ValueError, "form must be 'released' or 'standard', got 'pre'"),
+    "form queries": (
+        lambda: form(form="standard"),
+        ValueError,
+        "qkv_weight must have shape (3d, d) = (24, 8), got (8, 8)",
+    ),
+    "form missing": (
+        lambda: form(norm2_weight=None),
+        TypeError,
+        "norm2_weight must be a tensor, got None",
+    ),
+    "form too much": (lambda: form(fc1_weight=None), TypeError, "fc1_bias must be None without fc1_weight"),
+    "form hidden": (
+        lambda: form(fc2_weight=ones(8, 7)),
+        ValueError,
+        "fc2_weight must have shape (d, h) = (8, 6), got (8, 7)",
+    ),
+    # token_hyper
+    "generate token": (
+        lambda: generate(token=ones(2, 3, 8)),
+        ValueError,
+        "token must have 2 dimensions",
+    ),
+    "generate width": (
+        lambda: generate(token=ones(2, 7)),
+        ValueError,
+        "weight1 must have shape (h, d) = (4, 7), got (4, 8)",
+    ),
+    "generate functions": (
+        lambda: generate(num_functions=3),
+        ValueError,
+        "num_functions must be 1 or 2",
+    ),
+    "generate outputs": (
+        lambda: generate(weight2=ones(5, 4), bias2=ones(5)),
+        ValueError,
+        "weight2 must have a multiple of num_functions = 2 outputs, got 5",
+    ),
+    "generate half": (
+        lambda: generate(other_weight1=ones(4, 8)),
+        TypeError,
+        "other_bias1 must be a tensor, got NoneType",
+    ),
     # dynamic_relu
     "relu no tensor": (lambda: relu(x=[1.0]), TypeError, "x must be a tensor, got list"),
     "relu integers": (

@@ -11,8 +11,8 @@ from .classifier_head import ClassifierHead
 from .conv_bn import ConvBN
 from .drop_path import DropPath
 from .dynamic_conv2d import DynamicResidualConv2d
-from .dynamic_relu import DynamicReLU, HyperNetwork
-from .former import Former
+from .dynamic_relu import DynamicReLU
+from .former_block import Former
 from .former_to_mobile_attention import FormerToMobile
 from .global_response_norm import GlobalResponseNorm
 from .inverted_residual_ffn import InvertedResidualFFN
@@ -21,6 +21,7 @@ from .lite_bottleneck import LiteBottleneck
 from .mobile_former_block import MobileFormerBlock, MobileFormerDownsample
 from .mobile_to_former_attention import MobileToFormer
 from .modulation_attention import SingleHeadModulationAttention
+from .token_hyper import HyperNetwork
 
 __all__ = [
     "ChannelShuffle",

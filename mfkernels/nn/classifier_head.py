@@ -3,8 +3,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .depthwise import pointwise_layers
-from .dynamic_relu import DynamicReLU, HyperNetwork
+from .dynamic_relu import DynamicReLU
 from .inputs import Pair, check_channels, map_and_tokens
+from .token_hyper import HyperNetwork
 
 
 class ClassifierHead(nn.Module):

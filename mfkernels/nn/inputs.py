@@ -1,6 +1,6 @@
 """What the modules share: how they take a feature map and tokens."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_tensor
 
@@ -48,6 +48,16 @@ def check_positions(module: str, height: int, width: int, positions: int) -> Non
             f"{module}: built with position mixing for maps of {positions} pixels, got {height} x {width}; "
             "build the network with the image size that it is to run at"
         )
+
+
+def parameters_of(*layers: nn.Module) -> list[Tensor | None] | None:
+    """Weights and biases of layers in order, for an operator that does the work of them all; None where one
+    of them is not PyTorch's own (a replaced layer, an adapter) or has a hook, and must be called."""
+    for layer in layers:
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        if type(layer) not in (nn.Linear, nn.LayerNorm) or hooked:
+            return None
+    return [value for layer in layers for value in (layer.weight, layer.bias)]  # type: ignore[misc]
 
 
 def check_mixing(module: str, mixing: str) -> None:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import ops
 from .depthwise import depthwise_layers, pointwise_layers
 from .drop_path import DropPath
-from .dynamic_relu import DynamicReLU, HyperNetwork
-from .former import Former
+from .dynamic_relu import DynamicReLU
+from .former_block import Former
 from .former_to_mobile_attention import FormerToMobile
-from .inputs import Pair, check_channels, map_and_tokens
+from .inputs import Pair, check_channels, map_and_tokens, parameters_of
 from .mobile_to_former_attention import MobileToFormer
+from .token_hyper import HyperNetwork
 
 
 class _TokenBlock(nn.Module, ABC):
@@ -100,6 +102,17 @@ class _TokenBlock(nn.Module, ABC):
             return nn.Identity()
         return HyperNetwork(self.token_dim, channels * functions, **self._hyper_options)
 
+    def _slopes(self, tokens: Tensor, *generators: tuple[DynamicReLU, nn.Module]) -> Sequence[Tensor | None]:
+        """Those of two dynamic ReLUs with the coefficients of one token, in one call; None for others."""
+        if self.token_id < 0 or any(act.num_functions != 2 for act, _ in generators):
+            return (None, None)
+        hypers: list[Any] = [hyper for _, hyper in generators]
+        parameters = parameters_of(*(hyper.hyper[i] for hyper in hypers for i in (0, 2)))
+        if parameters is None:
+            return (None, None)
+        slopes: Any = ops.token_hyper(tokens[self.token_id], *parameters)  # type: ignore[arg-type]
+        return slopes
+
     def _attention(self, logits: Tensor | None, size: Sequence[int]) -> Tensor | None:
         """The weights (B, T, H', W') that mix the tokens' coefficients, for a map of `size`."""
         if logits is None:
@@ -111,8 +124,15 @@ class _TokenBlock(nn.Module, ABC):
 
 
 def _activate(
-    act: DynamicReLU, hyper: nn.Module, x: Tensor, tokens: Tensor, attention: Tensor | None
+    act: DynamicReLU,
+    hyper: nn.Module,
+    x: Tensor,
+    tokens: Tensor,
+    attention: Tensor | None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
+    if slopes is not None:
+        return ops.dynamic_relu(x, slopes)
     return act(x, hyper(tokens), attention) if act.num_functions > 0 else act(x)
 
 
@@ -172,8 +192,9 @@ class MobileFormerBlock(_TokenBlock):
     def _mobile(self, x: Tensor, tokens: Tensor, logits: Tensor | None) -> Tensor:
         out = self.conv1(x)
         attention = self._attention(logits, out.shape[2:])
-        out = _activate(self.act1, self.hyper1, out, tokens, attention)
-        out = _activate(self.act2, self.hyper2, self.conv2(out), tokens, attention)
+        slopes = self._slopes(tokens, (self.act1, self.hyper1), (self.act2, self.hyper2))
+        out = _activate(self.act1, self.hyper1, out, tokens, attention, slopes[0])
+        out = _activate(self.act2, self.hyper2, self.conv2(out), tokens, attention, slopes[1])
         out = _activate(self.act3, self.hyper3, self.conv3(out), tokens, attention)
         if self.before_skip:
             out = self.global_local(out, tokens)
@@ -227,8 +248,9 @@ class MobileFormerDownsample(_TokenBlock):
     def _mobile(self, x: Tensor, tokens: Tensor, logits: Tensor | None) -> Tensor:
         out = self.conv1(x)
         attention = self._attention(logits, out.shape[2:])
-        middle = self.conv2(_activate(self.act1, self.hyper1, out, tokens, attention))
-        out = _activate(self.act3, self.hyper3, self.conv3(middle), tokens, attention)
+        slopes = self._slopes(tokens, (self.act1, self.hyper1), (self.act3, self.hyper3))
+        middle = self.conv2(_activate(self.act1, self.hyper1, out, tokens, attention, slopes[0]))
+        out = _activate(self.act3, self.hyper3, self.conv3(middle), tokens, attention, slopes[1])
         out = _activate(self.act4, self.hyper4, self.conv4(out), tokens, attention)
         out = self.global_local(self.drop_path(out) + middle, tokens)
         return out + x if self.skip else out

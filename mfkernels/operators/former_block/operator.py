@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def former_block(
     form: str = "released",
     eps: float = 1e-5,
 ) -> Tensor:
-    """The Former of a block, for a few tokens: self-attention and a feed-forward network, residuals and norms.
+    """The Former of a block, for a few tokens: self-attention, feed-forward network, residuals and norms.
 
     "released" is Mobile-Former's, with norms after the sums; keys and values are the tokens themselves:
     `z = norm1(x + proj(attention(q(x), x, x)))`, `y = norm2(z + fc2(gelu(fc1(z))))`.
@@ -65,7 +67,9 @@ def former_block(
     )
     tokens, *matched = match_autocast(tokens, *parameters)
     _check(tokens, matched, num_heads, form)
-    run = torch.ops.mfkernels.former_block if backends.use_kernels(OP, tokens) else former_block_reference
+    run: Any = former_block_reference
+    if backends.use_kernels(OP, tokens):
+        run = torch.ops.mfkernels.former_block
     return run(tokens, *matched, num_heads, form, eps)
 
 
