@@ -1,10 +1,13 @@
 """Which implementation of an operator runs."""
 
+import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+
+from .operators.dispatch import has_triton, triton_interpreted, triton_on_cpu
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -31,8 +34,10 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
     before = _backend
     _backend = name
+    interpreted = name == "triton" and triton_interpreted()
     try:
-        yield
+        with triton_on_cpu() if interpreted else nullcontext():
+            yield
     finally:
         _backend = before
 
@@ -43,32 +48,42 @@ def current_backend() -> str:
 
 
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run anything in this installation; None if it can."""
-    if backend in ("reference", "cpu"):
-        return None
-    return f"mfkernels has no {'Triton' if backend == 'triton' else 'CUDA'} kernels yet"
+    if backend == "cuda":
+        return "mfkernels has no CUDA kernels yet"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
 
 
-def why_not(backend: str, x: Tensor) -> str | None:
-    """Why `backend` cannot run on a tensor like `x`; None if it can."""
+def why_not(backend: str, op: str, x: Tensor) -> str | None:
+    """Why `backend` cannot run an operator on a tensor like `x`; None if it can."""
     if backend == "cpu":
         if x.device.type not in ("cpu", "meta"):
             return f"runs on CPU tensors, got device {x.device}"
         if x.dtype not in _CPU_DTYPES:
             return f"runs in float32, float64 and bfloat16, got {x.dtype}"
+    if backend == "triton":
+        if not has_triton(op):
+            return f"{op} has no Triton kernels yet"
+        if x.device.type != "cuda" and not triton_interpreted():
+            return f"runs on CUDA tensors, got device {x.device}"
+        if x.dtype not in _TRITON_DTYPES:
+            return f"runs in float32, bfloat16 and float16, got {x.dtype}"
     return unavailable(backend)
 
 
 def use_kernels(op: str, x: Tensor) -> bool:
     """True where `torch.ops.mfkernels.<op>` is to run, False where the reference is."""
     if _backend == "auto":
-        return why_not("cpu", x) is None
+        return why_not("triton" if x.device.type == "cuda" else "cpu", op, x) is None
     if _backend == "reference":
         return False
-    if why_not(_backend, x) is None:
+    if why_not(_backend, op, x) is None:
         return True
-    lines = [f"{name}: {why_not(name, x) or 'can run'}" for name in BACKENDS if name != "auto"]
+    lines = [f"{name}: {why_not(name, op, x) or 'can run'}" for name in BACKENDS if name != "auto"]
     raise RuntimeError(f"{op}: the backend {_backend!r} cannot run this call. " + "; ".join(lines))

@@ -1,0 +1,61 @@
+"""Runs the Triton kernels of an operator, `operators/<op>/triton.py`, where PyTorch finds CUDA tensors."""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def has_triton(op: str) -> bool:
+    """Whether the operator has Triton kernels."""
+    return (FOLDER / op / "triton.py").exists()
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, one after the other: TRITON_INTERPRET=1, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def register_triton(op: str) -> None:
+    """For CUDA tensors run the functions `forward` and `backward` of `operators/<op>/triton.py`. That is
+    imported when it is first called: importing Triton takes its time, and it may not be there."""
+    for name, function in _functions(op):
+        torch.library.impl(f"mfkernels::{name}", "cuda")(function)
+
+
+def _functions(op: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+    def run(kind: str, *arguments: Any, **others: Any) -> Any:
+        module = importlib.import_module(f"{__package__}.{op}.triton")
+        device = next(x for x in arguments if isinstance(x, torch.Tensor)).device
+        with torch.cuda.device(device) if device.type == "cuda" else _nothing():
+            return getattr(module, kind)(*arguments, **others)
+
+    for kind, suffix in (("forward", ""), ("backward", "_backward")):
+        yield op + suffix, lambda *arguments, kind=kind, **others: run(kind, *arguments, **others)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Within the `with` block the operators run their Triton kernels on CPU tensors, too: interpreted."""
+    library = torch.library.Library("mfkernels", "IMPL")
+    try:
+        for file in FOLDER.glob("*/triton.py"):
+            for name, function in _functions(file.parent.name):
+                with warnings.catch_warnings():  # that they were there before
+                    warnings.simplefilter("ignore")
+                    library.impl(name, function, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()

@@ -1,0 +1,119 @@
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import empty_map
+from ..triton_maps import as_map, power, splits_of
+
+
+@triton.jit
+def weights_of(x, k, scale, tokens, m, BM: tl.constexpr):
+    """softmax(scale * k x) over the tokens, (BM, BP)."""
+    logits = tl.dot(k, x, input_precision="ieee") * scale
+    logits = tl.where((m < tokens)[:, None], logits, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 0)[None, :])
+    return weights / tl.sum(weights, 0)[None, :]
+
+
+@triton.jit
+def forward_kernel(
+    x, k, v, y, scale, pixels, tokens, heads, depth, x_b, x_c, x_p, y_b, y_c, y_p,
+    BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    m, d = tl.arange(0, BM), tl.arange(0, BD)
+    c = (head * depth + d).to(tl.int64)
+    inside = (d < depth)[:, None] & (p < pixels)[None, :]
+    p_wide = p.to(tl.int64)[None, :]
+    pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+    at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
+    inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
+    keys = tl.load(k + at, inside_token, 0.0).to(tl.float32)
+    values = tl.load(v + at, inside_token, 0.0).to(tl.float32)
+    weights = weights_of(pixel, keys, scale, tokens, m, BM)
+    out = pixel + tl.dot(tl.trans(values), weights, input_precision="ieee")
+    tl.store(y + b * y_b + c[:, None] * y_c + p_wide * y_p, out.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def backward_kernel(
+    x, k, v, g, grad_x, sums, scale, pixels, tokens, heads, depth, split, splits,
+    x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
+    BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """sums (2, B, splits, M, C): the gradients of k and v over a split's pixels."""
+    part, head = tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    m, d = tl.arange(0, BM), tl.arange(0, BD)
+    c = (head * depth + d).to(tl.int64)
+    at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
+    inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
+    keys = tl.load(k + at, inside_token, 0.0).to(tl.float32)
+    values = tl.load(v + at, inside_token, 0.0).to(tl.float32)
+    grad_keys = tl.zeros([BM, BD], tl.float32)
+    grad_values = tl.zeros([BM, BD], tl.float32)
+    for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
+        p = start + tl.arange(0, BP)
+        inside = (d < depth)[:, None] & (p < pixels)[None, :]
+        p_wide = p.to(tl.int64)[None, :]
+        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+        grad = tl.load(g + b * g_b + c[:, None] * g_c + p_wide * g_p, inside, 0.0).to(tl.float32)
+        weights = weights_of(pixel, keys, scale, tokens, m, BM)
+        grad_weights = tl.dot(values, grad, input_precision="ieee")
+        mean = tl.sum(weights * grad_weights, 0)
+        logits = weights * (grad_weights - mean[None, :]) * scale
+        out = grad + tl.dot(tl.trans(keys), logits, input_precision="ieee")
+        tl.store(grad_x + b * out_b + c[:, None] * out_c + p_wide * out_p, out.to(grad_x.dtype.element_ty), inside)
+        grad_keys += tl.dot(logits, tl.trans(pixel), input_precision="ieee")
+        grad_values += tl.dot(weights, tl.trans(grad), input_precision="ieee")
+    to = sums + ((b * splits + part) * tokens + m[:, None]) * heads * depth + c[None, :]
+    tl.store(to, grad_keys, inside_token)
+    batch = tl.num_programs(2).to(tl.int64)
+    tl.store(to + batch * splits * tokens * heads * depth, grad_values, inside_token)
+
+
+def _sizes(x: Tensor, k: Tensor, num_heads: int) -> tuple[int, int, int, int]:
+    """Pixels, tokens, heads, channels of a head."""
+    return x.shape[2] * x.shape[3], k.shape[1], num_heads, x.shape[1] // num_heads
+
+
+def _blocks(tokens: int, depth: int) -> dict[str, int]:
+    """Tiles of the products, at least 16 a side; fewer pixels where heads are deep, to stay in registers."""
+    block_d = power(depth, 16)
+    return dict(BM=power(tokens, 16), BD=block_d, BP=max(16, min(64, 4096 // block_d)))
+
+
+def forward(x: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    y = empty_map(x, x.shape)
+    if x.numel() == 0:
+        return y
+    sizes, source, to = _sizes(x, k, num_heads), as_map(x), as_map(y)
+    scale = sizes[3] ** -0.5 if scale is None else scale
+    blocks = _blocks(sizes[1], sizes[3])
+    grid = (triton.cdiv(sizes[0], blocks["BP"]), num_heads, x.shape[0])
+    forward_kernel[grid](
+        source.tensor, k.contiguous(), v.contiguous(), y, scale, *sizes, *source.strides, *to.strides, **blocks
+    )
+    return y
+
+
+def backward(
+    grad_out: Tensor, x: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = empty_map(x, x.shape)
+    if x.numel() == 0:
+        return grad_x, torch.zeros_like(k), torch.zeros_like(v)
+    sizes, source, g, to = _sizes(x, k, num_heads), as_map(x), as_map(grad_out), as_map(grad_x)
+    scale = sizes[3] ** -0.5 if scale is None else scale
+    blocks = _blocks(sizes[1], sizes[3])
+    count, size = splits_of(sizes[0], x.shape[0] * num_heads, x.device, blocks["BP"])
+    sums = torch.empty((2, x.shape[0], count, *k.shape[1:]), dtype=torch.float32, device=x.device)
+    backward_kernel[count, num_heads, x.shape[0]](
+        source.tensor, k.contiguous(), v.contiguous(), g.tensor, grad_x, sums, scale, *sizes, size, count,
+        *source.strides, *g.strides, *to.strides, **blocks,
+    )  # fmt: skip
+    grad_k, grad_v = sums.double().sum(2).to(x.dtype)
+    return grad_x, grad_k, grad_v

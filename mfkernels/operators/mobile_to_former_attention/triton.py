@@ -1,0 +1,167 @@
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import empty_map
+from ..triton_maps import as_map, power, splits_of
+
+
+@triton.jit
+def forward_kernel(
+    x, q, out, stats, logits, scale, pixels, tokens, heads, depth, split, splits, x_b, x_c, x_p,
+    KEEP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Over a split's pixels: out (B, splits, M, C), sums of pixels weighted with exp(logit - top); stats
+    (B, splits, heads, M, 2), the largest logit and the sum of the weights."""
+    part, head = tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    m, d = tl.arange(0, BM), tl.arange(0, BD)
+    c = (head * depth + d).to(tl.int64)
+    inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
+    queries = tl.load(q + (b * tokens + m[:, None]) * heads * depth + c[None, :], inside_token, 0.0)
+    queries = queries.to(tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    sums = tl.zeros([BM, BD], tl.float32)
+    for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
+        p = start + tl.arange(0, BP)
+        inside = (d < depth)[:, None] & (p < pixels)[None, :]
+        p_wide = p.to(tl.int64)[None, :]
+        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+        logit = tl.dot(queries, pixel, input_precision="ieee") * scale
+        if KEEP:
+            to = logits + ((b * heads + head) * tokens + m[:, None]) * pixels + p_wide
+            tl.store(to, logit.to(logits.dtype.element_ty), (m < tokens)[:, None] & (p < pixels)[None, :])
+        logit = tl.where((p < pixels)[None, :], logit, float("-inf"))
+        higher = tl.maximum(top, tl.max(logit, 1))
+        weights = tl.exp(logit - higher[:, None])
+        rescale = tl.exp(top - higher)
+        total = total * rescale + tl.sum(weights, 1)
+        sums = sums * rescale[:, None] + tl.dot(weights, tl.trans(pixel), input_precision="ieee")
+        top = higher
+    row = (b * splits + part) * tokens + m
+    tl.store(out + row[:, None] * heads * depth + c[None, :], sums, inside_token)
+    to = stats + (((b * splits + part) * heads + head) * tokens + m) * 2
+    tl.store(to, top, m < tokens)
+    tl.store(to + 1, total, m < tokens)
+
+
+@triton.jit
+def backward_kernel(
+    x, q, g, grad_logits, stats, means, grad_x, sums, scale, pixels, tokens, heads, depth, split, splits,
+    x_b, x_c, x_p, out_b, out_c, out_p,
+    ATTENDED: tl.constexpr, KEPT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """sums (B, splits, M, C): the gradient of q over a split's pixels. `means` (B, M, heads): sum over the
+    channels of a head of g and the result."""
+    part, head = tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    m, d = tl.arange(0, BM), tl.arange(0, BD)
+    c = (head * depth + d).to(tl.int64)
+    inside_m = m < tokens
+    inside_token = inside_m[:, None] & (d < depth)[None, :]
+    at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
+    queries = tl.load(q + at, inside_token, 0.0).to(tl.float32)
+    stat = stats + ((b * heads + head) * tokens + m) * 2
+    top = tl.load(stat, inside_m, 0.0)
+    total = tl.load(stat + 1, inside_m, 1.0)
+    grad_out = tl.zeros([BM, BD], tl.float32)
+    mean = tl.zeros([BM], tl.float32)
+    if ATTENDED:
+        grad_out = tl.load(g + at, inside_token, 0.0).to(tl.float32)
+        mean = tl.load(means + (b * tokens + m) * heads + head, inside_m, 0.0)
+    grad_q = tl.zeros([BM, BD], tl.float32)
+    for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
+        p = start + tl.arange(0, BP)
+        inside = (d < depth)[:, None] & (p < pixels)[None, :]
+        p_wide = p.to(tl.int64)[None, :]
+        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+        logit = tl.zeros([BM, BP], tl.float32)
+        out = tl.zeros([BD, BP], tl.float32)
+        if ATTENDED:
+            own = tl.dot(queries, pixel, input_precision="ieee") * scale
+            weights = tl.exp(own - top[:, None]) / total[:, None]
+            weights = tl.where(inside_m[:, None] & (p < pixels)[None, :], weights, 0.0)
+            grad = tl.dot(grad_out, pixel, input_precision="ieee")
+            logit += weights * (grad - mean[:, None])
+            out += tl.dot(tl.trans(grad_out), weights, input_precision="ieee")
+        if KEPT:
+            source = grad_logits + ((b * heads + head) * tokens + m[:, None]) * pixels + p_wide
+            logit += tl.load(source, inside_m[:, None] & (p < pixels)[None, :], 0.0).to(tl.float32)
+        logit = logit * scale
+        out += tl.dot(tl.trans(queries), logit, input_precision="ieee")
+        tl.store(grad_x + b * out_b + c[:, None] * out_c + p_wide * out_p, out.to(grad_x.dtype.element_ty), inside)
+        grad_q += tl.dot(logit, tl.trans(pixel), input_precision="ieee")
+    to = sums + ((b * splits + part) * tokens + m[:, None]) * heads * depth + c[None, :]
+    tl.store(to, grad_q, inside_token)
+
+
+def _sizes(x: Tensor, q: Tensor, num_heads: int) -> tuple[int, int, int, int]:
+    """Pixels, tokens, heads, channels of a head."""
+    return x.shape[2] * x.shape[3], q.shape[1], num_heads, x.shape[1] // num_heads
+
+
+def _blocks(tokens: int, depth: int) -> dict[str, int]:
+    """As for former_to_mobile_attention."""
+    block_d = power(depth, 16)
+    return dict(BM=power(tokens, 16), BD=block_d, BP=max(16, min(64, 4096 // block_d)))
+
+
+def forward(
+    x: Tensor, q: Tensor, num_heads: int, scale: float | None = None, return_logits: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes, source = _sizes(x, q, num_heads), as_map(x)
+    pixels, tokens, _, depth = sizes
+    batch = x.shape[0]
+    scale = depth**-0.5 if scale is None else scale
+    blocks = _blocks(tokens, depth)
+    count, size = splits_of(pixels, batch * num_heads, x.device, blocks["BP"])
+    kept = (batch, num_heads, tokens, *x.shape[2:]) if return_logits else (0,)
+    logits = torch.empty(kept, dtype=x.dtype, device=x.device)
+    out = torch.empty((batch, count, tokens, num_heads, depth), dtype=torch.float32, device=x.device)
+    stats = torch.empty((batch, count, num_heads, tokens, 2), dtype=torch.float32, device=x.device)
+    if q.numel() > 0:
+        forward_kernel[count, num_heads, batch](
+            source.tensor, q.contiguous(), out, stats, logits, scale, *sizes, size, count, *source.strides,
+            KEEP=return_logits, **blocks,
+        )  # fmt: skip
+    # The splits put together.
+    tops, totals = stats.unbind(-1)  # (B, splits, heads, M)
+    top = tops.amax(1, keepdim=True)
+    weights = torch.exp(tops - top)
+    total = (totals * weights).sum(1)
+    mixed = (out * weights.transpose(2, 3)[..., None]).sum(1) / total.transpose(1, 2)[..., None]
+    return mixed.flatten(2).to(q.dtype), logits, torch.stack([top.squeeze(1), total], -1)
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_logits: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    softmax_stats: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    grad_x = empty_map(x, x.shape)
+    if q.numel() == 0 or x.numel() == 0:
+        return grad_x.zero_(), torch.zeros_like(q)
+    sizes, source, to = _sizes(x, q, num_heads), as_map(x), as_map(grad_x)
+    pixels, tokens, _, depth = sizes
+    scale = depth**-0.5 if scale is None else scale
+    blocks = _blocks(tokens, depth)
+    count, size = splits_of(pixels, x.shape[0] * num_heads, x.device, blocks["BP"])
+    sums = torch.empty((x.shape[0], count, *q.shape[1:]), dtype=torch.float32, device=x.device)
+    given = (q if grad_out is None else grad_out).contiguous()
+    kept = q if grad_logits is None else grad_logits.contiguous()
+    means = softmax_stats
+    if grad_out is not None:
+        out = forward(x.float(), q.float(), num_heads, scale)[0]
+        means = (grad_out.float() * out).unflatten(2, (num_heads, -1)).sum(3).contiguous()
+    backward_kernel[count, num_heads, x.shape[0]](
+        source.tensor, q.contiguous(), given, kept, softmax_stats, means, grad_x, sums, scale, *sizes, size,
+        count, *source.strides, *to.strides,
+        ATTENDED=grad_out is not None, KEPT=grad_logits is not None, **blocks,
+    )  # fmt: skip
+    return grad_x, sums.double().sum(1).to(q.dtype)
