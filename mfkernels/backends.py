@@ -1,13 +1,12 @@
 """Which implementation of an operator runs."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from .operators.dispatch import has_triton, triton_interpreted, triton_on_cpu
+from .operators.dispatch import TRITON_INSTALLED, has_triton, triton_interpreted, triton_on_cpu
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -55,7 +54,7 @@ def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run anything in this installation; None if it can."""
     if backend == "cuda":
         return "mfkernels has no CUDA kernels yet"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if backend == "triton" and not TRITON_INSTALLED:
         return "Triton is not installed"
     return None
 

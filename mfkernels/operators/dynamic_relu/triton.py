@@ -12,16 +12,17 @@ def coefficient(
     values, attention, b, k, c, p, inside_c, inside_p, channels, pixels, tokens, functions,
     MIXED: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """The coefficients of function k, (BC, BP), or (BC, 1) where all pixels share them. `values` are
-    (B, K, C); mixed (B, M, K, C), with `attention` (B, M, P)."""
-    if not MIXED:
-        return tl.load(values + (b * functions + k) * channels + c, inside_c, 0.0).to(tl.float32)[:, None]
+    """The coefficients of function k, (BC, BP). `values` are (B, K, C); mixed (B, M, K, C), with `attention`
+    (B, M, P)."""
     mix = tl.zeros([BC, BP], tl.float32)
-    for m in range(tokens):
-        at = ((b * tokens + m) * functions + k) * channels
-        value = tl.load(values + at + c, inside_c, 0.0).to(tl.float32)
-        weight = tl.load(attention + (b * tokens + m) * pixels + p, inside_p, 0.0).to(tl.float32)
-        mix += value[:, None] * weight[None, :]
+    if MIXED:
+        for m in range(tokens):
+            at = ((b * tokens + m) * functions + k) * channels
+            value = tl.load(values + at + c, inside_c, 0.0).to(tl.float32)
+            weight = tl.load(attention + (b * tokens + m) * pixels + p, inside_p, 0.0).to(tl.float32)
+            mix += value[:, None] * weight[None, :]
+    else:
+        mix += tl.load(values + (b * functions + k) * channels + c, inside_c, 0.0).to(tl.float32)[:, None]
     return mix
 
 
@@ -190,7 +191,7 @@ def backward_coefficients_kernel(
 
 def _blocks(x: Map) -> tuple[int, int]:
     """Channels and pixels of a tile: long in the direction in which memory is."""
-    return (64, 16) if x.strides[1] == 1 and x.strides[2] != 1 else (8, 128)
+    return (64, 16) if x.strides[1] == 1 and x.strides[2] != 1 else (8, 64)
 
 
 def _given(slopes: Tensor, intercepts: Tensor | None, attention: Tensor | None) -> tuple[list[Tensor], dict]:

@@ -66,7 +66,9 @@ def backward_kernel(
         mean = tl.sum(weights * grad_weights, 0)
         logits = weights * (grad_weights - mean[None, :]) * scale
         out = grad + tl.dot(tl.trans(keys), logits, input_precision="ieee")
-        tl.store(grad_x + b * out_b + c[:, None] * out_c + p_wide * out_p, out.to(grad_x.dtype.element_ty), inside)
+        tl.store(
+            grad_x + b * out_b + c[:, None] * out_c + p_wide * out_p, out.to(grad_x.dtype.element_ty), inside
+        )
         grad_keys += tl.dot(logits, tl.trans(pixel), input_precision="ieee")
         grad_values += tl.dot(weights, tl.trans(grad), input_precision="ieee")
     to = sums + ((b * splits + part) * tokens + m[:, None]) * heads * depth + c[None, :]
@@ -95,7 +97,15 @@ def forward(x: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None
     blocks = _blocks(sizes[1], sizes[3])
     grid = (triton.cdiv(sizes[0], blocks["BP"]), num_heads, x.shape[0])
     forward_kernel[grid](
-        source.tensor, k.contiguous(), v.contiguous(), y, scale, *sizes, *source.strides, *to.strides, **blocks
+        source.tensor,
+        k.contiguous(),
+        v.contiguous(),
+        y,
+        scale,
+        *sizes,
+        *source.strides,
+        *to.strides,
+        **blocks,
     )
     return y
 

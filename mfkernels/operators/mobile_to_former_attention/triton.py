@@ -48,13 +48,60 @@ def forward_kernel(
 
 
 @triton.jit
+def means_kernel(
+    x, q, g, stats, out, scale, pixels, tokens, heads, depth, split, splits, x_b, x_c, x_p,
+    BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """With w the weights and dP their gradients, over a split's pixels: out (B, splits, heads, M, 4), the
+    largest w, its dP (the pivot), the sum of w, and that of w (dP - pivot). Where one weight is nearly one,
+    the mean of dP is nearly its dP, and without the pivot their difference would lose its digits."""
+    part, head = tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    m, d = tl.arange(0, BM), tl.arange(0, BD)
+    c = (head * depth + d).to(tl.int64)
+    inside_m = m < tokens
+    at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
+    queries = tl.load(q + at, inside_m[:, None] & (d < depth)[None, :], 0.0).to(tl.float32)
+    grad_out = tl.load(g + at, inside_m[:, None] & (d < depth)[None, :], 0.0).to(tl.float32)
+    stat = stats + ((b * heads + head) * tokens + m) * 2
+    top = tl.load(stat, inside_m, 0.0)
+    total = tl.load(stat + 1, inside_m, 1.0)
+    largest = tl.full([BM], -1.0, tl.float32)
+    pivot = tl.zeros([BM], tl.float32)
+    weight_sum = tl.zeros([BM], tl.float32)
+    sums = tl.zeros([BM], tl.float32)
+    for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
+        p = start + tl.arange(0, BP)
+        inside = (d < depth)[:, None] & (p < pixels)[None, :]
+        p_wide = p.to(tl.int64)[None, :]
+        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+        logit = tl.dot(queries, pixel, input_precision="ieee") * scale
+        weights = tl.exp(logit - top[:, None]) / total[:, None]
+        weights = tl.where((p < pixels)[None, :], weights, 0.0)
+        grad = tl.dot(grad_out, pixel, input_precision="ieee")
+        here = tl.max(weights, 1)
+        first = tl.min(tl.where(weights == here[:, None], tl.arange(0, BP)[None, :], BP), 1)
+        own = tl.sum(tl.where(tl.arange(0, BP)[None, :] == first[:, None], grad, 0.0), 1)
+        higher = tl.where(here > largest, own, pivot)
+        sums += weight_sum * (pivot - higher) + tl.sum(weights * (grad - higher[:, None]), 1)
+        weight_sum += tl.sum(weights, 1)
+        largest = tl.maximum(largest, here)
+        pivot = higher
+    to = out + (((b * splits + part) * heads + head) * tokens + m) * 4
+    tl.store(to, largest, inside_m)
+    tl.store(to + 1, pivot, inside_m)
+    tl.store(to + 2, weight_sum, inside_m)
+    tl.store(to + 3, sums, inside_m)
+
+
+@triton.jit
 def backward_kernel(
     x, q, g, grad_logits, stats, means, grad_x, sums, scale, pixels, tokens, heads, depth, split, splits,
     x_b, x_c, x_p, out_b, out_c, out_p,
     ATTENDED: tl.constexpr, KEPT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """sums (B, splits, M, C): the gradient of q over a split's pixels. `means` (B, M, heads): sum over the
-    channels of a head of g and the result."""
+    """sums (B, splits, M, C): the gradient of q over a split's pixels. `means` (B, heads, M, 2): the pivot,
+    and the mean of the weights' gradients less the pivot."""
     part, head = tl.program_id(0), tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
@@ -67,10 +114,13 @@ def backward_kernel(
     top = tl.load(stat, inside_m, 0.0)
     total = tl.load(stat + 1, inside_m, 1.0)
     grad_out = tl.zeros([BM, BD], tl.float32)
+    pivot = tl.zeros([BM], tl.float32)
     mean = tl.zeros([BM], tl.float32)
     if ATTENDED:
         grad_out = tl.load(g + at, inside_token, 0.0).to(tl.float32)
-        mean = tl.load(means + (b * tokens + m) * heads + head, inside_m, 0.0)
+        both = means + ((b * heads + head) * tokens + m) * 2
+        pivot = tl.load(both, inside_m, 0.0)
+        mean = tl.load(both + 1, inside_m, 0.0)
     grad_q = tl.zeros([BM, BD], tl.float32)
     for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
         p = start + tl.arange(0, BP)
@@ -84,14 +134,16 @@ def backward_kernel(
             weights = tl.exp(own - top[:, None]) / total[:, None]
             weights = tl.where(inside_m[:, None] & (p < pixels)[None, :], weights, 0.0)
             grad = tl.dot(grad_out, pixel, input_precision="ieee")
-            logit += weights * (grad - mean[:, None])
+            logit += weights * (grad - pivot[:, None] - mean[:, None])
             out += tl.dot(tl.trans(grad_out), weights, input_precision="ieee")
         if KEPT:
             source = grad_logits + ((b * heads + head) * tokens + m[:, None]) * pixels + p_wide
             logit += tl.load(source, inside_m[:, None] & (p < pixels)[None, :], 0.0).to(tl.float32)
         logit = logit * scale
         out += tl.dot(tl.trans(queries), logit, input_precision="ieee")
-        tl.store(grad_x + b * out_b + c[:, None] * out_c + p_wide * out_p, out.to(grad_x.dtype.element_ty), inside)
+        tl.store(
+            grad_x + b * out_b + c[:, None] * out_c + p_wide * out_p, out.to(grad_x.dtype.element_ty), inside
+        )
         grad_q += tl.dot(logit, tl.trans(pixel), input_precision="ieee")
     to = sums + ((b * splits + part) * tokens + m[:, None]) * heads * depth + c[None, :]
     tl.store(to, grad_q, inside_token)
@@ -157,8 +209,15 @@ def backward(
     kept = q if grad_logits is None else grad_logits.contiguous()
     means = softmax_stats
     if grad_out is not None:
-        out = forward(x.float(), q.float(), num_heads, scale)[0]
-        means = (grad_out.float() * out).unflatten(2, (num_heads, -1)).sum(3).contiguous()
+        parts = torch.empty((x.shape[0], count, num_heads, tokens, 4), dtype=torch.float32, device=x.device)
+        means_kernel[count, num_heads, x.shape[0]](
+            source.tensor, q.contiguous(), given, softmax_stats, parts, scale, *sizes, size, count,
+            *source.strides, **blocks | dict(BP=min(blocks["BP"], 32)),
+        )  # fmt: skip
+        largest, pivots, weights, part_sums = parts.unbind(-1)
+        pivot = pivots.gather(1, largest.argmax(1, keepdim=True))
+        mean = (part_sums + weights * (pivots - pivot)).sum(1)
+        means = torch.stack([pivot.squeeze(1), mean], -1)
     backward_kernel[count, num_heads, x.shape[0]](
         source.tensor, q.contiguous(), given, kept, softmax_stats, means, grad_x, sums, scale, *sizes, size,
         count, *source.strides, *to.strides,

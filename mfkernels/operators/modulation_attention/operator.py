@@ -3,6 +3,7 @@ from torch import Tensor
 
 from ... import backends
 from ...checks import check_like, check_shape, check_tensor, match_autocast
+from ..dispatch import register_triton
 from ..layout import empty_map, once
 from .reference import modulation_attention_reference
 
@@ -104,3 +105,4 @@ def _backward(ctx, grad_out):
 
 torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
 torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
+register_triton(OP)

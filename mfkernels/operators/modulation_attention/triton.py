@@ -1,0 +1,292 @@
+"""Flash attention over the pixels of a window: logits are made tile by tile, forward and backward. Channels
+are done in blocks, so that any head size fits the registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import empty_map
+from ..triton_maps import Map, as_map, power
+
+
+@triton.jit
+def pixels_of(j, window, width, WH, WW, columns):
+    """Where pixel j of a window is in its map."""
+    row = (window // columns) * WH + j // WW
+    return (row * width + (window % columns) * WW + j % WW).to(tl.int64)
+
+
+@triton.jit
+def load_tile(base, c, channels, c_stride, p, inside_p, p_stride):
+    """(channels, pixels) in float32, zero outside."""
+    inside = (c < channels)[:, None] & inside_p[None, :]
+    return tl.load(base + c.to(tl.int64)[:, None] * c_stride + p[None, :] * p_stride, inside, 0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def product(
+    a, b, channels, a_c, a_p, b_c, b_p, at_a, at_b, inside_a, inside_b,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """sum_c a[c, at_a] b[c, at_b], (BA, BB); with LEFT of sigmoid(a), with RIGHT of sigmoid(b)."""
+    sums = tl.zeros([BA, BB], tl.float32)
+    for start in range(0, channels, 16):
+        c = start + tl.arange(0, 16)
+        left = load_tile(a, c, channels, a_c, at_a, inside_a, a_p)
+        right = load_tile(b, c, channels, b_c, at_b, inside_b, b_p)
+        if LEFT:
+            left = tl.where((c < channels)[:, None], tl.sigmoid(left), 0.0)
+        if RIGHT:
+            right = tl.where((c < channels)[:, None], tl.sigmoid(right), 0.0)
+        sums += tl.dot(tl.trans(left), right, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, context, stats, scale, depth, channels, width, WH, WW, columns, windows,
+    q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, o_b, o_c, o_p,
+    SIGMOID: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """context (B, C, H, W) = v P^T, one block of channels; stats (B, 2, H W): largest logit and sum."""
+    pixels = WH * WW
+    j = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    block = tl.program_id(1)
+    both = tl.program_id(2)
+    b, window = (both // windows).to(tl.int64), both % windows
+    inside_q = j < pixels
+    at_q = pixels_of(j, window, width, WH, WW, columns)
+    c = block * BC + tl.arange(0, BC)
+    top = tl.full([BQ], float("-inf"), tl.float32)
+    total = tl.zeros([BQ], tl.float32)
+    sums = tl.zeros([BQ, BC], tl.float32)
+    for start in range(0, pixels, BK):
+        i = start + tl.arange(0, BK)
+        inside_k = i < pixels
+        at_k = pixels_of(i, window, width, WH, WW, columns)
+        logits = scale * product(
+            q + b * q_b, k + b * k_b, depth, q_c, q_p, k_c, k_p, at_q, at_k, inside_q, inside_k,
+            False, False, BQ, BK,
+        )  # fmt: skip
+        logits = tl.where(inside_k[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        weights = tl.exp(logits - higher[:, None])
+        rescale = tl.exp(top - higher)
+        total = total * rescale + tl.sum(weights, 1)
+        value = load_tile(v + b * v_b, c, channels, v_c, at_k, inside_k, v_p)
+        if SIGMOID:
+            value = tl.sigmoid(value)
+        sums = sums * rescale[:, None] + tl.dot(weights, tl.trans(value), input_precision="ieee")
+        top = higher
+    to = context + b * o_b + c.to(tl.int64)[None, :] * o_c + at_q[:, None] * o_p
+    tl.store(to, sums / total[:, None], inside_q[:, None] & (c < channels)[None, :])
+    size = pixels.to(tl.int64) * windows
+    tl.store(stats + b * 2 * size + at_q, top, inside_q & (block == 0))
+    tl.store(stats + (b * 2 + 1) * size + at_q, total, inside_q & (block == 0))
+
+
+@triton.jit
+def means_kernel(
+    q, k, v, g, stats, means, scale, depth, channels, width, WH, WW, columns, windows,
+    q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p,
+    SIGMOID: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """With w the weights of a query and dP their gradients: means (B, 2, H W), the dP of the largest w (the
+    pivot), and the sum of w (dP - pivot). As for mobile_to_former_attention."""
+    pixels = WH * WW
+    j = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    both = tl.program_id(1)
+    b, window = (both // windows).to(tl.int64), both % windows
+    inside_q = j < pixels
+    at_q = pixels_of(j, window, width, WH, WW, columns)
+    size = pixels.to(tl.int64) * windows
+    top = tl.load(stats + b * 2 * size + at_q, inside_q, 0.0)
+    total = tl.load(stats + (b * 2 + 1) * size + at_q, inside_q, 1.0)
+    largest = tl.full([BQ], -1.0, tl.float32)
+    pivot = tl.zeros([BQ], tl.float32)
+    weight_sum = tl.zeros([BQ], tl.float32)
+    sums = tl.zeros([BQ], tl.float32)
+    for start in range(0, pixels, BK):
+        i = start + tl.arange(0, BK)
+        inside_k = i < pixels
+        at_k = pixels_of(i, window, width, WH, WW, columns)
+        logits = product(
+            q + b * q_b, k + b * k_b, depth, q_c, q_p, k_c, k_p, at_q, at_k, inside_q, inside_k,
+            False, False, BQ, BK,
+        )  # fmt: skip
+        weights = tl.exp(logits * scale - top[:, None]) / total[:, None]
+        weights = tl.where(inside_k[None, :], weights, 0.0)
+        grads = product(
+            g + b * g_b, v + b * v_b, channels, g_c, g_p, v_c, v_p, at_q, at_k, inside_q, inside_k,
+            False, SIGMOID, BQ, BK,
+        )  # fmt: skip
+        here = tl.max(weights, 1)
+        first = tl.min(tl.where(weights == here[:, None], tl.arange(0, BK)[None, :], BK), 1)
+        own = tl.sum(tl.where(tl.arange(0, BK)[None, :] == first[:, None], grads, 0.0), 1)
+        higher = tl.where(here > largest, own, pivot)
+        sums += weight_sum * (pivot - higher) + tl.sum(weights * (grads - higher[:, None]), 1)
+        weight_sum += tl.sum(weights, 1)
+        largest = tl.maximum(largest, here)
+        pivot = higher
+    tl.store(means + b * 2 * size + at_q, pivot, inside_q)
+    tl.store(means + (b * 2 + 1) * size + at_q, sums, inside_q)
+
+
+@triton.jit
+def backward_kernel(
+    q, k, v, g, stats, means, out, scale, depth, channels, width, WH, WW, columns, windows,
+    q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p, o_b, o_c, o_p,
+    OF: tl.constexpr, SIGMOID: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of q, k or v, as OF says, for a block of its pixels (BO) and of its channels (BD or BC),
+    summed over all pixels (BI at a time) that it meets. g (B, C, H, W): the gradient of v P^T."""
+    pixels = WH * WW
+    own = tl.program_id(0) * BO + tl.arange(0, BO)
+    block = tl.program_id(1)
+    both = tl.program_id(2)
+    b, window = (both // windows).to(tl.int64), both % windows
+    inside_own = own < pixels
+    at_own = pixels_of(own, window, width, WH, WW, columns)
+    size = pixels.to(tl.int64) * windows
+    BX: tl.constexpr = BC if OF == "v" else BD
+    c = block * BX + tl.arange(0, BX)
+    sums = tl.zeros([BO, BX], tl.float32)
+    for start in range(0, pixels, BI):
+        other = start + tl.arange(0, BI)
+        inside_other = other < pixels
+        at_other = pixels_of(other, window, width, WH, WW, columns)
+        # Rows are our pixels, columns the others.
+        if OF == "q":
+            logits = product(
+                q + b * q_b, k + b * k_b, depth, q_c, q_p, k_c, k_p, at_own, at_other, inside_own,
+                inside_other, False, False, BO, BI,
+            )  # fmt: skip
+            at_query, inside_query = at_own, inside_own
+        else:
+            logits = product(
+                k + b * k_b, q + b * q_b, depth, k_c, k_p, q_c, q_p, at_own, at_other, inside_own,
+                inside_other, False, False, BO, BI,
+            )  # fmt: skip
+            at_query, inside_query = at_other, inside_other
+        top = tl.load(stats + b * 2 * size + at_query, inside_query, 0.0)
+        total = tl.load(stats + (b * 2 + 1) * size + at_query, inside_query, 1.0)
+        if OF == "q":
+            weights = tl.exp(logits * scale - top[:, None]) / total[:, None]
+        else:
+            weights = tl.exp(logits * scale - top[None, :]) / total[None, :]
+        weights = tl.where(inside_own[:, None] & inside_other[None, :], weights, 0.0)
+        if OF == "v":
+            right = load_tile(g + b * g_b, c, channels, g_c, at_other, inside_other, g_p)
+            sums += tl.dot(weights, tl.trans(right), input_precision="ieee")
+        else:
+            pivot = tl.load(means + b * 2 * size + at_query, inside_query, 0.0)
+            mean = tl.load(means + (b * 2 + 1) * size + at_query, inside_query, 0.0)
+            if OF == "q":
+                grads = product(
+                    g + b * g_b, v + b * v_b, channels, g_c, g_p, v_c, v_p, at_own, at_other, inside_own,
+                    inside_other, False, SIGMOID, BO, BI,
+                )  # fmt: skip
+                logit = weights * (grads - pivot[:, None] - mean[:, None]) * scale
+                right = load_tile(k + b * k_b, c, depth, k_c, at_other, inside_other, k_p)
+            else:
+                grads = product(
+                    v + b * v_b, g + b * g_b, channels, v_c, v_p, g_c, g_p, at_own, at_other, inside_own,
+                    inside_other, SIGMOID, False, BO, BI,
+                )  # fmt: skip
+                logit = weights * (grads - pivot[None, :] - mean[None, :]) * scale
+                right = load_tile(q + b * q_b, c, depth, q_c, at_other, inside_other, q_p)
+            sums += tl.dot(logit, tl.trans(right), input_precision="ieee")
+    limit = channels if OF == "v" else depth
+    inside = inside_own[:, None] & (c < limit)[None, :]
+    if OF == "v" and SIGMOID:
+        value = tl.sigmoid(tl.trans(load_tile(v + b * v_b, c, channels, v_c, at_own, inside_own, v_p)))
+        sums = sums * value * (1 - value)
+    to = out + b * o_b + c.to(tl.int64)[None, :] * o_c + at_own[:, None] * o_p
+    tl.store(to, sums.to(out.dtype.element_ty), inside)
+
+
+class _Call:
+    """The sizes of a call, and its launches."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, form: str, window_size: int | None
+    ) -> None:
+        batch, depth, height, width = q.shape
+        self.q, self.k, self.v = as_map(q), as_map(k), as_map(v)
+        self.channels, self.depth = v.shape[1], depth
+        size = (height, width) if window_size is None else (window_size, window_size)
+        columns = width // max(size[1], 1)
+        self.windows = columns * (height // max(size[0], 1))
+        scale = depth**-0.5 if scale is None else scale
+        self.sizes = (scale, depth, self.channels, width, *size, columns, self.windows)
+        self.pixels, self.batch = size[0] * size[1], batch
+        self.sigmoid = form == "released"
+        self.block_d, self.block_c = power(depth, 16, 32), power(self.channels, 16, 32)
+        self.stats = torch.empty((batch, 2, height * width), dtype=torch.float32, device=q.device)
+
+    def _grid(self, channels: int, block: int) -> tuple[int, int, int]:
+        return triton.cdiv(self.pixels, 32), triton.cdiv(channels, block), self.batch * self.windows
+
+    def context(self) -> Tensor:
+        """v P^T, (B, C, H, W) in float32, and `stats`."""
+        out = torch.empty(self.v.tensor.shape, dtype=torch.float32, device=self.v.tensor.device)
+        if out.numel():
+            maps = (self.q, self.k, self.v, as_map(out))
+            forward_kernel[self._grid(self.channels, self.block_c)](
+                *(m.tensor for m in maps), self.stats, *self.sizes,
+                *(stride for m in maps for stride in m.strides),
+                SIGMOID=self.sigmoid, BC=self.block_c, BQ=32, BK=32,
+            )  # fmt: skip
+        return out
+
+    def means(self, g: Map) -> Tensor:
+        out = torch.empty_like(self.stats)
+        maps = (self.q, self.k, self.v, g)
+        grid = (triton.cdiv(self.pixels, 32), self.batch * self.windows)
+        means_kernel[grid](
+            *(m.tensor for m in maps), self.stats, out, *self.sizes,
+            *(stride for m in maps for stride in m.strides), SIGMOID=self.sigmoid, BQ=32, BK=16,
+        )  # fmt: skip
+        return out
+
+    def gradient(self, of: str, like: Tensor, g: Map, means: Tensor) -> Tensor:
+        out = empty_map(like, like.shape)
+        maps = (self.q, self.k, self.v, g)
+        block = self.block_c if of == "v" else self.block_d
+        backward_kernel[self._grid(like.shape[1], block)](
+            *(m.tensor for m in maps), self.stats, means, out, *self.sizes,
+            *(stride for m in (*maps, as_map(out)) for stride in m.strides), of,
+            SIGMOID=self.sigmoid, BD=self.block_d, BC=self.block_c, BO=32, BI=16,
+        )  # fmt: skip
+        return out
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, scale: float | None = None, form: str = "released",
+    window_size: int | None = None,
+) -> Tensor:  # fmt: skip
+    context = _Call(q, k, v, scale, form, window_size).context()
+    if form == "paper":
+        context = torch.sigmoid(context)
+    return empty_map(v, v.shape).copy_(context * torch.sigmoid(gate.float()))
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, scale: float | None = None,
+    form: str = "released", window_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if v.numel() == 0:
+        return tuple(torch.zeros_like(x) for x in (q, k, v, gate))  # type: ignore[return-value]
+    call = _Call(q, k, v, scale, form, window_size)
+    context, s, g = call.context(), torch.sigmoid(gate.float()), grad_out.float()
+    out = torch.sigmoid(context) if form == "paper" else context
+    grad_gate = empty_map(gate, gate.shape).copy_(g * out * s * (1 - s))
+    grad_context = g * s if form == "released" else g * s * out * (1 - out)
+    given = as_map(grad_context.contiguous())
+    means = call.means(given)
+    grads = [call.gradient(of, like, given, means) for of, like in (("q", q), ("k", k), ("v", v))]
+    return grads[0], grads[1], grads[2], grad_gate

@@ -1,0 +1,155 @@
+"""The Triton kernels. Without a GPU they run interpreted, on small shapes, and are compiled for GPUs that are
+not there; with one, the tests marked gpu run them as they are."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import modules
+from test_contract import LAYOUTS, cotangents_of, expanded, poisoned, run, same
+from tolerance import Errors
+
+import mfkernels
+from mfkernels.operators.dispatch import has_triton, triton_interpreted
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+OPERATORS = [op for op in modules() if has_triton(op.NAME)]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SAMPLES = 10
+
+operator = pytest.mark.parametrize("op", OPERATORS, ids=lambda op: op.NAME)
+interpreted = pytest.mark.skipif(
+    not triton_interpreted(), reason="kernels run on the GPU here, not interpreted"
+)
+
+
+def compare(op, dtype, sample, generator, errors, device="cpu", layout=same, grad_layout=same):
+    sample = sample.map(lambda v: v.to(dtype).double())
+    cotangents = {k: v.to(dtype).double() for k, v in cotangents_of(op, sample, generator).items()}
+    cotangents = {k: grad_layout(v) for k, v in cotangents.items()}
+    truth = run(op, sample, op.REFERENCE, cotangents)
+    eager = run(op, sample.map(lambda v: v.to(dtype)), op.REFERENCE, cotangents)
+    typed = {k: grad_layout(v.to(device, dtype)) for k, v in cotangents.items()}
+    with poisoned(), mfkernels.use_backend("triton"):
+        ours = run(op, sample.map(lambda v: v.to(device, dtype)), op.OP, typed, layout)
+    for name, value in ours.items():
+        assert value.dtype == dtype and value.device.type == device
+        own = errors.setdefault(name, Errors())
+        own.reference(eager[name], truth[name])
+        own.kernel(value.cpu(), truth[name])
+
+
+@interpreted
+@operator
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interpreted(op, dtype):
+    errors: dict[str, Errors] = {}
+    for seed in range(SAMPLES):
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        sample = op.make(op.random_shape(rng), generator)
+        layouts = rng.choice(LAYOUTS), rng.choice((*LAYOUTS, expanded))
+        compare(op, dtype, sample, generator, errors, "cpu", *layouts)
+    for name, own in errors.items():
+        own.check(f"{op.NAME} {dtype} {name}")
+
+
+@interpreted
+@operator
+def test_interpreted_edges(op):
+    """The chosen shapes that are small."""
+    for shape in op.CHOSEN:
+        generator = torch.Generator().manual_seed(0)
+        sample = op.make(shape, generator)
+        if max(v.numel() for v in sample.given().values()) > 4000:
+            continue
+        errors: dict[str, Errors] = {}
+        for _ in range(8):
+            compare(op, torch.float32, op.make(shape, generator), generator, errors)
+        for name, own in errors.items():
+            own.check(f"{op.NAME} {shape} {name}")
+
+
+@interpreted
+@operator
+def test_interpreted_integers_are_exact(op):
+    generator = torch.Generator().manual_seed(0)
+    for sample in op.make_exact(generator):
+        cotangents = {k: v.mul(2).round() for k, v in cotangents_of(op, sample, generator).items()}
+        truth = run(op, sample, op.REFERENCE, cotangents)
+        with mfkernels.use_backend("triton"):
+            ours = run(op, sample.map(lambda v: v.float()), op.OP, cotangents)
+        for name, value in ours.items():
+            assert torch.equal(value, truth[name].float()), name
+
+
+@interpreted
+def test_the_cpu_kernels_are_back_afterwards():
+    x, slopes = torch.randn(1, 3, 4, 5, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)
+    with mfkernels.use_backend("triton"), pytest.raises(RuntimeError, match=r"float16, got torch\.float64"):
+        mfkernels.ops.dynamic_relu(x, slopes)
+    with mfkernels.use_backend("triton"):
+        mfkernels.ops.dynamic_relu(x.float(), slopes.float())
+    with mfkernels.use_backend("cpu"):  # in float64, which Triton kernels do not take
+        assert mfkernels.ops.dynamic_relu(x, slopes).dtype == torch.float64
+
+
+def test_kernels_compile_without_spills(tmp_path):
+    """For sm_80, sm_90, sm_100 and gfx942, in every dtype."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {r["operator"] for r in results} == {op.NAME for op in OPERATORS}
+    assert {r["target"] for r in results} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    spilled = [r for r in results if r["spills"] > 0]
+    assert not spilled, spilled
+
+
+@pytest.mark.gpu
+@operator
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_on_a_gpu(op, dtype, layout):
+    for shape in op.CHOSEN:
+        errors: dict[str, Errors] = {}
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            compare(op, dtype, op.make(shape, generator), generator, errors, "cuda", layout)
+        for name, own in errors.items():
+            own.check(f"{op.NAME} {dtype} {shape} {name}")
+
+
+@pytest.mark.gpu
+@operator
+def test_graphs_streams_and_devices(op):
+    """The same bits in a CUDA graph, on another stream and on another device."""
+    sample = op.make(op.CHOSEN[0], torch.Generator().manual_seed(0)).map(lambda v: v.float().cuda())
+    with torch.no_grad():
+        expected = _first(sample.call(op.OP))
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            assert torch.equal(_first(sample.call(op.OP)), expected)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = _first(sample.call(op.OP))
+        captured.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, expected)
+        if torch.cuda.device_count() > 1:
+            other = sample.map(lambda v: v.to("cuda:1"))
+            assert torch.equal(_first(other.call(op.OP)).cpu(), expected.cpu())
+
+
+def _first(outputs):
+    return outputs[0] if isinstance(outputs, tuple) else outputs
