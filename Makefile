@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint sanitize mutate clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -29,6 +29,10 @@ sanitize: .venv/installed
 	  tests/sanitize/threads.cpp csrc/isa.cpp csrc/cpu/mobile_former_pass.cpp csrc/cpu/mobile_former_tokens.cpp
 	.venv/bin/python tests/sanitize/plan.py $(SANITIZED)/plan $(SANITIZED)/weights
 	$(SANITIZED)/threads $(SANITIZED)/plan $(SANITIZED)/weights
+
+# Breaks each kernel and checks that the tests notice (a quarter of an hour).
+mutate: .venv/installed
+	.venv/bin/python tests/mutate.py build/mutate
 
 clean:
 	rm -rf .venv build demo-output *.egg-info mfkernels/*.so

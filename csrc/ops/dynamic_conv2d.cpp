@@ -11,6 +11,7 @@ using Ints = std::vector<int64_t>;
 struct Call {
   DynamicConvArgs args{};
   Tensor x, weight, basis, attention, bias, basis_bias;
+  Ints out_shape;
 
   Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& basis_in, const Tensor& attention_in,
        const std::optional<Tensor>& bias_in, const std::optional<Tensor>& basis_bias_in, const Ints& stride,
@@ -55,6 +56,13 @@ struct Call {
     const bool fits = args.height + 2 * padding[0] > dilation[0] * (args.kernel_h - 1) &&
                       args.width + 2 * padding[1] > dilation[1] * (args.kernel_w - 1);
     STD_TORCH_CHECK(fits, kOp, ": x is too small for the kernel");
+    out_shape = {args.batch, outputs, args.out_height, args.out_width};
+    const bool pointwise = args.kernel_h * args.kernel_w == 1 && std::max(stride[0], stride[1]) == 1 &&
+                           std::max(padding[0], padding[1]) == 0;
+    if (pointwise && args.height * args.width <= 1024) {  // one long row rather than many short ones
+      args.width = args.out_width = args.height * args.width;
+      args.height = args.out_height = 1;
+    }
     args.x = map_of(x_in, is_channels_last(x_in), x);
     weight = torch::stable::contiguous(weight_in);
     basis = torch::stable::contiguous(basis_in);
@@ -81,7 +89,6 @@ struct Call {
     const int64_t row = args.group_block * args.inputs * args.stride_h * (args.width + 2 * padding[1]);
     args.rows = std::min(std::max(32768 / std::max<int64_t>(row, 1), args.kernel_h), args.out_height);
   }
-  Ints out_shape() const { return {args.batch, args.groups * args.outputs, args.out_height, args.out_width}; }
   int64_t group_blocks() const { return blocks_of(args.groups, args.group_block); }
   int64_t depth() const { return args.inputs * args.kernel_h * args.kernel_w; }
 };
@@ -91,7 +98,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const
                Ints dilation, int64_t groups, double scale) {
   Call call(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, scale);
   DynamicConvArgs& args = call.args;
-  Tensor y = empty_map(x, call.out_shape()), holder;
+  Tensor y = empty_map(x, call.out_shape), holder;
   args.y = map_of(y, is_channels_last(x), holder);
   if (args.group_block == 1) args.out_block = std::min<int64_t>(args.outputs, 48);
   const int64_t tasks = args.batch * call.group_blocks() * blocks_of(args.out_height, args.rows) *
@@ -108,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Ints padding, Ints dilation, int64_t groups, double scale) {
   Call call(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, scale);
   DynamicConvArgs& args = call.args;
-  check_argument(kOp, "grad_out", grad_out, x, call.out_shape());
+  check_argument(kOp, "grad_out", grad_out, x, call.out_shape);
   Tensor grad_x = empty_map(x), holder_g, holder_x;
   args.grad_y = map_of(grad_out, is_channels_last(x), holder_g);
   args.grad_x = map_of(grad_x, is_channels_last(x), holder_x);

@@ -26,12 +26,12 @@ CHOSEN = [
 
 
 def random_shape(rng: random.Random) -> dict:
-    """Not the smallest: among a handful of weights of attention the reference is often exact by luck."""
+    """Not the smallest: among a handful of weights the reference is often exact by luck."""
     groups = rng.choice([1, 1, 2, 3, 17])
-    per_group = 1 if groups == 17 else rng.randint(1, 9)
+    per_group = 1 if groups == 17 else rng.randint(4, 9)
     return dict(
         B=rng.choice([2, 3]), C=groups * per_group, H=rng.randint(1, 12), W=rng.randint(1, 12),
-        O=groups * rng.randint(1, 2 if groups == 17 else 9), K=rng.choice([4, 8]),
+        O=groups * (rng.randint(1, 2) if groups == 17 else rng.randint(4, 9)), K=rng.choice([4, 8]),
         k=rng.choice([1, 1, 3, (2, 3)]), groups=groups, stride=rng.choice([1, 1, 2, (3, 1)]),
         padding=rng.choice([2, (2, 3)]), dilation=rng.choice([1, 1, (1, 2)]), biases=rng.random() < 0.4,
     )  # fmt: skip
