@@ -24,9 +24,9 @@ MUTATIONS = {
         "mobile_to_former",
     ),
     "former_to_mobile_attention": (
-        "csrc/cpu/former_to_mobile_attention.cpp",
-        "(load(grad) - pivot - mean) * scale",
-        "(load(grad) - pivot + mean) * scale",
+        "csrc/cpu/softmax.h",
+        "- pivot - mean) * scale",
+        "- pivot + mean) * scale",
         "former_to_mobile",
     ),
     "dynamic_conv2d": (

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "../isa.h"
+#include "sizes.h"
 
 namespace mfk {
 
@@ -67,7 +68,6 @@ struct MobileFormerPlan {
 
 // Always inlined: a copy of its own could be the one compiled for AVX-512.
 #define MFK_PLAN_FUNCTION static inline __attribute__((always_inline))
-MFK_PLAN_FUNCTION int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
 MFK_PLAN_FUNCTION const PlanPass* passes_of(const MobileFormerPlan& plan) {
   return reinterpret_cast<const PlanPass*>(&plan + 1);
 }

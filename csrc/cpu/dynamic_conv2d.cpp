@@ -25,16 +25,12 @@ struct Planes {
         channel(part * a.stride_h * a.stride_w) {}
 
   // From an output pixel to what a tap reads.
-  int64_t tap(int64_t ky, int64_t kx) const {
-    const int64_t y = ky * args.dilation_h, x = kx * args.dilation_w;
-    return place(y, x);
-  }
+  int64_t tap(int64_t ky, int64_t kx) const { return place(ky * args.dilation_h, kx * args.dilation_w); }
   int64_t place(int64_t y, int64_t x) const {  // of the padded map
     return (y % args.stride_h * args.stride_w + x % args.stride_w) * part + y / args.stride_h * columns +
            x / args.stride_w;
   }
   int64_t height() const { return part / columns * args.stride_h; }
-  int64_t width() const { return columns * args.stride_w; }
   // Outputs with what lies between them, in whole vectors.
   template <class C>
   int64_t run() const {
@@ -46,23 +42,17 @@ struct Planes {
     return channels * channel + 2 * kLanes<C>;
   }
 
-  // Calls f(y, p) for each row of the map that output rows from `first` on read, with the place of its first
-  // pixel that is there, x0; and the number of pixels.
-  template <class F>
-  void for_rows(int64_t first, F f) const {
-    const int64_t top = first * args.stride_h - args.padding_h;
-    for (int64_t y = top < 0 ? 0 : top; y < args.height && y - top < height(); ++y) f(y, y - top);
-  }
-
-  // Copies channels c to c + channels - 1 of a sample; `row` is room for a row of all of them.
+  // Copies what output rows from `first` on read of channels c to c + channels - 1 of a sample; `row` is room
+  // for a row of all of them.
   template <class T, class C>
   void fill(int64_t b, int64_t c, int64_t channels, int64_t first, C* planes, C* row) const {
     memset(planes, 0, size<C>(channels) * sizeof(C));
-    for_rows(first, [&](int64_t y, int64_t padded_y) {
+    const int64_t top = first * args.stride_h - args.padding_h;
+    for (int64_t y = top < 0 ? 0 : top; y < args.height && y - top < height(); ++y) {
       const Tile<C> tile =
           load_tile<T>(args.x.as<const T>(), b, c, channels, y * args.width, args.width, row);
       for (int64_t i = 0; i < channels; ++i) {
-        for_columns(padded_y, [&](int64_t x, int64_t at, int64_t count) {
+        for_columns(y - top, [&](int64_t x, int64_t at, int64_t count) {
           const C* from = tile.data + i * tile.stride + x;
           C* to = planes + i * channel + at;
           if (args.stride_w == 1) {
@@ -72,7 +62,7 @@ struct Planes {
           }
         });
       }
-    });
+    }
   }
   // The inverse: the map's gradient from the planes of all rows. Pixels that nothing reads have none.
   template <class T, class C>
@@ -217,6 +207,7 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   Buffer<C> planes(all.size<C>(channels)), row(channels * round_up(args.width, kLanes<C>));
   Buffer<C> kernel(args.outputs * depth), g(args.outputs * widest.run<C>());
   Buffer<C> scratch(args.outputs * round_up(widest.rows * args.out_width, kLanes<C>));
+  int64_t mixed = -1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t i0 = task % in_blocks * args.in_block, outer = task / in_blocks;
     const int64_t g0 = outer % group_blocks * args.group_block, b = outer / group_blocks;
@@ -225,7 +216,9 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     memset(planes, 0, all.size<C>(groups * inputs) * sizeof(C));
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = (g0 + group) * args.outputs;
-      mix<T>(args, b, first, args.outputs, depth, static_cast<C*>(kernel));
+      // The blocks of a single group's inputs share its kernels.
+      if (groups > 1 || outer != mixed) mix<T>(args, b, first, args.outputs, depth, static_cast<C*>(kernel));
+      mixed = outer;
       for (int64_t r = 0; r < args.out_height; r += args.rows) {
         const Planes shape(args, least(args.rows, args.out_height - r));
         load_outputs<T>(args, shape, b, first, args.outputs, r, static_cast<C*>(g), static_cast<C*>(scratch));

@@ -2,6 +2,7 @@
 
 #include "../isa.h"
 #include "feature_map.h"
+#include "sizes.h"
 
 namespace mfk {
 
@@ -26,10 +27,6 @@ struct DynamicConvArgs {
   void *grad_weight, *grad_basis, *grad_bias, *grad_basis_bias;
   double* partial_attention;
 };
-
-inline __attribute__((always_inline)) int64_t blocks_of(int64_t count, int64_t size) {
-  return (count + size - 1) / size;
-}
 
 // Tasks: one for each (sample, groups, rows, outputs); (sample, groups, inputs); (groups, outputs). Each
 // stands for a block of these, the last running fastest.

@@ -1,6 +1,5 @@
 #include "former_block.h"
 
-#include "tile.h"
 #include "token_rows.h"
 
 namespace mfk {
@@ -60,18 +59,15 @@ struct Former {
   Former(const FormerArgs& a, C* work, int64_t all, int64_t first, int64_t count)
       : args(a), tokens(a.tokens), rows(count), depth(a.width / a.heads) {
     for (int i = 0; i < kFormerArrays; ++i) {
-      arrays[i] = work + first * former_stride(args, i);
-      work += all * former_stride(args, i);
+      arrays[i] = work + first * padded(former_width(args, i));
+      work += all * padded(former_width(args, i));
     }
     scales1 = work + first;
     scales2 = work + all + first;
   }
   TokenRows<C> at(int array) const {
-    const int64_t stride = former_stride(args, array);
-    int64_t width = args.width;
-    if (array == kQueries || array == kGradQueries) width *= args.standard ? 3 : 1;
-    if (array == kHidden || array == kActive || array == kGradHidden) width = args.hidden;
-    return {arrays[array], rows, width, stride};
+    const int64_t width = former_width(args, array);
+    return {arrays[array], rows, width, padded(width)};
   }
   static const T* as(const void* p) { return static_cast<const T*>(p); }
   TokenLinear<T> qkv() const {
@@ -93,7 +89,7 @@ struct Former {
     int64_t q_stride, k_stride;
   };
   Head head(int inputs, int queries, int64_t first, int64_t h) const {
-    const int64_t q_stride = former_stride(args, queries), stride = former_stride(args, inputs);
+    const int64_t q_stride = padded(former_width(args, queries)), stride = padded(former_width(args, inputs));
     C *q = arrays[queries] + first * q_stride + h * depth, *x = arrays[inputs] + first * stride + h * depth;
     if (args.standard) return {q, q + args.width, q + 2 * args.width, q_stride, q_stride};
     return {q, x, x, q_stride, stride};
@@ -133,7 +129,7 @@ struct Former {
   void attend_backward() const {
     const TokenRows<C> g = at(kGradAttended), grad_queries = at(kGradQueries);
     memset(grad_queries.data, 0, grad_queries.count * grad_queries.stride * sizeof(C));
-    memset(arrays[kSecond], 0, rows * former_stride(args, kSecond) * sizeof(C));
+    memset(arrays[kSecond], 0, rows * padded(former_width(args, kSecond)) * sizeof(C));
     const C scale = static_cast<C>(1 / __builtin_sqrt(static_cast<double>(depth)));
     Buffer<C> weights(tokens * tokens), grads(tokens * tokens);
     for_heads([&](int64_t first, int64_t h) {
@@ -237,7 +233,8 @@ struct Former {
     }
     // Of the sum that the first norm takes: kept for the gradient of proj; a copy becomes that of the tokens.
     norm_backward(at(kFirstNorm), scales1, at(g), as(args.norm1_weight), none, at(kGradSecondNorm));
-    memcpy(arrays[kGradFirst], arrays[kGradSecondNorm], rows * former_stride(args, kGradFirst) * sizeof(C));
+    memcpy(arrays[kGradFirst], arrays[kGradSecondNorm],
+           rows * padded(former_width(args, kGradFirst)) * sizeof(C));
     linear_backward(proj(), at(kGradSecondNorm), none, at(kGradAttended));
     attend_backward();
     linear_backward(qkv(), at(kGradQueries), static_cast<const C*>(arrays[kSecond]), at(kSecond));
@@ -246,7 +243,7 @@ struct Former {
   }
 };
 
-template <class T, class F>
+template <class F>
 void for_samples(const FormerArgs& args, int64_t begin, int64_t end, F f) {
   const int64_t size = args.tokens * args.width;
   for (int64_t task = begin; task < end; ++task) {
@@ -259,7 +256,7 @@ template <class T>
 void forward(const FormerArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   Buffer<C> work(args.samples * args.tokens * former_work(args));
-  for_samples<T>(args, begin, end, [&](int64_t, int64_t samples, int64_t at) {
+  for_samples(args, begin, end, [&](int64_t, int64_t samples, int64_t at) {
     const Former<T> former(args, work, samples * args.tokens, 0, samples * args.tokens);
     const int result = former.forward(static_cast<const T*>(args.x) + at);
     store_rows(former.at(result), static_cast<T*>(args.y) + at);
@@ -269,7 +266,7 @@ void forward(const FormerArgs& args, int64_t begin, int64_t end) {
 template <class T>
 void backward(const FormerArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  for_samples<T>(args, begin, end, [&](int64_t b, int64_t samples, int64_t at) {
+  for_samples(args, begin, end, [&](int64_t b, int64_t samples, int64_t at) {
     const Former<T> former(args, static_cast<C*>(args.work), args.batch * args.tokens, b * args.tokens,
                            samples * args.tokens);
     former.forward(static_cast<const T*>(args.x) + at);
@@ -298,7 +295,7 @@ void backward_weight(const FormerArgs& args, int64_t begin, int64_t end) {
     for (int i = 0; i < (args.ffn ? 4 : 2) && !found; ++i) {
       const Layer& layer = layers[i];
       const int64_t outputs = former.at(layer.gradient).width;
-      const int64_t count = (outputs + kFormerOutputs - 1) / kFormerOutputs;
+      const int64_t count = blocks_of(outputs, kFormerOutputs);
       if (number < count) {
         const int64_t o = number * kFormerOutputs,
                       last = o + kFormerOutputs < outputs ? o + kFormerOutputs : outputs;

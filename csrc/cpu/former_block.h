@@ -2,6 +2,7 @@
 
 #include "../isa.h"
 #include "feature_map.h"
+#include "sizes.h"
 
 namespace mfk {
 
@@ -46,23 +47,22 @@ struct FormerArgs {
   void *work, *grad_x, *grads[12];  // of the parameters, in the order above; null where there is none
 };
 
-inline __attribute__((always_inline)) int64_t former_stride(const FormerArgs& args, int array) {
-  int64_t width = args.width;
-  if (array == kQueries || array == kGradQueries) width *= args.standard ? 3 : 1;
-  if (array == kHidden || array == kActive || array == kGradHidden) width = args.hidden;
-  return (width + 15) / 16 * 16;
+inline __attribute__((always_inline)) int64_t former_width(const FormerArgs& args, int array) {
+  if (array == kHidden || array == kActive || array == kGradHidden) return args.hidden;
+  const bool three = args.standard && (array == kQueries || array == kGradQueries);
+  return three ? 3 * args.width : args.width;
 }
 // Elements a token: the arrays, and the scales of two norms.
 inline __attribute__((always_inline)) int64_t former_work(const FormerArgs& args) {
   int64_t sum = 16;
-  for (int i = 0; i < kFormerArrays; ++i) sum += former_stride(args, i);
+  for (int i = 0; i < kFormerArrays; ++i) sum += padded(former_width(args, i));
   return sum;
 }
 
 constexpr int64_t kFormerOutputs = 16;  // of a task that makes gradients of weights
 
-// Tasks: one a group of `samples` samples; likewise; for each of the four layers one a group of 16 outputs,
-// and one for the norms, numbered one after the other (former_weight_tasks).
+// Tasks: one a group of `samples` samples; likewise; for each layer one a group of 16 outputs, and one for
+// the norms, numbered one after the other.
 MFK_DECLARE_KERNEL(former_block_forward, FormerArgs)
 MFK_DECLARE_KERNEL(former_block_backward, FormerArgs)
 MFK_DECLARE_KERNEL(former_block_backward_weight, FormerArgs)

@@ -1,50 +1,13 @@
 #include "former_to_mobile_attention.h"
 
 #include "head_task.h"
+#include "softmax.h"
 #include "tile.h"
 #include "tile_gemm.h"
 
 namespace mfk {
 namespace MFK_ISA {
 namespace {
-
-// term(0) + ... + term(count - 1). There may be many tokens, and one running sum would gather errors.
-template <class C, class F>
-MFK_INLINE vec<C> sum_in_four(int64_t count, F term) {
-  vec<C> a{}, b{}, c{}, d{};
-  int64_t m = 0;
-  for (; m + 4 <= count; m += 4) {
-    a += term(m);
-    b += term(m + 1);
-    c += term(m + 2);
-    d += term(m + 3);
-  }
-  if (m < count) a += term(m++);
-  if (m < count) b += term(m++);
-  if (m < count) c += term(m++);
-  return (a + b) + (c + d);
-}
-
-// Softmax of scale * logits over the rows of (tokens, width), for each pixel by itself.
-template <class C>
-void softmax_over_tokens(C* logits, C scale, int64_t tokens, int64_t width) {
-  for (int64_t j = 0; j < width; j += kLanes<C>) {
-    vec<C> top = splat(-C(__builtin_inf()));
-    for (int64_t m = 0; m < tokens; ++m) {
-      const vec<C> value = load(logits + m * width + j) * scale;
-      store(logits + m * width + j, value);
-      top = value > top ? value : top;
-    }
-    const vec<C> sum = sum_in_four<C>(tokens, [&](int64_t m) {
-      const vec<C> weight = exp(load(logits + m * width + j) - top);
-      store(logits + m * width + j, weight);
-      return weight;
-    });
-    for (int64_t m = 0; m < tokens; ++m) {
-      store(logits + m * width + j, load(logits + m * width + j) / sum);
-    }
-  }
-}
 
 template <class T>
 void forward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
@@ -66,7 +29,7 @@ void forward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
           load_tile<T>(args.x.as<const T>(), task.b, task.head * depth, depth, p, count, scratch);
       multiply_pixels<C>(weights, width, nullptr, 0, tokens, Matrix<C>{k, depth, 1}, depth, x.data, x.stride,
                          width);
-      softmax_over_tokens<C>(weights, scale, tokens, width);
+      softmax_rows<C>(weights, scale, tokens, width, width);
       multiply_pixels<C>(y, width, x.data, x.stride, depth, Matrix<C>{v, 1, depth}, tokens, weights, width,
                          width);
       store_tile<T>(args.y.as<T>(), task.b, task.head * depth, depth, p, count, y, width);
@@ -79,7 +42,6 @@ void forward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
 template <class T>
 void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  constexpr int64_t n = kLanes<C>;
   const int64_t tokens = args.tokens, depth = args.channels / args.heads;
   const C scale = static_cast<C>(args.scale);
   Buffer<C> k(tokens * depth), v(tokens * depth);
@@ -98,27 +60,10 @@ void backward(const FormerToMobileArgs& args, int64_t begin, int64_t end) {
       const Tile<C> g = load_tile<T>(args.grad_y.as<const T>(), task.b, c, depth, p, count, grad_scratch);
       multiply_pixels<C>(weights, width, nullptr, 0, tokens, Matrix<C>{k, depth, 1}, depth, x.data, x.stride,
                          width);
-      softmax_over_tokens<C>(weights, scale, tokens, width);
+      softmax_rows<C>(weights, scale, tokens, width, width);
       multiply_pixels<C>(grad_logits, width, nullptr, 0, tokens, Matrix<C>{v, depth, 1}, depth, g.data,
                          g.stride, width);
-      for (int64_t j = 0; j < width; j += n) {
-        // dP counts from that of the largest weight: where this is nearly one, the mean is nearly its dP, and
-        // their difference would lose its digits.
-        vec<C> top = load(weights + j), pivot = load(grad_logits + j);
-        for (int64_t m = 1; m < tokens; ++m) {
-          const vec<C> weight = load(weights + m * width + j);
-          pivot = weight > top ? load(grad_logits + m * width + j) : pivot;
-          top = weight > top ? weight : top;
-        }
-        const vec<C> mean = sum_in_four<C>(tokens, [&](int64_t m) {
-          return load(weights + m * width + j) * (load(grad_logits + m * width + j) - pivot);
-        });
-        for (int64_t m = 0; m < tokens; ++m) {
-          C* grad = grad_logits + m * width + j;
-          // Of x k, not of the logits.
-          store(grad, load(weights + m * width + j) * (load(grad) - pivot - mean) * scale);
-        }
-      }
+      softmax_rows_backward<C>(weights, grad_logits, scale, tokens, width, width);  // of x k
       multiply_pixels<C>(grad_x, width, g.data, g.stride, depth, Matrix<C>{k, 1, depth}, tokens, grad_logits,
                          width, width);
       store_tile<T>(args.grad_x.as<T>(), task.b, c, depth, p, count, grad_x, width);

@@ -1,6 +1,7 @@
 // Products of a run of positions (pixels or tokens; channels in the lanes) with weights; sums in float.
 #pragma once
 
+#include "sizes.h"
 #include "vec.h"
 
 namespace mfk {
@@ -52,7 +53,7 @@ struct Weights {
   const float* data;
   int64_t outputs;
 };
-MFK_INLINE int64_t weight_rows(int64_t inputs) { return (inputs + kStep<Stored> - 1) / kStep<Stored>; }
+MFK_INLINE int64_t weight_rows(int64_t inputs) { return blocks_of(inputs, kStep<Stored>); }
 
 // What is done to a sum before it is stored. `at(o)` loads what depends on the output alone: the bias, with
 // which the sum begins, and what its operator, called with the whole sum, needs.
@@ -160,7 +161,7 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
                                           int64_t o) {
   constexpr int n = kLanes<float>;
   constexpr int kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
-  const int64_t s = x.position, steps = (x.run + kStep<T> - 1) / kStep<T>;
+  const int64_t s = x.position, steps = blocks_of(x.run, kStep<T>);
   x.data += first * s;
   out += first * out_stride + o;
   for (; tiles > 0; --tiles, first += P, x.data += P * s, out += P * out_stride) {
@@ -220,7 +221,7 @@ void gemm(int64_t positions, Rows<T> x, Weights w, Out* out, int64_t out_stride,
   // Tiles of nearly equal size rather than full ones and a small rest: `longer` ones have one position more.
   const int64_t tiles = (positions + kPositions - 1) / kPositions;
   const int64_t size = positions / tiles, longer = positions % tiles, middle = longer * (size + 1);
-  const int64_t rows = x.runs * ((x.run + kStep<T> - 1) / kStep<T>);  // of weights
+  const int64_t rows = x.runs * blocks_of(x.run, kStep<T>);  // of weights
   for (int64_t panel = 0; panel < w.outputs; panel += 32) {
     const int64_t width = w.outputs - panel < 32 ? w.outputs - panel : 32;
     for (int64_t o = panel; o < panel + width;) {

@@ -13,7 +13,7 @@ struct Run {
 
   template <class Args>
   Run(const Args& args, int64_t task) {
-    const int64_t groups = (args.channels + kResponseChannels - 1) / kResponseChannels;
+    const int64_t groups = blocks_of(args.channels, kResponseChannels);
     b = task / groups;
     c = task % groups * kResponseChannels;
     channels = args.channels - c < kResponseChannels ? args.channels - c : kResponseChannels;
@@ -53,33 +53,26 @@ void sums(const ResponseSumsArgs& args, int64_t begin, int64_t end) {
     const Run run(args, task);
     double* at[3];
     for (int k = 0; k < N; ++k) at[k] = out[k] + run.b * args.channels + run.c;
-    if (args.x.stride_p == 1) {
-      for (int64_t c = 0; c < run.channels; ++c) {
-        const T* first = x.at(run.b, run.c + c, 0);
-        const T* grad = N == 3 ? g.at(run.b, run.c + c, 0) : first;
-        WideSum<C> total[N];
-        sum_steps<C>((args.pixels + n - 1) / n,
-                     [&](int64_t i, vec<C>(&part)[N]) {
-                       const int64_t rest = args.pixels - i * n;
-                       add(load_upto(first + i * n, rest), load_upto(grad + i * n, rest), part);
-                     },
-                     total);
-        for (int k = 0; k < N; ++k) at[k][c] = sum_lanes<C>(total[k]);
-      }
-    } else {
-      for (int64_t c = 0; c < run.channels; c += n) {
-        const int64_t rest = run.channels - c;
-        const T* first = x.at(run.b, run.c + c, 0);
-        const T* grad = N == 3 ? g.at(run.b, run.c + c, 0) : first;
-        WideSum<C> total[N];
-        sum_steps<C>(
-            args.pixels,
-            [&](int64_t i, vec<C>(&part)[N]) {
-              add(load_upto(first + i * x.stride_p, rest),
-                  load_upto(grad + i * (N == 3 ? g.stride_p : x.stride_p), rest), part);
-            },
-            total);
-        for (int k = 0; k < N; ++k) total[k].store_upto(at[k] + c, rest < n ? rest : n);
+    const bool rows = args.x.stride_p == 1;
+    const int64_t steps = rows ? blocks_of(args.pixels, n) : args.pixels;
+    for (int64_t c = 0; c < run.channels; c += rows ? 1 : n) {
+      const T* first = x.at(run.b, run.c + c, 0);
+      const T* grad = N == 3 ? g.at(run.b, run.c + c, 0) : first;
+      const int64_t step = rows ? n : x.stride_p, grad_step = rows || N == 1 ? step : g.stride_p;
+      WideSum<C> total[N];
+      sum_steps<C>(
+          steps,
+          [&](int64_t i, vec<C>(&part)[N]) {
+            const int64_t lanes = rows ? args.pixels - i * n : run.channels - c;
+            add(load_upto(first + i * step, lanes), load_upto(grad + i * grad_step, lanes), part);
+          },
+          total);
+      for (int k = 0; k < N; ++k) {
+        if (rows) {
+          at[k][c] = sum_lanes<C>(total[k]);
+        } else {
+          total[k].store_upto(at[k] + c, run.channels - c);
+        }
       }
     }
   }
@@ -102,7 +95,7 @@ void apply(const ResponseApplyArgs& args, int64_t begin, int64_t end) {
       shift[c] = !kTwo && inside ? static_cast<C>(args.shift[at]) : 0;
     }
     const bool rows = args.a.stride_p == 1;
-    const int64_t steps = rows ? (args.pixels + n - 1) / n : args.pixels;
+    const int64_t steps = rows ? blocks_of(args.pixels, n) : args.pixels;
     for (int64_t c = 0; c < run.channels; c += rows ? 1 : n) {
       const vec<C> by = rows ? splat(scale[c]) : load(scale + c);
       const vec<C> by_other = rows ? splat(other[c]) : load(other + c);

@@ -1,5 +1,6 @@
 #include "modulation_attention.h"
 
+#include "softmax.h"
 #include "tile.h"
 #include "tile_gemm.h"
 
@@ -79,6 +80,10 @@ struct Pixels {
   void load_from(const Window& window, const AnyMap& map, int64_t first, int64_t count, C* scratch) {
     window.load_pixels<T>(map, channels, first, count, static_cast<C*>(data), stride, scratch);
   }
+  template <class T>
+  void store_to(const Window& window, const AnyMap& map, int64_t first, int64_t count, C* scratch) {
+    window.store_pixels<T>(map, channels, first, count, static_cast<const C*>(data), scratch);
+  }
   template <class F>
   void apply(F f) {
     for (int64_t i = 0; i < channels * stride; i += kLanes<C>) store(data + i, f(load(data + i)));
@@ -86,23 +91,6 @@ struct Pixels {
   Matrix<C> matrix() { return {data, stride, 1}; }      // (channels, pixels)
   Matrix<C> transposed() { return {data, 1, stride}; }  // (pixels, channels)
 };
-
-// The sum of term(0), term(1), ..., in short runs: there may be thousands.
-template <class C, class F>
-MFK_INLINE vec<C> sum_in_runs(int64_t count, F term) {
-  vec<C> total{};
-  for (int64_t i = 0; i < count;) {
-    const int64_t end = i + 32 < count ? i + 32 : count;
-    vec<C> a{}, b{};
-    for (; i + 1 < end; i += 2) {
-      a += term(i);
-      b += term(i + 1);
-    }
-    if (i < end) a += term(i++);
-    total += a + b;
-  }
-  return total;
-}
 
 // A tile of queries in the lanes, and what the keys make of it.
 template <class T>
@@ -140,24 +128,7 @@ struct Queries {
     gate.template load_from<T>(window, args.gate, first, count, scratch);
     multiply_pixels<C>(weights, kTile, nullptr, 0, pixels, k.transposed(), args.depth,
                        static_cast<const C*>(q.data), kTile, kTile);
-    const C scale = static_cast<C>(args.scale);
-    for (int64_t j = 0; j < kTile; j += kLanes<C>) {
-      C* column = weights + j;
-      vec<C> top = splat(-C(__builtin_inf()));
-      for (int64_t i = 0; i < pixels; ++i) {
-        const vec<C> value = load(column + i * kTile) * scale;
-        store(column + i * kTile, value);
-        top = value > top ? value : top;
-      }
-      const vec<C> sum = sum_in_runs<C>(pixels, [&](int64_t i) {
-        const vec<C> weight = exp(load(column + i * kTile) - top);
-        store(column + i * kTile, weight);
-        return weight;
-      });
-      for (int64_t i = 0; i < pixels; ++i) store(column + i * kTile, load(column + i * kTile) / sum);
-      store(tops + j, top);
-      store(sums + j, sum);
-    }
+    softmax_rows<C>(weights, static_cast<C>(args.scale), pixels, kTile, kTile, tops, sums);
     multiply_pixels<C>(context.data, kTile, nullptr, 0, args.channels, v.matrix(), pixels,
                        static_cast<const C*>(weights), kTile, kTile);
   }
@@ -165,7 +136,7 @@ struct Queries {
 
 template <class F>
 MFK_INLINE void for_tiles(const ModulationArgs& args, int64_t begin, int64_t end, F f) {
-  const int64_t tiles = (args.window_h * args.window_w + kTile - 1) / kTile;
+  const int64_t tiles = blocks_of(args.window_h * args.window_w, kTile);
   for (int64_t task = begin; task < end; ++task) {
     const Window window(args, task / tiles);
     const int64_t first = task % tiles * kTile, rest = window.pixels - first;
@@ -184,8 +155,7 @@ void forward(const ModulationArgs& args, int64_t begin, int64_t end) {
       store(tile.context.data + i,
             (args.outside ? sigmoid<C>(context) : context) * sigmoid<C>(load(tile.gate.data + i)));
     }
-    window.store_pixels<T>(args.y, args.channels, first, count, static_cast<const C*>(tile.context.data),
-                           static_cast<C*>(tile.scratch));
+    tile.context.template store_to<T>(window, args.y, first, count, tile.scratch);
   });
 }
 
@@ -210,38 +180,19 @@ void backward_q(const ModulationArgs& args, int64_t begin, int64_t end) {
       store(tile.gate.data + i, grad * out * (s * (one - s)));
       store(g.data + i, grad * s * (args.outside ? out * (one - out) : one));
     }
-    window.store_pixels<T>(args.grad_gate, args.channels, first, count, static_cast<const C*>(tile.gate.data),
-                           static_cast<C*>(tile.scratch));
+    tile.gate.template store_to<T>(window, args.grad_gate, first, count, tile.scratch);
     C* grad_context = static_cast<C*>(args.grad_context) + window.index * args.channels * pixels;
     for (int64_t c = 0; c < args.channels; ++c) {
       memcpy(grad_context + c * pixels + first, g.data + c * kTile, count * sizeof(C));
     }
     multiply_pixels<C>(grads, kTile, nullptr, 0, pixels, tile.v.transposed(), args.channels,
                        static_cast<const C*>(g.data), kTile, kTile);
-    const C scale = static_cast<C>(args.scale);
     C pivots[kTile], means[kTile];
-    for (int64_t j = 0; j < kTile; j += n) {
-      // As in former_to_mobile_attention: dP counts from that of the largest weight.
-      const C *weight = tile.weights + j, *grad = grads + j;
-      vec<C> top = load(weight), pivot = load(grad);
-      for (int64_t i = 1; i < pixels; ++i) {
-        const vec<C> w = load(weight + i * kTile);
-        pivot = w > top ? load(grad + i * kTile) : pivot;
-        top = w > top ? w : top;
-      }
-      const vec<C> mean = sum_in_runs<C>(
-          pixels, [&](int64_t i) { return load(weight + i * kTile) * (load(grad + i * kTile) - pivot); });
-      for (int64_t i = 0; i < pixels; ++i) {
-        store(grads + i * kTile + j,
-              load(weight + i * kTile) * (load(grad + i * kTile) - pivot - mean) * scale);
-      }
-      store(pivots + j, pivot);
-      store(means + j, mean);
-    }
+    softmax_rows_backward<C>(tile.weights, grads, static_cast<C>(args.scale), pixels, kTile, kTile, pivots,
+                             means);
     multiply_pixels<C>(grad_q.data, kTile, nullptr, 0, args.depth, tile.k.matrix(), pixels,
                        static_cast<const C*>(grads), kTile, kTile);
-    window.store_pixels<T>(args.grad_q, args.depth, first, count, static_cast<const C*>(grad_q.data),
-                           static_cast<C*>(tile.scratch));
+    grad_q.template store_to<T>(window, args.grad_q, first, count, tile.scratch);
     C* softmax = static_cast<C*>(args.softmax) + window.index * 4 * pixels + first;
     const C* kept[] = {tile.tops, tile.sums, pivots, means};
     for (int i = 0; i < 4; ++i) memcpy(softmax + i * pixels, kept[i], count * sizeof(C));
@@ -292,10 +243,8 @@ void backward_k(const ModulationArgs& args, int64_t begin, int64_t end) {
         store(grad_v.data + i, load(grad_v.data + i) * (s * (splat(C(1)) - s)));
       }
     }
-    window.store_pixels<T>(args.grad_k, args.depth, first, count, static_cast<const C*>(grad_k.data),
-                           static_cast<C*>(scratch));
-    window.store_pixels<T>(args.grad_v, args.channels, first, count, static_cast<const C*>(grad_v.data),
-                           static_cast<C*>(scratch));
+    grad_k.template store_to<T>(window, args.grad_k, first, count, scratch);
+    grad_v.template store_to<T>(window, args.grad_v, first, count, scratch);
   });
 }
 

@@ -2,6 +2,7 @@
 
 #include "../isa.h"
 #include "feature_map.h"
+#include "sizes.h"
 
 namespace mfk {
 

@@ -1,6 +1,5 @@
 #include "token_hyper.h"
 
-#include "tile.h"
 #include "token_rows.h"
 
 namespace mfk {
@@ -18,7 +17,7 @@ struct Hyper {
   // `work` has room for `all` samples, of which these are `count`, from `first` on.
   Hyper(const HyperArgs& a, C* work, int64_t all, int64_t first, int64_t count) : args(a) {
     auto rows = [&](int64_t width) {
-      const int64_t stride = hyper_padded(width);
+      const int64_t stride = padded(width);
       const TokenRows<C> taken{work + first * stride, count, width, stride};
       work += all * stride;
       return taken;
@@ -52,7 +51,7 @@ struct Hyper {
   }
 };
 
-template <class T, class F>
+template <class F>
 void for_samples(const HyperArgs& args, int64_t begin, int64_t end, F f) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task * kHyperSamples, rest = args.batch - b;
@@ -65,7 +64,7 @@ void forward(const HyperArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   Buffer<C> work(kHyperSamples * hyper_work(args));
-  for_samples<T>(args, begin, end, [&](int64_t b, int64_t samples) {
+  for_samples(args, begin, end, [&](int64_t b, int64_t samples) {
     const Hyper<T> hyper(args, work, samples, 0, samples);
     hyper.forward(b);
     for (int64_t i = 0; i < args.networks; ++i) {
@@ -91,7 +90,7 @@ template <class T>
 void backward(const HyperArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
-  for_samples<T>(args, begin, end, [&](int64_t b, int64_t samples) {
+  for_samples(args, begin, end, [&](int64_t b, int64_t samples) {
     const Hyper<T> hyper(args, static_cast<C*>(args.work), args.batch, b, samples);
     hyper.forward(b);
     for (int64_t i = 0; i < args.networks; ++i) {
@@ -126,7 +125,7 @@ void backward_weight(const HyperArgs& args, int64_t begin, int64_t end) {
       const int64_t i = layer / 2;
       const bool is_first = layer % 2 == 0;
       const TokenRows<C> g = is_first ? hyper.grad_hidden[i] : hyper.outputs[i];
-      const int64_t count = (g.width + kHyperOutputs - 1) / kHyperOutputs;
+      const int64_t count = blocks_of(g.width, kHyperOutputs);
       if (number >= 0 && number < count) {
         const int64_t o = number * kHyperOutputs,
                       last = o + kHyperOutputs < g.width ? o + kHyperOutputs : g.width;

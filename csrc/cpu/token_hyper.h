@@ -2,6 +2,7 @@
 
 #include "../isa.h"
 #include "feature_map.h"
+#include "sizes.h"
 
 namespace mfk {
 
@@ -24,12 +25,11 @@ struct HyperArgs {
   void *work, *grad_token;
 };
 
-inline __attribute__((always_inline)) int64_t hyper_padded(int64_t n) { return (n + 15) / 16 * 16; }
 // The token; for each network its hidden units, their gradients, and the gradients of its outputs.
 inline __attribute__((always_inline)) int64_t hyper_work(const HyperArgs& args) {
-  int64_t sum = 2 * hyper_padded(args.width);
+  int64_t sum = 2 * padded(args.width);
   for (int64_t i = 0; i < args.networks; ++i) {
-    sum += 2 * hyper_padded(args.nets[i].hidden) + hyper_padded(args.nets[i].outputs);
+    sum += 2 * padded(args.nets[i].hidden) + padded(args.nets[i].outputs);
   }
   return sum;
 }

@@ -1,7 +1,7 @@
 // Linear layers and norms of a few rows (tokens), with weights as PyTorch has them: (outputs, inputs).
 #pragma once
 
-#include "vec.h"
+#include "tile.h"
 
 namespace mfk {
 namespace MFK_ISA {
@@ -41,16 +41,10 @@ void store_rows(TokenRows<C> from, T* to) {
 
 // The sum of each vector's lanes.
 template <class C>
-MFK_INLINE vec<C> sums_across(const vec<C> (&rows)[kLanes<C>]) {
-  constexpr int n = kLanes<C>;
-  C square[n * n];
-  for (int i = 0; i < n; ++i) store(square + i * n, rows[i]);
+MFK_INLINE vec<C> sums_across(vec<C> (&rows)[kLanes<C>]) {
+  transpose<C>(rows);
   vec<C> sum{};
-  for (int j = 0; j < n; ++j) {
-    vec<C> column;
-    for (int i = 0; i < n; ++i) column[i] = square[i * n + j];
-    sum += column;
-  }
+  for (int i = 0; i < kLanes<C>; ++i) sum += rows[i];
   return sum;
 }
 

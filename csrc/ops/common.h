@@ -79,6 +79,11 @@ inline Tensor empty(std::vector<int64_t> shape, ScalarType type, const Tensor& x
   return torch::stable::empty(shape, type, std::nullopt, x.device());
 }
 
+// For the gradient of an argument: empty, without elements where it was left out.
+inline Tensor empty_gradient(const std::optional<Tensor>& argument, const Tensor& x) {
+  return empty(argument.has_value() ? shape_of(*argument) : std::vector<int64_t>{0}, x.scalar_type(), x);
+}
+
 // The map of a tensor in the memory format asked for. `holder` keeps a copy alive where the strides are
 // not those of a map, or not those of that format.
 inline AnyMap map_of(const Tensor& t, bool channels_last, Tensor& holder) {

@@ -135,17 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_weight = empty(shape_of(weight), x.scalar_type(), x);
   Tensor grad_basis = empty(shape_of(basis), x.scalar_type(), x);
   Tensor partial = empty({tasks, args.batch, args.kernels}, ScalarType::Double, x);
-  Tensor none = empty({0}, x.scalar_type(), x), grad_bias = none, grad_basis_bias = none;
+  Tensor grad_bias = empty_gradient(bias, x), grad_basis_bias = empty_gradient(basis_bias, x);
   args.grad_weight = grad_weight.data_ptr();
   args.grad_basis = grad_basis.data_ptr();
-  if (bias.has_value()) {
-    grad_bias = empty(shape_of(*bias), x.scalar_type(), x);
-    args.grad_bias = grad_bias.data_ptr();
-  }
-  if (basis_bias.has_value()) {
-    grad_basis_bias = empty(shape_of(*basis_bias), x.scalar_type(), x);
-    args.grad_basis_bias = grad_basis_bias.data_ptr();
-  }
+  if (bias.has_value()) args.grad_bias = grad_bias.data_ptr();
+  if (basis_bias.has_value()) args.grad_basis_bias = grad_basis_bias.data_ptr();
   args.partial_attention = partial.mutable_data_ptr<double>();
   torch::stable::parallel_for(0, tasks, grain(work * args.batch), [&](int64_t begin, int64_t end) {
     dynamic_conv2d_backward_weight(args, begin, end);

@@ -59,7 +59,7 @@ struct Call {
   void run(F f) const {
     if (args.tokens == 0) return;
     const int64_t work = args.samples * args.tokens * args.width * (4 * args.width + 2 * args.hidden);
-    torch::stable::parallel_for(0, (args.batch + args.samples - 1) / args.samples, grain(work), f);
+    torch::stable::parallel_for(0, blocks_of(args.batch, args.samples), grain(work), f);
   }
 };
 
@@ -92,8 +92,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& tokens, const
   args.grad_x = grads[0].data_ptr();
   for (int i = 0; i < 12; ++i) {
     const bool there = given[i].has_value();
-    grads.push_back(
-        empty(there ? shape_of(*given[i]) : std::vector<int64_t>{0}, tokens.scalar_type(), tokens));
+    grads.push_back(empty_gradient(given[i], tokens));
     if (there) args.grads[i] = grads.back().data_ptr();
     if (there && i >= 6 && !args.ffn) torch::stable::zero_(grads.back());
   }
@@ -103,10 +102,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& tokens, const
   int64_t tasks = 1;
   for (int array : {kGradQueries, kGradFirst, kGradHidden, kGradSecond}) {
     if (!args.ffn && (array == kGradHidden || array == kGradSecond)) continue;
-    int64_t outputs = args.width;
-    if (array == kGradQueries && args.standard) outputs *= 3;
-    if (array == kGradHidden) outputs = args.hidden;
-    tasks += (outputs + kFormerOutputs - 1) / kFormerOutputs;
+    tasks += blocks_of(former_width(args, array), kFormerOutputs);
   }
   torch::stable::parallel_for(
       0, tasks, grain(kFormerOutputs * args.width * args.batch * args.tokens),

@@ -38,7 +38,7 @@ struct Call {
     const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
     return std::vector<double>(wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel());
   }
-  int64_t tasks() const { return batch * ((channels + kResponseChannels - 1) / kResponseChannels); }
+  int64_t tasks() const { return batch * blocks_of(channels, kResponseChannels); }
   template <class F>
   void run(F f) const {
     torch::stable::parallel_for(0, tasks(), grain(pixels * kResponseChannels), f);

@@ -51,7 +51,7 @@ struct Call {
   int64_t pixels() const { return args.window_h * args.window_w; }
   template <class F>
   void run(F f) const {
-    const int64_t tiles = (pixels() + kModulationTile - 1) / kModulationTile;
+    const int64_t tiles = blocks_of(pixels(), kModulationTile);
     const int64_t work = kModulationTile * pixels() * (args.depth + args.channels);
     torch::stable::parallel_for(0, windows() * tiles, grain(work), f);
   }

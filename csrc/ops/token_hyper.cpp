@@ -48,7 +48,7 @@ struct Call {
   std::vector<int64_t> shape(int64_t i) const {
     return {args.batch, args.functions, args.nets[i].outputs / args.functions};
   }
-  int64_t tasks() const { return (args.batch + kHyperSamples - 1) / kHyperSamples; }
+  int64_t tasks() const { return blocks_of(args.batch, kHyperSamples); }
 };
 
 std::tuple<Tensor, Tensor> forward(const Tensor& token, const Tensor& weight1, const Tensor& bias1,
@@ -82,10 +82,9 @@ std::vector<Tensor> backward(const Tensor& grad_slopes, const Tensor& grad_other
   args.grad_token = grads[0].data_ptr();
   int64_t tasks = 0;
   for (int i = 0; i < 8; ++i) {
-    const bool there = given[i].has_value();
-    grads.push_back(empty(there ? shape_of(*given[i]) : std::vector<int64_t>{0}, token.scalar_type(), token));
+    grads.push_back(empty_gradient(given[i], token));
     args.nets[i / 4].grads[i % 4] = grads.back().data_ptr();
-    if (there && i % 2 == 1) tasks += (given[i]->numel() + kHyperOutputs - 1) / kHyperOutputs;
+    if (given[i].has_value() && i % 2 == 1) tasks += blocks_of(given[i]->numel(), kHyperOutputs);
   }
   for (int i = 0; i < 2; ++i) args.nets[i].grad_slopes = g[i].data_ptr();
   Tensor work = empty({args.batch * hyper_work(args)}, compute_type(token), token);
