@@ -43,6 +43,15 @@ def check_shape(op: str, name: str, value: Tensor, axes: str, shape: Sequence[in
         )
 
 
+def check_argument(
+    op: str, name: str, value: object, axes: str, shape: Sequence[int], like_name: str, like: Tensor
+) -> None:
+    """All of these at once."""
+    tensor = check_tensor(op, name, value, axes)
+    check_like(op, name, tensor, like_name, like)
+    check_shape(op, name, tensor, axes, shape)
+
+
 def match_autocast(*values: Any) -> tuple[Any, ...]:
     """The tensors in the widest of their dtypes where autocast is on: it leaves a network with a map in one
     dtype and coefficients in another. Where it is off, different dtypes are the caller's mistake."""

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,11 @@ def _functions(op: str) -> Iterator[tuple[str, Callable[..., Any]]]:
     def run(kind: str, *arguments: Any, **others: Any) -> Any:
         module = importlib.import_module(f"{__package__}.{op}.triton")
         device = next(x for x in arguments if isinstance(x, torch.Tensor)).device
-        with torch.cuda.device(device) if device.type == "cuda" else _nothing():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return getattr(module, kind)(*arguments, **others)
 
     for kind, suffix in (("forward", ""), ("backward", "_backward")):
         yield op + suffix, lambda *arguments, kind=kind, **others: run(kind, *arguments, **others)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,18 @@ def empty_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     channels_last = not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def gradients_like(inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """Unwritten gradients, as backward operators return them: an empty tensor where the input was None,
+    since an operator's outputs cannot be."""
+    first = next(x for x in inputs if x is not None)
+    return [first.new_empty(0 if x is None else x.shape) for x in inputs]
+
+
+def without_absent(inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """What a backward operator returned, with None where the input was None."""
+    return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
 def once(op: str):

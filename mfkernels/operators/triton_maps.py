@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -27,6 +28,31 @@ def as_map(x: Tensor) -> Map:
 def power(n: int, least: int = 1, most: int = 1 << 20) -> int:
     """The next power of two, within these bounds."""
     return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+
+
+@triton.jit
+def add_to_mean(weights, grads, largest, pivot, weight_sum, sums, BP: tl.constexpr):
+    """Adds (rows, BP) weights and their gradients to what a softmax's backward keeps of each row: the largest
+    weight, its gradient (the pivot), the sum of the weights and that of weights * (gradients - pivot). Where
+    one weight is nearly one, the mean of the gradients is nearly its own, and without the pivot their
+    difference would lose its digits."""
+    here = tl.max(weights, 1)
+    first = tl.min(tl.where(weights == here[:, None], tl.arange(0, BP)[None, :], BP), 1)
+    own = tl.sum(tl.where(tl.arange(0, BP)[None, :] == first[:, None], grads, 0.0), 1)
+    higher = tl.where(here > largest, own, pivot)
+    sums += weight_sum * (pivot - higher) + tl.sum(weights * (grads - higher[:, None]), 1)
+    return tl.maximum(largest, here), higher, weight_sum + tl.sum(weights, 1), sums
+
+
+def head_sizes(x: Tensor, tokens: Tensor, num_heads: int) -> tuple[int, int, int, int]:
+    """Of the cross attentions: pixels, tokens, heads, channels of a head."""
+    return x.shape[2] * x.shape[3], tokens.shape[1], num_heads, x.shape[1] // num_heads
+
+
+def head_blocks(tokens: int, depth: int) -> dict[str, int]:
+    """Tiles of the products, at least 16 a side; fewer pixels where heads are deep, to stay in registers."""
+    block_d = power(depth, 16)
+    return dict(BM=power(tokens, 16), BD=block_d, BP=max(16, min(64, 4096 // block_d)))
 
 
 def splits_of(pixels: int, batches: int, device: torch.device, block: int) -> tuple[int, int]:

@@ -2,9 +2,9 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...checks import check_like, check_shape, check_tensor, match_autocast
-from ..layout import empty_map, once
-from .reference import Pair, dynamic_conv2d_reference, output_size, pair
+from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
+from ..layout import empty_map, gradients_like, once, without_absent
+from .reference import Pair, dynamic_conv2d_reference, output_size
 
 OP = "dynamic_conv2d"
 
@@ -69,7 +69,7 @@ def _setting(name: str, value: object, least: int) -> Pair:
         raise TypeError(f"{OP}: {name} must be an int or a pair of ints, got {value!r}")
     if min(values) < least:
         raise ValueError(f"{OP}: {name} must be at least {least}, got {value!r}")
-    return pair((values[0], values[1]))
+    return values[0], values[1]
 
 
 def _check(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups) -> None:
@@ -93,17 +93,11 @@ def _check(x, weight, basis, attention, bias, basis_bias, stride, padding, dilat
     check_shape(OP, "basis", basis, "K O C/groups kh kw", (kernels, *shape))
     if kernels < 1:
         raise ValueError(f"{OP}: basis must hold at least one kernel (K >= 1), got K = 0")
-    check_tensor(OP, "attention", attention, "B K")
-    check_like(OP, "attention", attention, "x", x)
-    check_shape(OP, "attention", attention, "B K", (batch, kernels))
+    check_argument(OP, "attention", attention, "B K", (batch, kernels), "x", x)
     if bias is not None:
-        check_tensor(OP, "bias", bias, "O")
-        check_like(OP, "bias", bias, "x", x)
-        check_shape(OP, "bias", bias, "O", (outputs,))
+        check_argument(OP, "bias", bias, "O", (outputs,), "x", x)
     if basis_bias is not None:
-        check_tensor(OP, "basis_bias", basis_bias, "K O")
-        check_like(OP, "basis_bias", basis_bias, "x", x)
-        check_shape(OP, "basis_bias", basis_bias, "K O", (kernels, outputs))
+        check_argument(OP, "basis_bias", basis_bias, "K O", (kernels, outputs), "x", x)
     if min(kernel) < 1 or channels < 1 or outputs < 1:
         raise ValueError(f"{OP}: weight must have no empty axis, got shape {tuple(weight.shape)}")
     if min(output_size((height, width), kernel, stride, padding, dilation)) < 1:
@@ -121,10 +115,7 @@ def _(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, 
 
 @torch.library.register_fake(f"mfkernels::{OP}_backward")
 def _(grad_out, x, weight, basis, attention, bias, basis_bias, *settings):
-    def like(value):
-        return x.new_empty(0) if value is None else value.new_empty(value.shape)
-
-    return empty_map(x, x.shape), *map(like, (weight, basis, attention, bias, basis_bias))
+    return empty_map(x, x.shape), *gradients_like((weight, basis, attention, bias, basis_bias))
 
 
 def _setup_context(ctx, inputs, output):
@@ -135,8 +126,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out):
     inputs = ctx.saved_tensors
     grads = torch.ops.mfkernels.dynamic_conv2d_backward(grad_out, *inputs, *ctx.settings)
-    grads = [None if value is None else grad for value, grad in zip(inputs, grads, strict=True)]
-    return *grads, *[None] * len(ctx.settings)
+    return *without_absent(inputs, grads), *[None] * len(ctx.settings)
 
 
 torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)

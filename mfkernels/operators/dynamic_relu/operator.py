@@ -2,9 +2,9 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...checks import check_like, check_shape, check_tensor, match_autocast
+from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
 from ..dispatch import register_triton
-from ..layout import empty_map, once
+from ..layout import empty_map, gradients_like, once, without_absent
 from .reference import dynamic_relu_reference
 
 OP = "dynamic_relu"
@@ -67,9 +67,7 @@ def _check(x: Tensor, slopes: Tensor, intercepts: Tensor | None, attention: Tens
     if shape[-2] < 1:
         raise ValueError(f"{OP}: slopes must hold at least one function (K >= 1), got K = 0")
     if intercepts is not None:
-        check_tensor(OP, "intercepts", intercepts, axes)
-        check_like(OP, "intercepts", intercepts, "x", x)
-        check_shape(OP, "intercepts", intercepts, axes, shape)
+        check_argument(OP, "intercepts", intercepts, axes, shape, "x", x)
 
 
 @torch.library.register_fake(f"mfkernels::{OP}")
@@ -80,12 +78,7 @@ def _(x, slopes, intercepts=None, attention=None):
 
 @torch.library.register_fake(f"mfkernels::{OP}_backward")
 def _(grad_out, x, slopes, intercepts=None, attention=None):
-    return (
-        empty_map(x, x.shape),
-        slopes.new_empty(slopes.shape),
-        slopes.new_empty(0 if intercepts is None else intercepts.shape),
-        x.new_empty(0) if attention is None else attention.new_empty(attention.shape),
-    )
+    return empty_map(x, x.shape), *gradients_like((slopes, intercepts, attention))
 
 
 def _setup_context(ctx, inputs, output):
@@ -93,16 +86,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    x, slopes, intercepts, attention = ctx.saved_tensors
-    grad_x, grad_slopes, grad_intercepts, grad_attention = torch.ops.mfkernels.dynamic_relu_backward(
-        grad_out, x, slopes, intercepts, attention
-    )
-    return (
-        grad_x,
-        grad_slopes,
-        None if intercepts is None else grad_intercepts,
-        None if attention is None else grad_attention,
-    )
+    inputs = ctx.saved_tensors
+    return tuple(without_absent(inputs, torch.ops.mfkernels.dynamic_relu_backward(grad_out, *inputs)))
 
 
 torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)

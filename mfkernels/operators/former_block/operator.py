@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...checks import check_heads, check_like, check_shape, check_tensor, match_autocast
-from ..layout import once
+from ...checks import check_argument, check_heads, check_tensor, match_autocast
+from ..layout import gradients_like, once, without_absent
 from .reference import former_block_reference
 
 OP = "former_block"
@@ -97,8 +97,6 @@ def _check(tokens: Tensor, parameters: list, num_heads: int, form: str) -> None:
     values = iter(parameters)
     for layer, (words, shape) in shapes.items():
         present = ffn or layer in ("qkv", "proj", "norm1")
-        if layer == "norm2" and form == "released" and not ffn:
-            present = False
         for part, optional in (("weight", False), ("bias", not layer.startswith("norm"))):
             name, value = f"{layer}_{part}", next(values)
             if not present:
@@ -110,9 +108,7 @@ def _check(tokens: Tensor, parameters: list, num_heads: int, form: str) -> None:
                     continue
                 raise TypeError(f"{OP}: {name} must be a tensor, got NoneType")
             expected = words if part == "weight" else words.split()[0]
-            check_tensor(OP, name, value, expected)
-            check_like(OP, name, value, "tokens", tokens)
-            check_shape(OP, name, value, expected, shape[: len(expected.split())])
+            check_argument(OP, name, value, expected, shape[: len(expected.split())], "tokens", tokens)
 
 
 @torch.library.register_fake(f"mfkernels::{OP}")
@@ -122,7 +118,7 @@ def _(tokens, *others):
 
 @torch.library.register_fake(f"mfkernels::{OP}_backward")
 def _(grad_out, tokens, *others):
-    return [tokens.new_empty(0 if x is None else x.shape) for x in (tokens, *others[:12])]
+    return gradients_like((tokens, *others[:12]))
 
 
 def _setup_context(ctx, inputs, output):
@@ -133,8 +129,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out):
     inputs = ctx.saved_tensors
     grads = torch.ops.mfkernels.former_block_backward(grad_out, *inputs, *ctx.settings)
-    grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
-    return *grads, None, None, None
+    return *without_absent(inputs, grads), None, None, None
 
 
 torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)

@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import as_map, power, splits_of
+from ..triton_maps import as_map, head_blocks, head_sizes, splits_of
 
 
 @triton.jit
@@ -77,24 +77,13 @@ def backward_kernel(
     tl.store(to + batch * splits * tokens * heads * depth, grad_values, inside_token)
 
 
-def _sizes(x: Tensor, k: Tensor, num_heads: int) -> tuple[int, int, int, int]:
-    """Pixels, tokens, heads, channels of a head."""
-    return x.shape[2] * x.shape[3], k.shape[1], num_heads, x.shape[1] // num_heads
-
-
-def _blocks(tokens: int, depth: int) -> dict[str, int]:
-    """Tiles of the products, at least 16 a side; fewer pixels where heads are deep, to stay in registers."""
-    block_d = power(depth, 16)
-    return dict(BM=power(tokens, 16), BD=block_d, BP=max(16, min(64, 4096 // block_d)))
-
-
 def forward(x: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
     y = empty_map(x, x.shape)
     if x.numel() == 0:
         return y
-    sizes, source, to = _sizes(x, k, num_heads), as_map(x), as_map(y)
+    sizes, source, to = head_sizes(x, k, num_heads), as_map(x), as_map(y)
     scale = sizes[3] ** -0.5 if scale is None else scale
-    blocks = _blocks(sizes[1], sizes[3])
+    blocks = head_blocks(sizes[1], sizes[3])
     grid = (triton.cdiv(sizes[0], blocks["BP"]), num_heads, x.shape[0])
     forward_kernel[grid](
         source.tensor,
@@ -116,9 +105,9 @@ def backward(
     grad_x = empty_map(x, x.shape)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(k), torch.zeros_like(v)
-    sizes, source, g, to = _sizes(x, k, num_heads), as_map(x), as_map(grad_out), as_map(grad_x)
+    sizes, source, g, to = head_sizes(x, k, num_heads), as_map(x), as_map(grad_out), as_map(grad_x)
     scale = sizes[3] ** -0.5 if scale is None else scale
-    blocks = _blocks(sizes[1], sizes[3])
+    blocks = head_blocks(sizes[1], sizes[3])
     count, size = splits_of(sizes[0], x.shape[0] * num_heads, x.device, blocks["BP"])
     sums = torch.empty((2, x.shape[0], count, *k.shape[1:]), dtype=torch.float32, device=x.device)
     backward_kernel[count, num_heads, x.shape[0]](

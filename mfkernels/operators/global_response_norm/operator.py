@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...checks import check_like, check_shape, check_tensor, match_autocast
+from ...checks import check_argument, check_tensor, match_autocast
 from ..dispatch import register_triton
 from ..layout import empty_map, once
 from .reference import global_response_norm_reference
@@ -50,9 +50,7 @@ def global_response_norm(
 def _check(x: Tensor, gamma: Tensor, beta: Tensor, mean: str) -> None:
     check_tensor(OP, "x", x, "B C H W")
     for name, value in (("gamma", gamma), ("beta", beta)):
-        check_tensor(OP, name, value, "C")
-        check_like(OP, name, value, "x", x)
-        check_shape(OP, name, value, "C", (x.shape[1],))
+        check_argument(OP, name, value, "C", (x.shape[1],), "x", x)
     if mean not in MEANS:
         raise ValueError(f"{OP}: mean must be 'channels' or 'released', got {mean!r}")
 

@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import as_map, power, splits_of
+from ..triton_maps import add_to_mean, as_map, head_blocks, head_sizes, splits_of
 
 
 @triton.jit
@@ -79,14 +79,7 @@ def means_kernel(
         weights = tl.exp(logit - top[:, None]) / total[:, None]
         weights = tl.where((p < pixels)[None, :], weights, 0.0)
         grad = tl.dot(grad_out, pixel, input_precision="ieee")
-        here = tl.max(weights, 1)
-        first = tl.min(tl.where(weights == here[:, None], tl.arange(0, BP)[None, :], BP), 1)
-        own = tl.sum(tl.where(tl.arange(0, BP)[None, :] == first[:, None], grad, 0.0), 1)
-        higher = tl.where(here > largest, own, pivot)
-        sums += weight_sum * (pivot - higher) + tl.sum(weights * (grad - higher[:, None]), 1)
-        weight_sum += tl.sum(weights, 1)
-        largest = tl.maximum(largest, here)
-        pivot = higher
+        largest, pivot, weight_sum, sums = add_to_mean(weights, grad, largest, pivot, weight_sum, sums, BP)
     to = out + (((b * splits + part) * heads + head) * tokens + m) * 4
     tl.store(to, largest, inside_m)
     tl.store(to + 1, pivot, inside_m)
@@ -149,25 +142,14 @@ def backward_kernel(
     tl.store(to, grad_q, inside_token)
 
 
-def _sizes(x: Tensor, q: Tensor, num_heads: int) -> tuple[int, int, int, int]:
-    """Pixels, tokens, heads, channels of a head."""
-    return x.shape[2] * x.shape[3], q.shape[1], num_heads, x.shape[1] // num_heads
-
-
-def _blocks(tokens: int, depth: int) -> dict[str, int]:
-    """As for former_to_mobile_attention."""
-    block_d = power(depth, 16)
-    return dict(BM=power(tokens, 16), BD=block_d, BP=max(16, min(64, 4096 // block_d)))
-
-
 def forward(
     x: Tensor, q: Tensor, num_heads: int, scale: float | None = None, return_logits: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sizes, source = _sizes(x, q, num_heads), as_map(x)
+    sizes, source = head_sizes(x, q, num_heads), as_map(x)
     pixels, tokens, _, depth = sizes
     batch = x.shape[0]
     scale = depth**-0.5 if scale is None else scale
-    blocks = _blocks(tokens, depth)
+    blocks = head_blocks(tokens, depth)
     count, size = splits_of(pixels, batch * num_heads, x.device, blocks["BP"])
     kept = (batch, num_heads, tokens, *x.shape[2:]) if return_logits else (0,)
     logits = torch.empty(kept, dtype=x.dtype, device=x.device)
@@ -199,10 +181,10 @@ def backward(
     grad_x = empty_map(x, x.shape)
     if q.numel() == 0 or x.numel() == 0:
         return grad_x.zero_(), torch.zeros_like(q)
-    sizes, source, to = _sizes(x, q, num_heads), as_map(x), as_map(grad_x)
+    sizes, source, to = head_sizes(x, q, num_heads), as_map(x), as_map(grad_x)
     pixels, tokens, _, depth = sizes
     scale = depth**-0.5 if scale is None else scale
-    blocks = _blocks(tokens, depth)
+    blocks = head_blocks(tokens, depth)
     count, size = splits_of(pixels, x.shape[0] * num_heads, x.device, blocks["BP"])
     sums = torch.empty((x.shape[0], count, *q.shape[1:]), dtype=torch.float32, device=x.device)
     given = (q if grad_out is None else grad_out).contiguous()

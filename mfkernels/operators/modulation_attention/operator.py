@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...checks import check_like, check_shape, check_tensor, match_autocast
+from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
 from ..dispatch import register_triton
 from ..layout import empty_map, once
 from .reference import modulation_attention_reference
@@ -56,17 +56,13 @@ def modulation_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, form: str, window_size: int | None) -> None:
     check_tensor(OP, "q", q, "B D H W")
-    check_tensor(OP, "k", k, "B D H W")
-    check_like(OP, "k", k, "q", q)
-    check_shape(OP, "k", k, "B D H W", q.shape)
+    check_argument(OP, "k", k, "B D H W", q.shape, "q", q)
     check_tensor(OP, "v", v, "B C H W")
     check_like(OP, "v", v, "q", q)
     batch, depth, height, width = q.shape
     shape = (batch, v.shape[1], height, width)
     check_shape(OP, "v", v, "B C H W", shape)
-    check_tensor(OP, "gate", gate, "B C H W")
-    check_like(OP, "gate", gate, "q", q)
-    check_shape(OP, "gate", gate, "B C H W", shape)
+    check_argument(OP, "gate", gate, "B C H W", shape, "q", q)
     if depth < 1:
         raise ValueError(f"{OP}: q must have at least one channel (D >= 1), got D = 0")
     if form not in FORMS:

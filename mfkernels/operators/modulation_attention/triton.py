@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, as_map, power
+from ..triton_maps import Map, add_to_mean, as_map, power
 
 
 @triton.jit
@@ -123,14 +123,7 @@ def means_kernel(
             g + b * g_b, v + b * v_b, channels, g_c, g_p, v_c, v_p, at_q, at_k, inside_q, inside_k,
             False, SIGMOID, BQ, BK,
         )  # fmt: skip
-        here = tl.max(weights, 1)
-        first = tl.min(tl.where(weights == here[:, None], tl.arange(0, BK)[None, :], BK), 1)
-        own = tl.sum(tl.where(tl.arange(0, BK)[None, :] == first[:, None], grads, 0.0), 1)
-        higher = tl.where(here > largest, own, pivot)
-        sums += weight_sum * (pivot - higher) + tl.sum(weights * (grads - higher[:, None]), 1)
-        weight_sum += tl.sum(weights, 1)
-        largest = tl.maximum(largest, here)
-        pivot = higher
+        largest, pivot, weight_sum, sums = add_to_mean(weights, grads, largest, pivot, weight_sum, sums, BK)
     tl.store(means + b * 2 * size + at_q, pivot, inside_q)
     tl.store(means + (b * 2 + 1) * size + at_q, sums, inside_q)
 

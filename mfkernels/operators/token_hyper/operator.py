@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ... import backends
 from ...checks import check_like, check_shape, check_tensor, match_autocast
-from ..layout import once
+from ..layout import gradients_like, once, without_absent
 from .reference import token_hyper_reference
 
 OP = "token_hyper"
@@ -94,7 +94,7 @@ def _(token, *others):
 
 @torch.library.register_fake(f"mfkernels::{OP}_backward")
 def _(grad_slopes, grad_other, token, *others):
-    return [token.new_empty(0 if x is None else x.shape) for x in (token, *others[:8])]
+    return gradients_like((token, *others[:8]))
 
 
 def _setup_context(ctx, inputs, output):
@@ -110,8 +110,7 @@ def _backward(ctx, grad_slopes, grad_other):
     if grad_other is None:
         grad_other = torch.zeros_like(_slopes(token, other_weight2, ctx.num_functions))
     grads = torch.ops.mfkernels.token_hyper_backward(grad_slopes, grad_other, *inputs, ctx.num_functions)
-    grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
-    return *grads, None
+    return *without_absent(inputs, grads), None
 
 
 torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
