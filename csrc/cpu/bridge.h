@@ -70,8 +70,7 @@ class Bridge {
   void softmax(float* first) const {
     vec<float> top = load(first);
     for (int64_t t = 1; t < tokens_; ++t) {
-      const vec<float> value = load(first + t * width_);
-      top = value > top ? value : top;
+      top = larger(load(first + t * width_), top);
     }
     vec<float> sum{};
     for (int64_t t = 0; t < tokens_; ++t) {
@@ -91,8 +90,7 @@ class Bridge {
     store(row + width_ - n, inside ? last : splat(-__FLT_MAX__));
     vec<float> tops = load(row);
     for (int64_t p = n; p < width_; p += n) {
-      const vec<float> value = load(row + p);
-      tops = value > tops ? value : tops;
+      tops = larger(load(row + p), tops);
     }
     const float top = max_lanes<float>(tops);
     vec<float> sums{};

@@ -67,10 +67,7 @@ struct AddBias {
 };
 
 // min(max(y, 0), 6), and NaN for NaN
-MFK_INLINE vec<float> relu6(vec<float> y) {
-  const vec<float> six = splat(6.0f), positive = y < 0 ? vec<float>{} : y;
-  return positive > six ? six : positive;
-}
+MFK_INLINE vec<float> relu6(vec<float> y) { return smaller(splat(6.0f), larger(vec<float>{}, y)); }
 
 struct AddBiasRelu6 {
   const float* bias;
@@ -98,7 +95,7 @@ struct AddBiasRelu {
   struct At {
     vec<float> bias;
     MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const {
-      return y < 0 ? vec<float>{} : y;  // NaN for NaN
+      return larger(vec<float>{}, y);  // NaN for NaN
     }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }

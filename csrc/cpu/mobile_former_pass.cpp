@@ -27,12 +27,14 @@ struct Pass {
 
   // Rows of the input that a task reads at most, were it all of them.
   int64_t rows(int64_t group) const { return group + 2; }
+  // A line of the image with its padding; kernels may read to the end of a pair.
+  int64_t line() const { return 2 * args.out_width + 2; }
   int64_t room() const {
     const int64_t group = args.group, out_row = args.out_width;
     const int64_t of_bridge = bridge.scratch(group * out_row);
     switch (plan.kind) {
       case kStem:
-        return of_bridge + 3 * plan.in_channels * (args.width + 2) + 64;
+        return of_bridge + 3 * plan.in_channels * line() + 64;
       case kLite:
         return of_bridge + args.width * in_channels + group * out_row * plan.hidden1 + 64;
       case kBlock:
@@ -87,32 +89,34 @@ struct Pass {
   }
 
   void stem(int64_t begin, int64_t end) {
-    const int64_t padded_width = args.width + 2;
-    float* lines = take_zeros<float>(3 * plan.in_channels * padded_width);  // (channels, 3, padded_width)
+    Stored* lines = take_zeros<Stored>(3 * plan.in_channels * line());  // (channels, 3, line)
     float* scratch = take<float>(bridge.scratch(args.group * args.out_width));
     for_tasks(begin, end, [&](int64_t task, int64_t y0, int64_t y1) {
       for (int64_t y = y0; y < y1; ++y) {
         for (int64_t c = 0; c < plan.in_channels; ++c) {
           for (int64_t ky = 0; ky < 3; ++ky) {
-            const int64_t line = 2 * y - 1 + ky;
-            float* to = lines + (c * 3 + ky) * padded_width + 1;
-            if (line < 0 || line >= args.height) {
-              memset(to, 0, args.width * sizeof(float));
-              continue;
-            }
-            const float* from = static_cast<const float*>(args.in) + c * args.stride_c + line * args.stride_h;
-            if (args.stride_w == 1) {
-              memcpy(to, from, args.width * sizeof(float));
-            } else {
-              for (int64_t x = 0; x < args.width; ++x) to[x] = from[x * args.stride_w];
-            }
+            image_line(c, 2 * y - 1 + ky, lines + (c * 3 + ky) * line() + 1);
           }
         }
-        gemm(args.out_width, Rows<float>{lines, 2, 3 * plan.in_channels, 3, padded_width},
-             matrix(plan.pointwise1), out_row(y), out_channels, AddBiasRelu6{at(plan.pointwise1.bias)});
+        gemm(args.out_width, Rows<Stored>{lines, 2, 3 * plan.in_channels, 3, line()}, matrix(plan.pointwise1),
+             out_row(y), out_channels, AddBiasRelu6{at(plan.pointwise1.bias)});
       }
       finish(task, y0, y1, scratch);
     });
+  }
+
+  // Line y of a channel of the image; zeros above and below it.
+  void image_line(int64_t c, int64_t y, Stored* to) const {
+    if (y < 0 || y >= args.height) {
+      memset(to, 0, args.width * sizeof(Stored));
+      return;
+    }
+    const float* from = static_cast<const float*>(args.in) + c * args.stride_c + y * args.stride_h;
+    int64_t x = 0;
+    if (args.stride_w == 1) {
+      for (; x + kLanes<float> <= args.width; x += kLanes<float>) store(to + x, load(from + x));
+    }
+    for (; x < args.width; ++x) store_scalar(to + x, from[x * args.stride_w]);
   }
 
   // One row of a depthwise convolution with padding 1 and the pass's stride. `row(y)` is a pointer to an

@@ -96,12 +96,23 @@ MFK_INLINE vec<double> load(const double* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// GCC 12 converts vectors of sixteen in halves: five instructions for two. Of intrinsics without a mask it
+// warns in its own header, so here and below they have one of all lanes.
+#if defined(__AVX512F__)
+MFK_INLINE vec<float> load(const bf16* p) {
+  __m256i half;
+  memcpy(&half, p, sizeof half);
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, half);
+  return reinterpret_cast<vec<float>>(reinterpret_cast<VectorOf<uint32_t, 16>::type>(wide) << 16);
+}
+#else
 MFK_INLINE vec<float> load(const bf16* p) {
   typename VectorOf<uint16_t, kLanes<float>>::type half;
   memcpy(&half, p, sizeof half);
   using word = typename VectorOf<uint32_t, kLanes<float>>::type;
   return reinterpret_cast<vec<float>>(__builtin_convertvector(half, word) << 16);
 }
+#endif
 MFK_INLINE void store(float* p, vec<float> v) { memcpy(p, &v, sizeof v); }
 MFK_INLINE void store(double* p, vec<double> v) { memcpy(p, &v, sizeof v); }
 #if defined(__AVX512BF16__)
@@ -168,6 +179,25 @@ MFK_INLINE void store_scalar(bf16* p, float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   p->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// a > b ? a : b and a < b ? a : b: b where one of them is NaN. One instruction, which GCC does not find for
+// itself where comparisons give mask registers.
+MFK_INLINE vec<float> larger(vec<float> a, vec<float> b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(
+      _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+MFK_INLINE vec<float> smaller(vec<float> a, vec<float> b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(
+      _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return a < b ? a : b;
+#endif
 }
 
 // All ones in the first n lanes.
@@ -322,12 +352,18 @@ MFK_INLINE vec<double> exp(vec<double> x) {
 // denormal, the smallest normal number.
 MFK_INLINE vec<float> exp_nonpositive(vec<float> x) {
   const vec<float> low = splat(-87.336544f);
-  const ExpParts parts = exp_parts(x < low ? low : x);
+  const ExpParts parts = exp_parts(larger(low, x));
   const vec<float> p = exp_series(splat(1.0f / 720), parts.r);
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(
+      _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p),
+                             reinterpret_cast<__m512>(parts.shifted - kExpShift)));  // NaN for NaN
+#else
   // Times 2^n: n onto the exponent bits.
   const vec<float> y = reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(p) +
                                                     (reinterpret_cast<mask<float>>(parts.shifted) << 23));
   return x != x ? x : y;
+#endif
 }
 
 // erf(x), within 4 units in the last place: up to |x| = 1 by x P(x^2), beyond by 1 - exp(Q(|x|)); both

@@ -179,7 +179,7 @@ class _Planner:
         stem: Any = self.model.stem
         conv, norm, _ = stem
         weight, bias = fold(conv, norm)
-        linear = self.pack.linear(weight.flatten(1), bias, dtype=torch.float32)  # images are float32
+        linear = self.pack.linear(weight.flatten(1), bias, runs=weight.shape[1] * weight.shape[2])
         return [_STEM, conv.in_channels, conv.out_channels, 2, 0, 0, 0, 0, 0, *linear, *_NO_LINEAR]
 
     def lite(self, block: Any) -> list[int]:
