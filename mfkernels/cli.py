@@ -3,19 +3,20 @@
 import argparse
 from pathlib import Path
 
-from . import __version__, models
+from . import __version__
+from .models import mobile_former
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; `arguments` are those of the command line by default. Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="mfkernels", description="Fused kernels for Mobile-Former in PyTorch."
+        prog="mfkernels", description="Fused kernels for Mobile-Former, DMF and iFormer in PyTorch."
     )
     parser.add_argument("--version", action="version", version=f"mfkernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, machine and backends, for a bug report")
     demo = commands.add_parser("demo", help="run a network on a photo, plain PyTorch against mfkernels")
-    demo.add_argument("--model", default="mobile_former_214m", choices=models.list_models(), metavar="NAME")
+    demo.add_argument("--model", default="mobile_former_214m", choices=mobile_former.NAMES, metavar="NAME")
     demo.add_argument("--image", type=Path, help="a photo (default: the sample photo that matplotlib ships)")
     demo.add_argument("--checkpoint", type=Path, help="released weights (default: random weights)")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of the results")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mfkernels.nn as mnn
-from mfkernels.models import MobileFormer, create_model
+from mfkernels.models import DynamicMobileFormer, IFormer, MobileFormer, create_model
 
 DATA = Path(__file__).parent / "data"
 
@@ -202,13 +202,59 @@ def _kernel_attention(c: dict) -> nn.Module:
     return mnn.KernelAttention(c["C"], c["d"], c["K"], temperature=c.get("temp", 1.0))
 
 
-def _ffn(c: dict) -> nn.Module:
-    return mnn.InvertedResidualFFN(c["Cin"], c["hidden"])
+def _bottleneck(c: dict) -> nn.Module:
+    if c.get("grn"):
+        return mnn.InvertedResidualFFN(c["Cin"], c["hidden"])
+    options = dict(stride=c.get("stride", 1), groups=c.get("groups", 1))
+    return mnn.InvertedBottleneck(c["Cin"], c["hidden"], c["Cout"], **options)
+
+
+def _mobile(c: dict) -> dict:
+    return dict(
+        in_channels=c["Cin"],
+        hidden_channels=c["hidden"],
+        out_channels=c["Cout"],
+        token_dim=c["d"],
+        stride=c["stride"],
+        groups=c["groups"],
+        pointwise_kernels=c["fc_K"],
+        depthwise_kernels=c["conv_K"],
+    )
 
 
 def _shma(c: dict, **options) -> nn.Module:
     options |= dict(ratio=c.get("ratio", 1), num_heads=c.get("heads", 1), window_size=c.get("ws"))
     return mnn.SingleHeadModulationAttention(c["C"], reduction=c["R"], **options)
+
+
+def _classifier(c: dict) -> nn.Module:
+    return mnn.IFormerClassifier(c["C"], c["classes"], distillation=c["distill"])
+
+
+class _Classifier(nn.Module):
+    """The classifier under the name that some files have for it."""
+
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        self.c = _classifier(c)
+
+    def forward(self, x):
+        return self.c(x)
+
+
+def _fused(c: dict) -> nn.Module:
+    """What is folded into one layer."""
+    channels = c["C"]
+    return {
+        "conv_bn": lambda: mnn.ConvBN(
+            channels, c["Cout"], c["k"], c["stride"], c["k"] // 2, c.get("groups", 1)
+        ),
+        "bn_conv": lambda: mnn.BNConv(channels, c["Cout"]),
+        "bn_linear": lambda: mnn.BNLinear(channels, c["Cout"]),
+        "repdw": lambda: mnn.ReparameterizedDepthwise(channels),
+        "cpe": lambda: mnn.RepCPE(channels).cpe,
+        "cls_distill": lambda: mnn.IFormerClassifier(channels, c["Cout"], distillation=True),
+    }[c["kind"]]()
 
 
 BUILDERS = {
@@ -224,21 +270,39 @@ BUILDERS = {
     "dmf_dyconv": _dynamic,
     "dmf_katt": _kernel_attention,
     "dmf_grn": lambda c: mnn.GlobalResponseNorm(c["C"]),
-    "dmf_bneck": lambda c: _ffn(c) if c.get("grn") else None,
+    "dmf_bneck": _bottleneck,
+    "dmf_m2f": lambda c: mnn.DMFMobileToFormer(c["C"], c["d"], num_heads=c["heads"]),
+    "dmf_f2m": lambda c: mnn.DMFFormerToMobile(c["C"], c["d"], num_heads=c["heads"]),
+    "dmf_former": lambda c: mnn.DMFFormer(c["d"]),
+    "dmf_dymobile": lambda c: mnn.DynamicMobile(**_mobile(c)),
+    "dmf_block": lambda c: mnn.DMFBlock(**_mobile(c), num_heads=c["heads"], ffn_ratio=c["R"]),
+    "dmf_stem": lambda c: mnn.DMFStem(3, c["C"]),
+    "dmf_head": lambda c: mnn.DMFHead(c["C"], c["d"], c["F"], c["classes"]),
     "if_shma": _shma,
-    "derived_dyconv_softmax": _Dynamic,
-    "derived_grn_channel": lambda c: mnn.GlobalResponseNorm(c["C"], mean="channels"),
-    "derived_shma_sigmoid": lambda c: _shma(c, form="paper"),
+    "if_block": lambda c: mnn.IFormerBlock(c["C"], c["spec"], layer_scale=c.get("ls", 0.0)),
+    "if_chain": lambda c: mnn.IFormerStage(c["C"], c["specs"]),
+    "if_edge": lambda c: mnn.FusedInvertedBottleneck(
+        c["C"], c["Cout"], c["k"], c["stride"], expansion=c["exp"]
+    ),
+    "if_ln2d": lambda c: mnn.LayerNorm2d(c["C"]),
+    "if_repdw": lambda c: mnn.ReparameterizedDepthwise(c["C"]),
+    "if_cls": _classifier,
+    "if_cls_1_train": _Classifier,
+    "if_fuse": _fused,
+    "derived_dyconv": _Dynamic,
+    "derived_grn": lambda c: mnn.GlobalResponseNorm(c["C"], mean="channels"),
+    "derived_shma": lambda c: _shma(c, form="paper"),
+    "derived_sha": lambda c: mnn.Attention2d(c["C"]),
+    "derived_mha": lambda c: mnn.Attention2d(c["C"], num_heads=c["heads"]),
+    "derived_silu": lambda c: mnn.PreNormModulationAttention(c["C"], reduction=c["R"]),
+    "derived_adapt": lambda c: mnn.AdaptPosition(c["d"]),
 }
 
 
-def known(path: Path) -> bool:
-    """Whether we have the module that a file is of."""
-    return path.name.split(".")[0].rsplit("_", 1)[0] in BUILDERS
-
-
 def build(case: Case) -> nn.Module:
-    return BUILDERS[case.name.rsplit("_", 1)[0]](case.config)
+    """By the longest name of `BUILDERS` that the case's begins with."""
+    name = max((name for name in BUILDERS if case.name.startswith(name)), key=len)
+    return BUILDERS[name](case.config)
 
 
 def run(case: Case, module: nn.Module, mode: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -246,7 +310,7 @@ def run(case: Case, module: nn.Module, mode: str, dtype: torch.dtype) -> Iterato
     module = module.to(dtype).train(mode == "train")
     load(module, case.under("p") | case.under("b"), dtype)
     given = case.under("in")
-    order = [k for k in ("x", "tokens", "z", "alpha", "theta") if k in given]
+    order = [k for k in ("x", "tokens", "z", "alpha", "theta", "pos", "feat") if k in given]
     inputs = {k: leaf(given[k], dtype) for k in order}
     outputs = module(*inputs.values())
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -286,7 +350,9 @@ def load(module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> Non
 def build_model(case: Case) -> nn.Module:
     c = case.config
     if "model" in c:
-        return create_model(c["model"], num_classes=c["num_classes"])
+        return create_model(c["model"].lower(), num_classes=c["num_classes"])
+    if "depths" in c:
+        return _iformer(c["depths"], c["dims"], c["block_types"])
     return MobileFormer.from_released(
         block_args=[[kind, e1, ch, n, s, e2] for kind, e1, ch, n, s, e2 in c["blocks"]],
         num_classes=c["num_classes"],
@@ -300,6 +366,52 @@ def build_model(case: Case) -> nn.Module:
         gbr_dynamic=[True, False, False],
         gbr_ffn=True,
     )
+
+
+def _iformer(depths: list[int], dims: list[int], block_types: list[str], **options) -> nn.Module:
+    return IFormer.from_released(
+        depths=depths,
+        dims=dims,
+        block_types=block_types,
+        num_classes=10,
+        use_bn=True,
+        conv_stem_type="FusedIB",
+        downsample_kernels=[5, 3, 3, 3],
+        **options,
+    )
+
+
+TINY_DMF = {
+    "alpha": 1.0,
+    "stem": {"out_channels": 8, "kernel_size": 3},
+    "lite_bneck": {
+        "in_channels": 8, "hidden_channels": 16, "out_channels": 8, "fc_groups": 1, "kernel_size": 3,
+        "stride": 1, "padding": 1,
+    },
+    "block": {
+        "in_channels": [8, 12, 12], "hidden_channels": [48, 36, 72], "out_channels": [12, 12, 16],
+        "kernel_sizes": [3] * 3, "strides": [2, 1, 2], "paddings": [1] * 3, "fc_groups": 2,
+        "ffn_expansion": 2.7, "fc_Ks": [8] * 3, "conv_Ks": [8] * 3, "num_heads": [2] * 3,
+    },
+    "channel_conv": {"in_channels": 16, "out_channels": 48},
+    "head": {"in_channels": 48, "hidden_channels": 40},
+}  # fmt: skip
+
+
+def _tiny_iformer(name: str) -> nn.Module:
+    first, last = ("_ws4_wsp1", "_ws4_wre1") if name.endswith("_window") else ("", "")
+    attention = ["RepCPE_k3", "SHMABlock_r1_hdrr2_act0_nh1", "FFN2d_r2"]
+    types = ["ConvBlock_k7_r3"] * 3
+    types += [
+        attention[0],
+        attention[1] + first,
+        attention[2],
+        attention[0],
+        attention[1] + last,
+        attention[2],
+    ]
+    types += ["RepCPE_k3", "SHMABlock_r1_hdrr4_act0_nh1", "FFN2d_r2"]
+    return _iformer([1, 1, 7, 3], [16, 16, 32, 48], types, distillation=name.endswith("_distill"))
 
 
 TINY_ROWS = [
@@ -318,6 +430,10 @@ TINY_OPTIONS = {
 
 
 def build_tiny(name: str) -> nn.Module:
+    if name.startswith("dmf"):
+        return DynamicMobileFormer.from_released(num_classes=10, tokens=[4, 64], params=TINY_DMF)
+    if name.startswith("ifm"):
+        return _tiny_iformer(name)
     settings = dict(
         block_args=TINY_ROWS, num_classes=10, img_size=32, stem_chs=8, num_features=48, token_dim=32,
         token_num=4, gbr_type="attn", gbr_dynamic=[True, False, False], gbr_ffn=True, cnn_exp=(6, 4),
@@ -357,19 +473,30 @@ def _tap(module: nn.Module, taps: dict[str, Tensor]) -> None:
 
         return hook
 
-    module.stem.register_forward_hook(keep("stem"))
-    for index, block in enumerate(module.features):
-        block.register_forward_hook(keep(f"block{index}"))
-    module.local_global.register_forward_hook(keep("last_tokens"))
+    points = {"stem": "stem", "last_tokens": "local_global", "lite": "lite_bottleneck"}
+    points |= {"end_m2f": "end_mobile2former", "end_former": "end_former", "channel_conv": "channel_conv"}
+    for name, _ in module.named_modules():
+        parts = name.split(".")
+        if len(parts) == 2 and parts[0] in ("features", "blocks"):
+            points[f"block{parts[1]}"] = name
+        elif len(parts) == 2 and parts[0] == "downsample_layers":
+            points[f"down{parts[1]}"] = name
+        elif len(parts) == 3 and parts[0] == "stages":
+            points[f"s{parts[1]}b{parts[2]}"] = name
+    for point, name in points.items():
+        if hasattr(module, name.split(".")[0]):
+            module.get_submodule(name).register_forward_hook(keep(point))
 
 
 def run_tiny(case: Case, mode: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     module = build_tiny(case.name).to(dtype).train(mode == "train")
     load(module, case.under("state"), dtype)
     x = leaf(case.tensors["in.x"], dtype)
-    out = module(x)
-    (out * case.tensors["cotangent.0"].to(dtype)).sum().backward()
-    ours = {"out.0": out, "grad_in.x": x.grad}
+    outputs = module(x)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    cotangents = [case.tensors[f"cotangent.{i}"].to(dtype) for i in range(len(outputs))]
+    sum((out * cotangent).sum() for out, cotangent in zip(outputs, cotangents, strict=True)).backward()
+    ours = {f"out.{i}": out for i, out in enumerate(outputs)} | {"grad_in.x": x.grad}
     ours |= {f"grad_param.{k}": v.grad for k, v in module.named_parameters()}
     ours |= {f"buffer.{k}": v for k, v in module.named_buffers()}
     for name, value in case.under(mode).items():

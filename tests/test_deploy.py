@@ -13,7 +13,7 @@ from tolerance import Errors
 import mfkernels
 from mfkernels import _C, native
 from mfkernels.bench.run import randomise
-from mfkernels.models import MobileFormer, create_model, list_models
+from mfkernels.models import MobileFormer, create_model, mobile_former
 
 SMALL = "mobile_former_26m"
 SIZES = ((1, 224, 224), (2, 65, 97), (3, 32, 40), (1, 1, 1), (1, 7, 300), (2, 300, 2), *[(4, 64, 64)] * 5)
@@ -35,7 +35,7 @@ def truth(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return plain(copy.deepcopy(model).double(), x.double())
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", mobile_former.NAMES)
 def test_same_numbers(name, instruction_set):
     """Under the one tolerance, all images together (the error of one image is luck: rounding comes back a
     hundred times over); and within 1e-4 of the largest logit, as promised."""
@@ -55,7 +55,7 @@ BF16 = pytest.mark.skipif(not _C.bf16_supported(), reason="this processor does n
 
 
 @BF16
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", mobile_former.NAMES)
 def test_bfloat16(name):
     """At most twice the error of the plain network in bfloat16."""
     model = make(name, num_classes=101)

@@ -6,7 +6,7 @@ import lzma
 
 import pytest
 import torch
-from released_data import DATA, Case, build, known, paths, read, run, run_model, run_tiny
+from released_data import DATA, Case, build, load, paths, read, run, run_model, run_tiny
 from tolerance import Errors, largest_error
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +14,8 @@ import mfkernels
 from mfkernels.models import create_model, list_models
 
 FOLDERS = ("ops_mobileformer", "ops_dmf", "ops_iformer", "derived")
-OPERATORS = [path for path in paths(*FOLDERS) if known(path)]
+OPERATORS = [path for path in paths(*FOLDERS) if not path.name.startswith("if_fuse")]
+FUSED = [path for path in paths("ops_iformer") if path.name.startswith("if_fuse")]
 MODELS, TINY = paths("models"), paths("tiny")
 BACKENDS = ("reference", "cpu")
 
@@ -72,6 +73,23 @@ def test_operator_cpu(path, instruction_set):
     _check_float32(read(path), _run_operator)
 
 
+@pytest.mark.parametrize("path", FUSED, ids=_ids)
+def test_fuse(path):
+    """Weights and biases of the folded layer, and that it does what the layers did."""
+    case = read(path)
+    module = build(case).double().eval()
+    load(module, case.under("p") | case.under("b"), torch.float64)
+    with torch.no_grad():
+        fused, x = module.fuse(), case.tensors["in.x"]
+        assert sorted(fused.state_dict()) == ["bias", "weight"]
+        for name, value in fused.state_dict().items():
+            theirs = case.tensors[f"fused.{name}"]
+            assert largest_error(value, theirs) <= 2 * ROUNDING * theirs.abs().max(), name
+        theirs = case.tensors["eval.out.y"]
+        for ours in (module(x), fused(x)):
+            assert largest_error(ours, theirs) <= 2 * ROUNDING * theirs.abs().max()
+
+
 @pytest.mark.parametrize("path", MODELS, ids=_ids)
 def test_model_reference(path):
     _check_float64(read(path), run_model, "reference", 8)
@@ -124,14 +142,18 @@ MANIFESTS = json.loads(lzma.decompress((DATA / "manifests.json.xz").read_bytes()
 
 
 def test_all_released_models_are_here():
-    assert sorted(MANIFESTS) == sorted(list_models())
+    other_names = ["dmf_s", "dmf_xs", "dmf_xxs"]  # of those with numbers
+    released = [name for name in MANIFESTS if not name.endswith("_distill")]
+    assert sorted(released + other_names) == sorted(list_models())
 
 
 @pytest.mark.parametrize("name", sorted(MANIFESTS))
 def test_manifest(name):
-    """Names, shapes and dtypes of the state dict, in order; parameters; multiply-adds at 224x224."""
+    """Names, shapes and dtypes of the state dict, in order; parameters; multiply-adds at 224x224; parameters
+    after folding."""
     manifest = MANIFESTS[name]
-    model = create_model(name).eval().requires_grad_(False)
+    options = dict(distillation=True) if name.endswith("_distill") else {}
+    model = create_model(name.removesuffix("_distill"), **options).eval().requires_grad_(False)
     ours = [[key, list(value.shape), str(value.dtype)] for key, value in model.state_dict().items()]
     theirs = [[key, shape, f"torch.{dtype}"] for key, (shape, dtype) in manifest["state_dict"].items()]
     assert ours == theirs
@@ -139,3 +161,5 @@ def test_manifest(name):
     with mfkernels.use_backend("reference"), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 224, 224))
     assert counter.get_total_flops() // 2 == manifest["macs"]
+    if "fused_params" in manifest:
+        assert sum(p.numel() for p in model.fuse().parameters()) == manifest["fused_params"]

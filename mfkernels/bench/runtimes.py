@@ -53,6 +53,7 @@ def _channels_last(model: nn.Module, x: Tensor, threads: int) -> Call:
 
 
 def _compile(model: nn.Module, x: Tensor, threads: int) -> Call:
+    import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
     model = model.to(x.dtype)
@@ -62,6 +63,7 @@ def _compile(model: nn.Module, x: Tensor, threads: int) -> Call:
             return model(x)
 
     inductor.freezing = True
+    dynamo.recompile_limit = 1000  # each network counts as one more compilation of the same function
     function = torch.compile(compiled)
     try:
         function(x)

@@ -16,8 +16,8 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     """A network for inference on a CPU: batch norms folded, weights packed, each block one fused step.
 
     Args:
-        model: a network of `mfkernels.models` in eval mode. It is left as it is; later changes of its
-            weights do not reach the result.
+        model: a `MobileFormer` of `mfkernels.models` in eval mode; the other families are not there yet. It
+            is left as it is; later changes of its weights do not reach the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16 on processors that multiply it
             (AVX512-BF16). Sums are float32 in either.
 
@@ -28,7 +28,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         gradients.
 
     Raises:
-        TypeError: not a network of `mfkernels.models`, or a dtype that is not supported.
+        TypeError: not a `MobileFormer`, or a dtype that is not supported.
         ValueError: `model` is in train mode, or has a part that deploy does not know, named.
         RuntimeError: bfloat16, and this processor or the instruction set in use (MFKERNELS_ISA) cannot
             multiply it.
@@ -41,7 +41,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
     if type(model) is not MobileFormer:
-        raise TypeError(f"deploy: model must be a network of mfkernels.models, got {type(model).__name__}")
+        raise TypeError(f"deploy: model must be a MobileFormer, got {type(model).__name__}")
     if dtype == torch.bfloat16 and not _C.bf16_supported():
         raise RuntimeError(
             "deploy: bfloat16 needs a processor with avx512bf16 and the instruction set avx512, but "

@@ -15,6 +15,8 @@ from ..nn import (
     MobileToFormer,
 )
 from ..nn.inputs import check_channels
+from .features import Stage, last_of_each_size
+from .recompute import run_block
 
 # One block: (kind, e1, out_channels, repeat, stride, e2) as in the released tables. Kind "D": the block that
 # downsamples, or the lite bottleneck if e2 is 0; "M": the other. The expansions e1 and e2 are of the input
@@ -77,7 +79,7 @@ class MobileFormer(nn.Module):
         **block: Any,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels, self.grad_checkpointing = in_channels, False
         tokens: dict[str, Any] = dict(token_dim=token_dim, token_num=token_num)
         self.tokens = nn.Embedding(token_num, token_dim)
         self.stem = nn.Sequential(
@@ -87,6 +89,7 @@ class MobileFormer(nn.Module):
         )
         layers: list[nn.Module] = []
         channels, positions = stem_channels, image_size**2 // 4
+        reduction, stages = 2, []
         for index, (kind, e1, out_channels, repeat, stride, e2) in enumerate(rows):
             rate = drop_path * (index + 1) / len(rows)
             for i in range(repeat):
@@ -96,7 +99,10 @@ class MobileFormer(nn.Module):
                     _block(kind, channels, out_channels, step, e1, e2, depthwise, before_skip, options)
                 )
                 channels, positions = out_channels, positions // step**2
+                reduction *= step
+                stages.append(Stage(f"features.{len(layers) - 1}", channels, reduction))
         self.features = nn.Sequential(*layers)
+        self.feature_stages = last_of_each_size(stages)
         self.local_global = MobileToFormer(
             channels,
             token_dim,
@@ -135,13 +141,30 @@ class MobileFormer(nn.Module):
             elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d | nn.LayerNorm):
                 module.reset_parameters()
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only what blocks begin with, and compute the rest again in the backward pass."""
+        self.grad_checkpointing = enable
+
     def forward(self, x: Tensor) -> Tensor:
+        x, tokens, _ = self._blocks(x)
+        tokens, _ = self.local_global(x, tokens, return_logits=False)
+        return self.classifier(x, tokens)
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The last map of each size, those of `feature_stages`."""
+        return self._blocks(x)[2]
+
+    def _blocks(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         check_tensor("MobileFormer", "x", x, "B C H W")
         check_channels("MobileFormer", x, self.in_channels)
         tokens = self.tokens.weight[:, None].expand(-1, x.shape[0], -1)
-        x, tokens = self.features((self.stem(x), tokens))
-        tokens, _ = self.local_global(x, tokens, return_logits=False)
-        return self.classifier(x, tokens)
+        x, maps = self.stem(x), []
+        wanted = {stage.name for stage in self.feature_stages}
+        for index, block in enumerate(self.features):
+            x, tokens = run_block(self, block, (x, tokens))
+            if f"features.{index}" in wanted:
+                maps.append(x)
+        return x, tokens, maps
 
     @classmethod
     def from_released(

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ class DynamicResidualConv2d(nn.Module):
         num_kernels: K.
         stride, groups: as of `nn.Conv2d`. The released code has stride 1 only.
         temperature, activation: of the `KernelAttention`.
+        basis: what the K kernels begin as, "zeros" or "random" (each as the static one).
 
     Inputs:
         x (B, C, H, W) and token (B, d).
@@ -26,8 +29,8 @@ class DynamicResidualConv2d(nn.Module):
     Raises:
         TypeError, ValueError: an argument or input that does not fit, named.
 
-    State: the released `Dynamic_Residual_Conv2d`. The K kernels begin as zeros, so that in the first step
-    only they learn.
+    State: the released `Dynamic_Residual_Conv2d`. Where the K kernels begin as zeros, they alone, and not
+    their attention, learn in the first step.
     Source: Xu et al., Dynamic Mobile-Former, equations 3 and 4; the tenth from the released code.
     """
 
@@ -43,8 +46,11 @@ class DynamicResidualConv2d(nn.Module):
         groups: int = 1,
         temperature: float = 1.0,
         activation: str = "sigmoid",
+        basis: str = "zeros",
     ) -> None:
         super().__init__()
+        if basis not in ("zeros", "random"):
+            raise ValueError(f"DynamicResidualConv2d: basis must be 'zeros' or 'random', got {basis!r}")
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"DynamicResidualConv2d: groups must be positive and divide {in_channels} and "
@@ -55,9 +61,12 @@ class DynamicResidualConv2d(nn.Module):
         self.Kernel_Attention = KernelAttention(
             in_channels, token_dim, num_kernels, temperature=temperature, activation=activation
         )
-        self.weight = nn.Parameter(torch.zeros(num_kernels, *shape))
         self.static_weight = nn.Parameter(torch.empty(shape))
+        self.weight = nn.Parameter(torch.zeros(num_kernels, *shape))
         nn.init.kaiming_uniform_(self.static_weight)
+        if basis == "random":
+            for kernel in self.weight:
+                nn.init.kaiming_uniform_(kernel)
 
     def forward(self, x: Tensor, token: Tensor) -> Tensor:
         attention = self.Kernel_Attention(x, token)
@@ -67,6 +76,14 @@ class DynamicResidualConv2d(nn.Module):
             padding=self.padding,
             groups=self.groups,
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """With five dimensions the kernels would make `to(memory_format=torch.channels_last)` fail."""
+
+        def with_four(t: Tensor) -> Tensor:
+            return fn(t.flatten(0, 1)).unflatten(0, t.shape[:2]) if t.dim() == 5 else fn(t)
+
+        return super()._apply(with_four, recurse)
 
     def extra_repr(self) -> str:
         outputs, inputs, size, _ = self.static_weight.shape

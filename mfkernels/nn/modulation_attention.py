@@ -52,8 +52,8 @@ class SingleHeadModulationAttention(nn.Module):
         self.scale = (depth // num_heads) ** -0.5
         self.q = ConvBN(channels, depth)
         self.k = ConvBN(channels, depth)
-        self.v_gate = ConvBN(channels, 2 * width)
         self.proj = ConvBN(width, channels)
+        self.v_gate = ConvBN(channels, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("SingleHeadModulationAttention", "x", x, "B C H W")

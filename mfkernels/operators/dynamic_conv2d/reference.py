@@ -25,7 +25,7 @@ def dynamic_conv2d_reference(
     outputs, inputs, *_ = weight.shape
     kernel = (weight.shape[2], weight.shape[3])
     depth = inputs * kernel[0] * kernel[1]
-    mixed = weight + basis_scale * torch.einsum("bk,koihw->boihw", attention, basis)
+    mixed = weight + basis_scale * (attention @ basis.flatten(1)).view(batch, *weight.shape)
     columns = F.unfold(
         x, kernel, pair(dilation), pair(padding), pair(stride)
     )  # (B, C * kh * kw, output pixels)

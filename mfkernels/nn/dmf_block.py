@@ -1,0 +1,149 @@
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checks import check_shape, check_tensor
+from .dmf_tokens import DMFFormer, DMFMobileToFormer
+from .drop_path import DropPath
+from .dynamic_conv2d import DynamicResidualConv2d
+from .inputs import check_channels
+from .inverted_residual_ffn import InvertedResidualFFN
+
+
+class DynamicMobile(nn.Module):
+    """The Mobile of a DMF block: an inverted bottleneck whose convolutions are dynamic; with stride 2 after a
+    depthwise convolution that halves the map. No residual.
+
+    Args:
+        in_channels, hidden_channels, out_channels: of the convolutions.
+        token_dim: d.
+        stride: 1 or 2.
+        kernel_size: of the depthwise convolutions.
+        groups: of the pointwise ones.
+        pointwise_kernels, depthwise_kernels: K; a convolution with K = 1 is a plain one.
+        temperature, activation, basis: of `DynamicResidualConv2d`.
+
+    Inputs:
+        x (B, C, H, W) and token (B, d).
+
+    Returns:
+        (B, O, H', W').
+
+    Raises:
+        TypeError, ValueError: an argument or input that does not fit, named.
+
+    State: the released `DY_Mobile`.
+    Source: Xu et al., Dynamic Mobile-Former, section 3.2 and figure 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        *,
+        token_dim: int,
+        stride: int = 1,
+        kernel_size: int = 3,
+        groups: int = 1,
+        pointwise_kernels: int = 8,
+        depthwise_kernels: int = 8,
+        **dynamic: Any,
+    ) -> None:
+        super().__init__()
+        if stride not in (1, 2):
+            raise ValueError(f"DynamicMobile: stride must be 1 or 2, got {stride}")
+        self.in_channels, self.token_dim = in_channels, token_dim
+        hidden, padding = hidden_channels, kernel_size // 2
+        if stride == 2:
+            halve = nn.Conv2d(in_channels, in_channels, kernel_size, 2, padding, groups=in_channels)
+            self.downsample = nn.Sequential(halve, nn.BatchNorm2d(in_channels), nn.GELU())
+
+        def conv(inputs: int, outputs: int, size: int, groups: int, kernels: int) -> nn.Module:
+            if kernels <= 1:
+                return nn.Conv2d(inputs, outputs, size, padding=size // 2, groups=groups, bias=False)
+            return DynamicResidualConv2d(
+                inputs, outputs, size, token_dim=token_dim, num_kernels=kernels, groups=groups, **dynamic
+            )
+
+        self.pw_conv1 = conv(in_channels, hidden, 1, groups, pointwise_kernels)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.dw_conv = conv(hidden, hidden, kernel_size, hidden, depthwise_kernels)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.pw_conv2 = conv(hidden, out_channels, 1, groups, pointwise_kernels)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:
+        check_tensor("DynamicMobile", "x", x, "B C H W")
+        check_channels("DynamicMobile", x, self.in_channels)
+        check_tensor("DynamicMobile", "token", token, "B d")
+        check_shape("DynamicMobile", "token", token, "B d", (x.shape[0], self.token_dim))
+
+        def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+            return conv(x) if isinstance(conv, nn.Conv2d) else conv(x, token)
+
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        x = F.gelu(self.bn1(convolve(self.pw_conv1, x)))
+        x = F.gelu(self.bn2(convolve(self.dw_conv, x)))
+        return self.bn3(convolve(self.pw_conv2, x))
+
+
+class DMFBlock(nn.Module):
+    """Mobile -> Former, Former, the Mobile that the first token drives, and the feed-forward part.
+
+    Args:
+        in_channels, hidden_channels, out_channels, stride: of the `DynamicMobile`.
+        token_dim: d, a multiple of 32.
+        num_heads: of the `DMFMobileToFormer`.
+        ffn_ratio: R; hidden channels of the `InvertedResidualFFN` over its channels.
+        dropout: of the tokens' parts.
+        drop_path: rate of stochastic depth.
+        mean: of the `GlobalResponseNorm`.
+        **mobile: all other arguments of `DynamicMobile`.
+
+    Inputs:
+        x (B, C, H, W) and tokens (B, T, d).
+
+    Returns:
+        x (B, O, H', W') and tokens (B, T, d).
+
+    Raises:
+        TypeError, ValueError: an argument or input that does not fit, named.
+
+    State: the released `Block`.
+    Source: Xu et al., Dynamic Mobile-Former, section 3.2 and figure 2.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        *,
+        token_dim: int,
+        stride: int = 1,
+        num_heads: int = 2,
+        ffn_ratio: float = 3.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        mean: str = "released",
+        **mobile: Any,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, out_channels)
+        self.dynamic_mobile = DynamicMobile(
+            in_channels, hidden_channels, out_channels, token_dim=token_dim, stride=stride, **mobile
+        )
+        self.former = DMFFormer(token_dim, dropout=dropout, drop_path=drop_path)
+        self.mobile2former = DMFMobileToFormer(
+            in_channels, token_dim, num_heads=num_heads, dropout=dropout, drop_path=drop_path
+        )
+        self.ffn = InvertedResidualFFN(out_channels, out_channels * ffn_ratio, mean=mean)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.former(self.mobile2former(x, tokens))
+        x = self.dynamic_mobile(x, tokens[:, 0])
+        return x + self.drop_path(self.ffn(self.norm(x))), tokens

@@ -1,0 +1,55 @@
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checks import check_tensor
+from .inputs import check_channels
+
+
+class InvertedBottleneck(nn.Module):
+    """Pointwise, depthwise and pointwise convolution, each with a batch norm, GELU between; no residual. The
+    first block of DMF.
+
+    Args:
+        in_channels, hidden_channels, out_channels: of the convolutions.
+        stride, kernel_size: of the depthwise convolution.
+        groups: of the pointwise ones.
+
+    Inputs:
+        x (B, C, H, W).
+
+    Returns:
+        (B, O, H', W').
+
+    Raises:
+        TypeError, ValueError: an argument or input that does not fit, named.
+
+    State: the released `BottleNeck`.
+    Source: Xu et al., Dynamic Mobile-Former, table 1, where it is called bneck-lite.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        kernel_size: int = 3,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        hidden, padding = hidden_channels, kernel_size // 2
+        self.in_channels = in_channels
+        self.pw_conv1 = nn.Conv2d(in_channels, hidden, 1, groups=groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.dw_conv = nn.Conv2d(hidden, hidden, kernel_size, stride, padding, groups=hidden, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.pw_conv2 = nn.Conv2d(hidden, out_channels, 1, groups=groups, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_tensor("InvertedBottleneck", "x", x, "B C H W")
+        check_channels("InvertedBottleneck", x, self.in_channels)
+        x = F.gelu(self.bn1(self.pw_conv1(x)))
+        x = F.gelu(self.bn2(self.dw_conv(x)))
+        return self.bn3(self.pw_conv2(x))
