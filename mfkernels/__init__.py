@@ -4,8 +4,19 @@ from . import native  # first: it loads the C++ operators that `ops` describes t
 
 # isort: split
 from . import models, nn, ops
+from .acceleration import accelerate, restore
 from .backends import current_backend, use_backend
 from .deploy import deploy
 
-__all__ = ["current_backend", "deploy", "models", "native", "nn", "ops", "use_backend"]
+__all__ = [
+    "accelerate",
+    "current_backend",
+    "deploy",
+    "models",
+    "native",
+    "nn",
+    "ops",
+    "restore",
+    "use_backend",
+]
 __version__ = "0.1.0"

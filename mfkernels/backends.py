@@ -21,7 +21,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference" (plain PyTorch, any device), "cpu" (our C++ kernels), "triton", "cuda", or
-            "auto" (the default: the fastest that can run; "reference" where there is no kernel).
+            "auto" (the default: the fastest that can run; "reference" where there is no kernel; PyTorch's
+            own matrix products where they are faster, as for 1x1 kernels of `dynamic_conv2d`).
             The choice holds for the whole process, as PyTorch's own backend flags do.
 
     Raises:

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from cases import modules
+from test_contract import channels_last, cotangents_of, run, same
+from tolerance import Errors
 
 import mfkernels
 from mfkernels import current_backend, native, ops, use_backend
@@ -100,3 +103,30 @@ def test_an_instruction_set_that_cannot_run_is_an_error(monkeypatch):
         RuntimeError, match="'avx512' cannot run here; this machine and build can run: generic"
     ):
         native.set_instruction_set("avx512")
+
+
+@pytest.mark.parametrize("layout", [same, channels_last], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pointwise_dynamic_conv2d_by_the_library(dtype, layout):
+    """By default PyTorch's own products do its work: outputs, gradients and memory format."""
+    op = next(op for op in modules() if op.NAME == "dynamic_conv2d")
+    shapes = [shape for shape in op.CHOSEN if shape["k"] == 1 and not shape.get("padding")]
+    assert shapes
+    for shape in shapes:
+        generator = torch.Generator().manual_seed(0)
+        errors: dict[str, Errors] = {}
+        for _ in range(4):
+            sample = op.make(shape, generator).map(lambda v: v.to(dtype).double())
+            cotangents = cotangents_of(op, sample, generator)
+            cotangents = {name: v.to(dtype).double() for name, v in cotangents.items()}
+            truth = run(op, sample, op.REFERENCE, cotangents)
+            eager = run(op, sample.map(lambda v: v.to(dtype)), op.REFERENCE, cotangents)
+            ours = run(op, sample.map(lambda v: v.to(dtype)), op.OP, cotangents, layout)
+            for name, value in ours.items():
+                own = errors.setdefault(name, Errors())
+                own.reference(eager[name], truth[name])
+                own.kernel(value, truth[name])
+            memory_format = torch.channels_last if layout is channels_last else torch.contiguous_format
+            assert ours["output 0"].is_contiguous(memory_format=memory_format)
+        for name, own in errors.items():
+            own.check(f"{shape} {name}")

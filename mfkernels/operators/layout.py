@@ -7,9 +7,17 @@ from torch import Tensor
 def empty_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An unwritten map of x's dtype in x's memory format, as the C++ kernels allocate theirs
     (`empty_map` in csrc/ops/common.h)."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def like_map(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in x's memory format, as `empty_map` knows it."""
+    return y.contiguous(memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
     channels_last = not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def gradients_like(inputs: Sequence[Tensor | None]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from torch import Tensor
 from ... import backends
 from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
 from ..layout import empty_map, gradients_like, once, without_absent
+from .library import pointwise_by_library
 from .reference import Pair, dynamic_conv2d_reference, output_size
 
 OP = "dynamic_conv2d"
@@ -23,6 +24,9 @@ def dynamic_conv2d(
     basis_scale: float = 0.1,
 ) -> Tensor:
     """Convolution whose kernel differs from sample to sample: a static one plus a mix of K others.
+
+    By default PyTorch's own matrix products do the work where kernels are 1x1, on any device: they are faster
+    than the C++ kernels, which `use_backend("cpu")` runs.
 
     Sample b is convolved with `weight + basis_scale * sum_k attention[b,k] * basis[k]`; to that come
     `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used.
@@ -58,6 +62,9 @@ def dynamic_conv2d(
     paddings = _setting("padding", padding, 0)
     dilations = _setting("dilation", dilation, 1)
     _check(x, weight, basis, attention, bias, basis_bias, strides, paddings, dilations, groups)
+    pointwise = tuple(weight.shape[2:]) == strides == (1, 1) and paddings == (0, 0)
+    if pointwise and backends.current_backend() == "auto":
+        return pointwise_by_library(x, weight, basis, attention, bias, basis_bias, groups, basis_scale)
     run = torch.ops.mfkernels.dynamic_conv2d if backends.use_kernels(OP, x) else dynamic_conv2d_reference
     settings = (strides, paddings, dilations, groups, basis_scale)
     return run(x, weight, basis, attention, bias, basis_bias, *settings)

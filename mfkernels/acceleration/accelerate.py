@@ -1,0 +1,202 @@
+"""`accelerate` and `restore`."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import dynamic_mobile_former, iformer, mobile_former
+from .adopt import Unfit, adopt, give_back, hooked
+
+# What takes the place of a module, or None if the rule does not concern it; raises Unfit with a reason if it
+# looks like one that the rule is for, and is not.
+Rule = Callable[[nn.Module], nn.Module | None]
+# The same with inputs for comparing both.
+_Known = Callable[[nn.Module], tuple[nn.Module, Callable[[], tuple]] | None]
+_KNOWN: tuple[_Known, ...] = (*mobile_former.RULES, *dynamic_mobile_former.RULES, *iformer.RULES)
+_ORIGINAL = "_mfkernels_original"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module at `path`, and the classes that it was and is of."""
+
+    path: str
+    was: str
+    now: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module at `path` that looked like one that can be replaced, its class, and why it was left alone."""
+
+    path: str
+    kind: str
+    why: str
+
+
+@dataclass
+class Report:
+    """What `accelerate` did. As a string, a table of it."""
+
+    replaced: list[Replaced] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left alone"]
+        lines += [f"  {r.path}: {r.was} -> {r.now}" for r in self.replaced]
+        lines += [f"  {r.path}: {r.kind} left alone: {r.why}" for r in self.left]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
+    """Replace the parts of a network that mfkernels can run faster, in place, for training and for inference.
+
+    Known are the classes of the released Mobile-Former, DMF and iFormer, by their names, attributes and
+    shapes; they are not imported. Each replacement is tried before it is made, with random weights against
+    the original: what does not give the same numbers is left alone. Layers, parameters and buffers stay the
+    same objects under the same names, so optimizers, wrappers and checkpoints go on working.
+
+    Args:
+        model: any network. A second call changes nothing. In networks of `mfkernels.models` there is nothing
+            to replace.
+        rules: functions of your own, asked first. One gets a module and returns what takes its place, or None
+            if it does not concern it; see `mfkernels.acceleration.adopt` for how to keep parameters. These
+            replacements are checked for their parameters, not for their numbers.
+
+    Returns:
+        What was replaced by what, and what was left alone and why; `print` shows it as a table.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: a rule of yours returned a module with other parameters than those of the original.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
+    report = Report()
+    _visit(model, "", rules, report, {})
+    return report
+
+
+def restore(model: nn.Module) -> Report:
+    """Undo `accelerate`: put the original modules back, with the parameters and buffers of now.
+
+    Returns:
+        What was replaced by what.
+    """
+    report = Report()
+    for parent, name, path in list(_children(model)):
+        new = parent._modules[name]
+        old = None if new is None else new.__dict__.get(_ORIGINAL)
+        if new is None or old is None:
+            continue
+        give_back(new, old)
+        parent._modules[name] = old
+        report.replaced.append(Replaced(path, type(new).__name__, type(old).__name__))
+    return report
+
+
+def _children(model: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+    """Every place of a module: its parent, its name there, its path."""
+    for name, child in list(model._modules.items()):
+        if child is not None:
+            path = f"{prefix}{name}"
+            yield model, name, path
+            yield from _children(child, f"{path}.")
+
+
+def _visit(
+    module: nn.Module, prefix: str, rules: Sequence[Rule], report: Report, done: dict[nn.Module, nn.Module]
+) -> None:
+    for name, child in list(module._modules.items()):
+        if child is None or _ORIGINAL in child.__dict__:
+            continue
+        path = f"{prefix}{name}"
+        new = done.get(child)  # a module that is used in several places
+        if new is None:
+            try:
+                new = _replacement(child, rules)
+            except Unfit as reason:
+                report.left.append(Left(path, type(child).__name__, str(reason)))
+        if new is None:
+            _visit(child, f"{path}.", rules, report, done)
+            continue
+        done[child] = new
+        new.__dict__[_ORIGINAL] = child  # not as a submodule: it must not appear in the state
+        module._modules[name] = new
+        report.replaced.append(Replaced(path, type(child).__name__, type(new).__name__))
+
+
+def _replacement(old: nn.Module, rules: Sequence[Rule]) -> nn.Module | None:
+    for rule in rules:
+        new = rule(old)
+        if new is not None:
+            _check_parameters(rule, old, new)
+            return new
+    for known in _KNOWN:
+        try:
+            found = known(old)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise Unfit(f"its structure is not that of the released class: {error}") from error
+        if found is None:
+            continue
+        new, inputs = found
+        for path in hooked(old, new):
+            raise Unfit(f"{path} has hooks, which would not be called")
+        _compare(old, new, inputs())
+        return new
+    return None
+
+
+def _check_parameters(rule: Rule, old: nn.Module, new: nn.Module) -> None:
+    theirs, ours = dict(old.named_parameters()), dict(new.named_parameters())
+    if list(theirs) != list(ours) or any(theirs[name] is not ours[name] for name in theirs):
+        raise ValueError(
+            f"accelerate: {getattr(rule, '__name__', 'a rule')} returned a {type(new).__name__} whose "
+            f"parameters are not those of the {type(old).__name__}: the same objects, names and order; "
+            "see mfkernels.acceleration.adopt"
+        )
+
+
+def _compare(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
+    """Both with the same random weights, in float64 and eval mode: the same results, or Unfit."""
+    results = []
+    for module in (old, new):
+        trial = copy.deepcopy(module).cpu().double().eval()
+        _randomise(trial)
+        with torch.no_grad():
+            try:
+                results.append(_tensors(trial(*inputs)))
+            except Exception as error:
+                raise Unfit(f"it does not run as the released class does: {error}") from error
+    theirs, ours = results
+    close = len(theirs) == len(ours) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-8, atol=1e-8 * float(a.abs().max()))
+        for a, b in zip(theirs, ours, strict=True)
+    )
+    if not close:
+        raise Unfit("it computes something else than the released class")
+
+
+def _randomise(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        width = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * width**-0.5
+        parameter.data.copy_(noise + (parameter.dim() == 1))
+    for inner in module.modules():
+        if isinstance(inner, _BatchNorm) and inner.running_mean is not None and inner.running_var is not None:
+            inner.running_mean.copy_(torch.randn(inner.num_features, generator=generator) / 2)
+            inner.running_var.copy_(torch.rand(inner.num_features, generator=generator) + 0.5)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
+
+
+__all__ = ["Left", "Replaced", "Report", "Rule", "accelerate", "adopt", "restore"]
