@@ -9,6 +9,9 @@ from ..layout import gradients_like, once, without_absent
 from .reference import former_block_reference
 
 OP = "former_block"
+# Tokens of a batch up to which the kernel was measured to be the faster one, forward and backward, or forward
+# alone.
+_TRAINED, _INFERRED = 24, 96
 
 
 def former_block(
@@ -68,9 +71,20 @@ def former_block(
     tokens, *matched = match_autocast(tokens, *parameters)
     _check(tokens, matched, num_heads, form)
     run: Any = former_block_reference
-    if backends.use_kernels(OP, tokens):
+    if backends.use_kernels(OP, tokens) and not _by_library(tokens, matched):
         run = torch.ops.mfkernels.former_block
     return run(tokens, *matched, num_heads, form, eps)
+
+
+def _by_library(tokens: Tensor, parameters: list) -> bool:
+    """Whether PyTorch's matrix products are the faster way, on a CPU and by default: from so many tokens on
+    they make up for the calls between them. Not asked while compiling, which fixes no batch size."""
+    if torch.compiler.is_compiling() or backends.current_backend() != "auto":
+        return False
+    trained = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (tokens, *parameters)
+    )
+    return tokens.shape[0] * tokens.shape[1] > (_TRAINED if trained else _INFERRED)
 
 
 def _check(tokens: Tensor, parameters: list, num_heads: int, form: str) -> None:

@@ -1,0 +1,99 @@
+"""Training on the kernels is training on the definitions."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mfkernels
+from mfkernels.models import DynamicMobileFormer, IFormer, MobileFormer, create_model
+
+STEPS = 50
+
+
+def _mobile_former() -> nn.Module:
+    rows = [("D", 2, 8, 1, 1, 0), ("D", 3, 12, 1, 2, 4), ("M", 3, 12, 1, 1, 3), ("M", 3, 16, 1, 1, 3)]
+    return MobileFormer(rows, num_classes=5, stem_channels=8, features=32, token_dim=32, token_num=3)
+
+
+def _dmf() -> nn.Module:
+    rows = [(24, 12, 2, 2, 4, 4), (24, 16, 1, 2, 4, 4)]
+    return DynamicMobileFormer(
+        rows,
+        stem_channels=8,
+        lite_channels=(16, 8),
+        features=32,
+        head_features=32,
+        num_classes=5,
+        token_num=3,
+        token_dim=32,
+        groups=2,
+    )
+
+
+def _iformer() -> nn.Module:
+    attention = ["RepCPE_k3", "SHMABlock_r1_hdrr2", "FFN2d_r2"]
+    types = ["ConvBlock_k7_r2", "ConvBlock_k7_r2", *attention, *attention]
+    return IFormer((1, 1, 3, 3), (8, 12, 16, 24), types, num_classes=5, kernels=(3, 3, 3, 3))
+
+
+def _losses(model: nn.Module, backend: str, dtype: torch.dtype) -> torch.Tensor:
+    model = copy.deepcopy(model).to(dtype).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(16, 3, 40, 40, generator=generator).to(dtype)
+    labels = torch.randint(0, 5, (16,), generator=generator)
+    losses = []
+    with mfkernels.use_backend(backend):
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach().double())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("make", [_mobile_former, _dmf, _iformer])
+def test_fifty_steps(make):
+    """Training amplifies rounding from step to step: the losses of the kernels stay as near to those of a
+    float64 run as the losses of the definitions do."""
+    torch.manual_seed(0)
+    model = make()
+    truth = _losses(model, "reference", torch.float64)
+    assert truth[-1] < 0.85 * truth[0]  # it learns
+    wide = _losses(model, "cpu", torch.float64)
+    torch.testing.assert_close(wide, truth, rtol=1e-5, atol=0)
+    plain, ours = (_losses(model, backend, torch.float32) for backend in ("reference", "cpu"))
+    noise = (plain - truth).abs().cummax(0).values
+    assert ((ours - truth).abs() <= 4 * noise + 1e-5 * truth).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_digits(backend):
+    """A Mobile-Former-26M learns handwritten digits."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    images = F.interpolate(images, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
+    labels = torch.tensor(labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1400], order[1400:]
+    torch.manual_seed(0)
+    model = create_model("mobile_former_26m", num_classes=10)
+    epochs, batch = 8, 50
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
+    steps = epochs * len(train) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    with mfkernels.use_backend(backend):
+        for _ in range(epochs):
+            for rows in train[torch.randperm(len(train))].split(batch):
+                optimizer.zero_grad()
+                F.cross_entropy(model(images[rows]), labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+        with torch.inference_mode():
+            correct = model.eval()(images[test]).argmax(1) == labels[test]
+    assert correct.double().mean() > 0.97
