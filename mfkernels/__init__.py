@@ -7,6 +7,7 @@ from . import models, nn, ops
 from .acceleration import accelerate, restore
 from .backends import current_backend, use_backend
 from .deploy import deploy
+from .verification import verify
 
 __all__ = [
     "accelerate",
@@ -18,5 +19,6 @@ __all__ = [
     "ops",
     "restore",
     "use_backend",
+    "verify",
 ]
 __version__ = "0.1.0"

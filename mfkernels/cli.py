@@ -1,9 +1,11 @@
 """The command `mfkernels`."""
 
 import argparse
+import copy
 from pathlib import Path
 
-from . import __version__
+from . import __version__, models
+from .backends import BACKENDS
 from .models import mobile_former
 
 
@@ -30,6 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--seconds", type=float, default=5.0, help="for each network in a runtime at a size")
     bench.add_argument("--profile", action="store_true", help="instead: where the time of our networks goes")
     bench.add_argument("--output", type=Path, default=Path("bench-output"), help="folder of the results")
+    check = commands.add_parser("verify", help="compare a fast network with a plain one, block by block")
+    check.add_argument("model", choices=models.list_models(), metavar="MODEL")
+    check.add_argument("--checkpoint", type=Path, help="released weights (default: random weights)")
+    check.add_argument("--image", type=Path, help="a photo beside the random images")
+    check.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    check.add_argument("--backend", choices=BACKENDS, default="auto", help="of the fast network")
+    check.add_argument("--deploy", action="store_true", help="the fast network is the deployed one")
     options = parser.parse_args(arguments)
     if options.command == "info":
         from .info import report
@@ -44,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.exit(1, f"mfkernels bench: {error}\n")
         return 0
+    if options.command == "verify":
+        try:
+            return _verify(options)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            parser.exit(1, f"mfkernels verify: {error}\n")
     try:
         from . import demo as job
     except ModuleNotFoundError as error:
@@ -53,3 +67,30 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.exit(1, f"mfkernels demo: {error}\n")
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Exit status 1 if an error is more than twice that of the plain network."""
+    import torch
+
+    from .bench.run import randomise
+    from .deploy import deploy
+    from .verification import verify
+
+    dtype = getattr(torch, options.dtype)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 3, size, size, generator=generator) for size in (224, 224, 160, 256)]
+    model = models.create_model(options.model, checkpoint=options.checkpoint)
+    if options.checkpoint is None:
+        randomise(model)
+    if options.image is not None:
+        from .demo import open_photo, prepare
+
+        inputs.append(prepare(open_photo(options.image), 224))
+    plain = model.eval()
+    fast = deploy(plain, dtype=dtype) if options.deploy else copy.deepcopy(plain).to(dtype)
+    result = verify(plain, fast, inputs, dtype=dtype, backend=options.backend)
+    weights = options.checkpoint or "random weights"
+    print(f"{options.model}, {weights}, {options.dtype}, {'deployed' if options.deploy else options.backend}")
+    print(result)
+    return 0 if result.passed else 1

@@ -44,7 +44,7 @@ def run(name: str, image: Path | None, checkpoint: Path | None, output: Path) ->
         OSError: the photo or the checkpoint cannot be read, or the folder cannot be written.
         ValueError: the checkpoint does not fit.
     """
-    photo = _open(image)
+    photo = open_photo(image)
     model = create_model(name, checkpoint=checkpoint)
     if checkpoint is None:
         square = prepare(photo, 224)
@@ -74,7 +74,7 @@ def run(name: str, image: Path | None, checkpoint: Path | None, output: Path) ->
     return rows
 
 
-def _open(image: Path | None) -> Image.Image:
+def open_photo(image: Path | None) -> Image.Image:
     path = image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     with Image.open(path) as file:
         return file.convert("RGB")

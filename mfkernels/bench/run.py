@@ -138,6 +138,9 @@ def randomise(model: nn.Module, images: Tensor | None = None) -> None:
             module.momentum = 1.0
     if images is None:
         images = torch.randn(4, 3, 224, 224, generator=generator)
+    for parameter in model.parameters():  # those that begin as zeros: dynamic kernels, GRN's
+        if parameter.dim() > 2 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1, generator=generator)
     model.train()
     with torch.inference_mode(False), torch.no_grad(), use_backend("reference"):
         model(images.clone())
