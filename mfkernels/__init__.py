@@ -7,11 +7,13 @@ from . import models, nn, ops
 from .acceleration import accelerate, restore
 from .backends import current_backend, use_backend
 from .deploy import deploy
+from .export import decompositions
 from .verification import verify
 
 __all__ = [
     "accelerate",
     "current_backend",
+    "decompositions",
     "deploy",
     "models",
     "native",

@@ -121,6 +121,9 @@ _FUNCTIONS = {
     aten.addmm: lambda c, a, b: c + a @ b,
     aten.split: lambda x, size, dim: np.split(x, range(size, x.shape[dim], size), dim),
     aten.cat: lambda parts, dim=0: np.concatenate(parts, dim),
+    aten.slice: lambda x, dim=0, start=None, end=None, step=1: x[
+        (*[slice(None)] * dim, slice(start, end, step))
+    ],
     aten.new_zeros: lambda x, size, **_: np.zeros(size, np.longdouble),
     aten.relu: lambda x: np.maximum(x, 0),
     aten.threshold_backward: lambda grad, y, threshold: np.where(y > threshold, grad, 0),
