@@ -1,6 +1,8 @@
 """What the three families of networks have in common, and what DMF and iFormer have of their own."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,6 +163,31 @@ def test_near_names_are_suggested():
 def test_checkpoint_of_another_family(name):
     with pytest.raises(ValueError, match=r"does not fit DynamicMobileFormer\nmissing \(\d+\)"):
         load_released(create_model("dmf_96"), create_model(name).state_dict())
+
+
+def test_timm():
+    """In a process of its own: importing timm registers the networks for good."""
+    pytest.importorskip("timm")
+    script = """
+import timm, mfkernels, torch
+mine = lambda name: timm.models.model_entrypoint(name).__module__ == "mfkernels.models.timm_registry"
+taken = [name for name in mfkernels.models.list_models() if not mine(name)]
+assert all(name.startswith("iformer") and mine("mfkernels_" + name) for name in taken)
+iformer = "mfkernels_iformer_t" if "iformer_t" in taken else "iformer_t"
+model = timm.create_model("dmf_96", num_classes=3, in_chans=1, drop_path_rate=0.1).eval()
+assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+pyramid = timm.create_model(iformer, features_only=True, out_indices=(1, 3))
+assert pyramid.feature_info.channels() == [64, 256]
+try:
+    timm.create_model(iformer, pretrained=True)
+except ValueError as error:
+    assert "checkpoint=" in str(error)
+else:
+    raise AssertionError("no error")
+mfkernels.models.register_with_timm()  # a second time changes nothing
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- DMF ----------------------------------------------------------------------------------------------------

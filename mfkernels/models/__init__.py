@@ -1,6 +1,7 @@
 """The released networks by name."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from .dynamic_mobile_former import DynamicMobileFormer, annealed_temperature
 from .features import FeaturePyramid
 from .iformer import IFormer
 from .mobile_former import MobileFormer
+from .timm_registry import register_with_timm
 
 __all__ = [
     "DynamicMobileFormer",
@@ -23,6 +25,7 @@ __all__ = [
     "create_model",
     "list_models",
     "load_released",
+    "register_with_timm",
 ]
 
 _FAMILIES = {
@@ -81,3 +84,7 @@ def create_model(
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return FeaturePyramid(model, out_indices) if features_only else model
+
+
+if "timm" in sys.modules:
+    register_with_timm()
