@@ -133,6 +133,8 @@ class Dna(nn.Module):
 
     def forward(self, pair):
         x, tokens = pair
+        if self.use_conv_alone:
+            return self.conv(x) + (x if self.identity else 0), tokens
         tokens = self.global_block(self.local_global((x, tokens))[0])
         return self.mobile(x, tokens), tokens
 
@@ -164,24 +166,55 @@ class DnaBlock3(Dna):
         return self.global_local((self.drop_path(out) + middle, tokens))
 
 
-class MobileFormerLike(nn.Module):
+def lite_block(inputs, outputs):
+    """A DnaBlock3 of convolutions alone."""
+    block = DnaBlock3.__new__(DnaBlock3)
+    nn.Module.__init__(block)
+    block.use_conv_alone, block.stride, block.identity = True, 1, inputs == outputs
+    (depthwise, norm, _), pointwise = conv_bn(inputs, 2 * inputs, 3, 1, inputs), conv_bn(2 * inputs, outputs)
+    block.conv = nn.Sequential(depthwise, norm, nn.ReLU6(), nn.Sequential(), *pointwise[:2])
+    return block
+
+
+class h_swish(nn.Module):
+    def forward(self, x):
+        return x * F.relu6(x + 3) / 6
+
+
+class MergeClassifier(nn.Module):
+    def __init__(self, channels, width, features, classes):
+        super().__init__()
+        self.cls_token_num, self.last_act, self.drop_branch = 1, "relu", [0.0, 0.0]
+        self.conv = nn.Sequential(nn.Sequential(), *conv_bn(channels, 6 * channels)[:2])
+        joined = 6 * channels + width
+        self.fc = nn.Sequential(nn.Linear(joined, features), nn.BatchNorm1d(features), h_swish())
+        self.classifier = nn.Sequential(nn.Dropout(0.0), nn.Linear(features, classes))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), h_swish())
+
+    def forward(self, pair):
+        x, tokens = pair
+        pooled = self.pool(F.relu6(self.conv(x))).flatten(1)
+        return self.classifier(self.fc(torch.cat([pooled, tokens[0]], 1)))
+
+
+class MobileFormer(nn.Module):
     def __init__(self, rate=0.0):
         super().__init__()
         self.tokens = nn.Embedding(3, 16)
-        self.stem = conv_bn(3, 8, 3, 2)
+        self.stem = nn.Sequential(*conv_bn(3, 8, 3, 2)[:2], nn.ReLU6())
         self.features = nn.Sequential(
+            lite_block(8, 8),
             DnaBlock3(8, 12, 2, 16, 3, rate),
             DnaBlock(12, 12, 1, 16, 3, rate),
             DnaBlock(12, 16, 1, 16, 3, rate),
         )
         self.local_global = Local2Global(16, 16, 3, rate)
-        self.head = nn.Linear(32, 5)
+        self.classifier = MergeClassifier(16, 16, 24, 5)
 
     def forward(self, x):
         tokens = self.tokens.weight[:, None].repeat(1, x.shape[0], 1)
-        x, tokens = self.features((F.relu6(self.stem(x)), tokens))
-        tokens, _ = self.local_global((x, tokens))
-        return self.head(torch.cat([x.mean((2, 3)), tokens[0]], 1))
+        x, tokens = self.features((self.stem(x), tokens))
+        return self.classifier((x, self.local_global((x, tokens))[0]))
 
 
 # --- DMF ----------------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ import pickle
 import lookalikes
 import pytest
 import torch
-from lookalikes import DMFLike, IFormerLike, MobileFormerLike
+from lookalikes import DMFLike, IFormerLike, MobileFormer
 from torch import nn
 
 import mfkernels
 from mfkernels.acceleration import Unfit, adopt
 
-COUNTS = {MobileFormerLike: 4, DMFLike: 5, IFormerLike: 2}
+COUNTS = {MobileFormer: 4, DMFLike: 5, IFormerLike: 2}
 networks = pytest.mark.parametrize("network", COUNTS, ids=lambda n: n.__name__)
 
 
@@ -198,6 +198,10 @@ class Wrong:
         model.former.mlp.fc1 = Scaled(32, 64, bias=False).double()
 
     @staticmethod
+    def other_epsilon(model):
+        model.former.norm2.eps = 1e-3
+
+    @staticmethod
     def dropout_of_weights(model):
         model.mobile2former.attn_drop.p = 0.5
 
@@ -211,6 +215,7 @@ LEFT = {
     "more_state": ("former", "other parameters: extra.bias, extra.weight"),
     "missing_attribute": ("dw", "no attribute 'groups'"),
     "other_layer": ("former", "mlp.fc1 is a Scaled, expected Linear"),
+    "other_epsilon": ("former", "norm2 has eps 0.001, expected 1e-05"),
     "dropout_of_weights": ("mobile2former", "dropout of the attention's weights"),
     "hook": ("former", "mlp has hooks"),
 }
@@ -234,13 +239,30 @@ def test_lookalikes_are_left_alone_and_reported(change):
 
 def test_parts_of_a_block_that_is_left_alone():
     """Where a whole block does not match, its attention still does."""
-    model = make(MobileFormerLike)
-    model.features[1].conv1[0] = nn.Conv2d(12, 36, 1, bias=False, padding_mode="reflect").double()
-    model.features[1].identity = False
+    model = make(MobileFormer)
+    model.features[2].identity = False
     report = mfkernels.accelerate(model)
-    assert [entry.path for entry in report.left] == ["features.1"]
-    inner = {entry.path for entry in report.replaced if entry.path.startswith("features.1")}
-    assert inner == {f"features.1.{name}" for name in ("local_global", "global_block", "global_local")}
+    assert [entry.path for entry in report.left] == ["features.2"]
+    inner = {entry.path for entry in report.replaced if entry.path.startswith("features.2")}
+    assert inner == {f"features.2.{name}" for name in ("local_global", "global_block", "global_local")}
+
+
+def test_deploy_takes_released_networks():
+    """As published and accelerated; another one that only looks like it is an error."""
+    model = make(MobileFormer).float().eval()
+    expected = model(images().float())
+    for fast in (False, True):
+        if fast:
+            mfkernels.accelerate(model)
+        before = list(model.modules())
+        torch.testing.assert_close(mfkernels.deploy(model)(images().float()), expected, rtol=1e-4, atol=1e-5)
+        assert list(model.modules()) == before
+    mfkernels.restore(model)
+    model.stem[0] = nn.Conv2d(3, 8, 3, 2, 0, bias=False)
+    with pytest.raises(TypeError, match="model is a MobileFormer, but 0 has padding"):
+        mfkernels.deploy(model.eval())
+    with pytest.raises(TypeError, match="model must be a MobileFormer, got DMFLike"):
+        mfkernels.deploy(make(DMFLike).eval())
 
 
 def test_other_networks():

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..models.mobile_former import MobileFormer
 from . import dynamic_mobile_former, iformer, mobile_former
 from .adopt import Unfit, adopt, give_back, hooked
+from .settings import random_inputs
 
 # What takes the place of a module, or None if the rule does not concern it; raises Unfit with a reason if it
 # looks like one that the rule is for, and is not.
@@ -79,6 +81,20 @@ def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
     report = Report()
     _visit(model, "", rules, report, {})
     return report
+
+
+def as_ours(model: nn.Module) -> MobileFormer | None:
+    """A released network, accelerated or not, as the same network of `mfkernels.models`, with copies of its
+    weights; None where it is no network that `deploy` takes. Raises Unfit if it only looks like one."""
+    plain = copy.deepcopy(model)
+    restore(plain)
+    try:
+        new = mobile_former.network(plain)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Unfit(f"its structure is not that of the released class: {error}") from error
+    if new is not None:
+        _compare(plain, new, random_inputs((2, new.in_channels, 64, 64)))
+    return new
 
 
 def restore(model: nn.Module) -> Report:

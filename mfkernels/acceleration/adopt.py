@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+# What convolutions and norms may differ in beside their weights.
+_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "num_groups")
+
 
 class Unfit(Exception):
     """A module looks like one that can be replaced, and is not; the message says why."""
@@ -86,6 +89,10 @@ def _check_layer(expected: nn.Module, layer: nn.Module, path: str) -> None:
     same = type(layer).forward is type(expected).forward
     if not same and not (isinstance(layer, _BatchNorm) and isinstance(expected, _BatchNorm)):
         raise Unfit(f"{path} is a {type(layer).__name__}, expected {type(expected).__name__}")
+    for setting in _SETTINGS:
+        ours, theirs = (str(getattr(m, setting, None)) for m in (expected, layer))
+        if ours != theirs:
+            raise Unfit(f"{path} has {setting} {theirs}, expected {ours}")
     for name, value in expected.named_parameters():
         other = layer._parameters.get(name)
         if other is None or other.shape != value.shape:

@@ -1,11 +1,20 @@
 """The classes of the released Mobile-Former (dna_blocks.py)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from ..nn import Former, FormerToMobile, MobileFormerBlock, MobileFormerDownsample, MobileToFormer
+from ..models.mobile_former import MobileFormer
+from ..nn import (
+    ClassifierHead,
+    Former,
+    FormerToMobile,
+    LiteBottleneck,
+    MobileFormerBlock,
+    MobileFormerDownsample,
+    MobileToFormer,
+)
 from .adopt import Unfit, adopt
 from .settings import drop_path_rate, random_inputs
 
@@ -112,6 +121,68 @@ def block(old: Any) -> Found:
         ours, theirs = new.get_submodule(name), old.get_submodule(name)
         ours.drop_path.rate = drop_path_rate(theirs.drop_path)
     return new, _pair(inputs, size, bridge.token_num, width)
+
+
+def lite_block(old: Any) -> Found:
+    if type(old).__name__ not in ("DnaBlock", "DnaBlock3") or not old.use_conv_alone:
+        return None
+    convs = [layer for layer in old.conv if isinstance(layer, nn.Conv2d)]
+    if len(convs) != 2:
+        raise Unfit("its depthwise convolution is an ablation")
+    inputs, hidden, outputs = convs[0].in_channels, convs[0].out_channels, convs[1].out_channels
+    new = LiteBottleneck(inputs, outputs, old.stride, expansion=hidden // inputs, groups=convs[1].groups)
+    return adopt(new, old), lambda: (random_inputs((2, inputs, 5, 6), (3, 2, 8)),)
+
+
+def classifier(old: Any) -> Found:
+    if type(old).__name__ != "MergeClassifier":
+        return None
+    conv, linear, last = old.conv[1], old.fc[0], old.classifier[1]
+    dynamic = old.last_act == "dyrelu"
+    count = old.cls_token_num
+    joined = linear.in_features - conv.out_channels
+    width = old.hyper.hyper[0].in_features if dynamic else joined // max(count, 1) if count >= 0 else 1
+    new = ClassifierHead(
+        conv.in_channels,
+        last.out_features,
+        features=linear.out_features,
+        token_dim=width,
+        expansion=conv.out_channels // conv.in_channels,
+        groups=conv.groups,
+        class_tokens=count,
+        activation="dynamic_relu" if dynamic else "relu6",
+        token_id=old.hyper.sel_token_id if dynamic else 0,
+        hyper_reduction=width // old.hyper.hyper[0].out_features if dynamic else 4,
+        dropout=old.classifier[0].p,
+        drop_branch=(old.drop_branch[0], old.drop_branch[1]),
+    )
+    return adopt(new, old), _pair(conv.in_channels, (3, 4), max(count, 1), width)
+
+
+def network(old: Any) -> MobileFormer | None:
+    """The released network `old`, as it was published, as one of ours with the same layers; None if it is
+    something else. Its parts are not compared: that is left to the caller, for the whole."""
+    if type(old).__name__ != "MobileFormer" or len(old.stem) != 3:
+        return None
+    conv = old.stem[0]
+    new = MobileFormer(
+        [], num_classes=1, in_channels=conv.in_channels, stem_channels=conv.out_channels, features=1
+    )
+    new.tokens = old.tokens
+    adopt(new.stem, old.stem)
+    parts = []
+    for part in (*old.features, old.local_global, old.classifier):
+        rules = (block, lite_block, local_to_global, classifier)
+        found = next((found for rule in rules if (found := rule(part)) is not None), None)
+        if found is None:
+            raise Unfit(f"it has a {type(part).__name__}")
+        parts.append(found[0])
+    *blocks, bridge, head = parts
+    new.features = nn.Sequential(*blocks)
+    new.local_global, new.classifier = cast(MobileToFormer, bridge), cast(ClassifierHead, head)
+    if list(new.state_dict()) != list(old.state_dict()):
+        raise Unfit("it has other parts than the released network")
+    return new.train(old.training)
 
 
 RULES = (block, local_to_global, global_block, global_to_local)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from .. import _C, native
+from ..acceleration.accelerate import as_ours
+from ..acceleration.adopt import Unfit
 from ..models.mobile_former import MobileFormer
 from .mobile_former import DeployedMobileFormer
 
@@ -16,8 +18,9 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     """A network for inference on a CPU: batch norms folded, weights packed, each block one fused step.
 
     Args:
-        model: a `MobileFormer` of `mfkernels.models` in eval mode; the other families are not there yet. It
-            is left as it is; later changes of its weights do not reach the result.
+        model: a `MobileFormer` of `mfkernels.models`, or of the released code as published, `accelerate`d or
+            not, in eval mode; the other families are not there yet. It is left as it is; later changes of its
+            weights do not reach the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16 on processors that multiply it
             (AVX512-BF16). Sums are float32 in either.
 
@@ -41,7 +44,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
     if type(model) is not MobileFormer:
-        raise TypeError(f"deploy: model must be a MobileFormer, got {type(model).__name__}")
+        model = _published(model)
     if dtype == torch.bfloat16 and not _C.bf16_supported():
         raise RuntimeError(
             "deploy: bfloat16 needs a processor with avx512bf16 and the instruction set avx512, but "
@@ -50,3 +53,13 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         model = copy.deepcopy(model).cpu()
     return DeployedMobileFormer(model, dtype)
+
+
+def _published(model: nn.Module) -> MobileFormer:
+    try:
+        ours = as_ours(model)
+    except Unfit as reason:
+        raise TypeError(f"deploy: model is a {type(model).__name__}, but {reason}") from reason
+    if ours is None:
+        raise TypeError(f"deploy: model must be a MobileFormer, got {type(model).__name__}")
+    return ours
