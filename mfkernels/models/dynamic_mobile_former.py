@@ -18,6 +18,7 @@ from ..nn import (
     InvertedBottleneck,
     KernelAttention,
 )
+from ..nn.drop_path import growing_rates
 from ..nn.inputs import check_channels
 from .features import Stage, last_of_each_size
 from .recompute import run_block
@@ -85,7 +86,7 @@ class DynamicMobileFormer(nn.Module):
             raise ValueError("DynamicMobileFormer: rows must hold at least one block, got none")
         self.in_channels, self.grad_checkpointing = in_channels, False
         dynamic: dict[str, Any] = dict(temperature=temperature, activation=activation, basis=basis)
-        rates = torch.linspace(0, drop_path, len(rows) + 2).tolist()
+        rates = growing_rates(drop_path, len(rows) + 2)
         self.tokens = nn.Parameter(torch.randn(1, token_num, token_dim))
         self.stem = DMFStem(in_channels, stem_channels)
         self.lite_bottleneck = InvertedBottleneck(stem_channels, *lite_channels)

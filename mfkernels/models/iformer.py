@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..checks import check_tensor
 from ..nn import BNLinear, ConvBN, FusedInvertedBottleneck, IFormerClassifier, IFormerStage, LayerNorm2d
+from ..nn.drop_path import growing_rates
 from ..nn.inputs import check_channels
 from .features import Stage
 from .recompute import run_block
@@ -83,7 +84,7 @@ class IFormer(nn.Module):
         for inputs, outputs, kernel in zip(dims, dims[1:], kernels[1:], strict=False):
             self.downsample_layers.append(_halving(downsample, norm, inputs, outputs, kernel))
         self.stages = nn.ModuleList()
-        rates, done = torch.linspace(0, drop_path, sum(depths)).tolist(), 0
+        rates, done = growing_rates(drop_path, sum(depths)), 0
         for channels, depth in zip(dims, depths, strict=True):
             part = slice(done, done + depth)
             done += depth

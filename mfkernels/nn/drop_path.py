@@ -35,3 +35,9 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
+
+
+def growing_rates(rate: float, count: int) -> list[float]:
+    """Rates of `count` blocks, from 0 linearly to `rate`. Not by `torch.linspace`: networks are also made on
+    the meta device."""
+    return [rate * i / max(count - 1, 1) for i in range(count)]
