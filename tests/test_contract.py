@@ -1,7 +1,7 @@
 """The promises that every operator keeps. The operators' samples are in `tests/cases`."""
 
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -47,6 +47,15 @@ def guarded_dense(x: Tensor) -> Tensor:
 
 def same(x: Tensor) -> Tensor:
     return x
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """Two samples more than 2^31 elements apart, in memory that is asked for and hardly touched."""
+    if x.dim() < 2 or x.shape[0] != 2:
+        return x
+    inner = x[0].contiguous()
+    far = torch.empty(2**31 + 64 + inner.numel(), dtype=x.dtype)
+    return far.as_strided(x.shape, (2**31 + 64, *inner.stride())).copy_(x)
 
 
 LAYOUTS = (same, channels_last, reversed_axes, guarded, guarded_dense)
@@ -115,7 +124,8 @@ class Comparison:
         if wide:
             truth, rest = narrow(truth)
         eager = run(op, sample.map(lambda v: v.to(dtype)), op.REFERENCE, cotangents)
-        with poisoned(), mfkernels.use_backend("cpu"):
+        # Poison would touch all of the memory that is far apart.
+        with nullcontext() if layout is far_apart else poisoned(), mfkernels.use_backend("cpu"):
             typed = {k: grad_layout(v.to(dtype)) for k, v in cotangents.items()}
             ours = run(op, sample.map(lambda v: v.to(dtype)), op.OP, typed, layout)
         assert ours.keys() == truth.keys()
@@ -230,6 +240,19 @@ def test_same_bits_every_time(op, instruction_set):
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), name
+
+
+@operator
+def test_indices_beyond_32_bits(op, instruction_set):
+    try:
+        torch.empty(2**31 + 2**20)
+    except RuntimeError:
+        pytest.skip("this machine does not lend memory that is not touched")
+    generator = torch.Generator().manual_seed(0)
+    comparison = Comparison(op, torch.float32)
+    for sample in _small(op, torch.float32, 3):
+        comparison.add(sample, generator, far_apart)
+    comparison.check("far apart")
 
 
 # --- behaviour in PyTorch ----------------------------------------------------------------------------------

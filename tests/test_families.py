@@ -1,6 +1,7 @@
 """What the three families of networks have in common, and what DMF and iFormer have of their own."""
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -117,6 +118,23 @@ def test_training_step_compiles(name):
     compiled = torch.compile(create_model(name, num_classes=3), backend="aot_eager", fullgraph=True)
     compiled(torch.randn(2, 3, 32, 32)).sum().backward()
     assert any(p.grad is not None for p in compiled.parameters())
+
+
+@families
+def test_copies_pickles_and_functional_calls(name):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+    halves = {key: value / 2 for key, value in model.named_parameters()}
+    got = torch.func.functional_call(model, halves, (x,))
+    assert not torch.allclose(got, expected)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter /= 2
+    assert torch.equal(model(x), got)
 
 
 @families
