@@ -20,15 +20,15 @@ from ..nn import (
 )
 from ..nn.drop_path import growing_rates
 from ..nn.inputs import check_channels
-from .features import Stage, last_of_each_size
-from .recompute import run_block
+from .features import last_of_each_size
+from .network import Network, Stage
 
 # One block: hidden channels, output channels, stride, heads of Mobile -> Former, kernels of the pointwise
 # convolutions and of the depthwise one.
 Row = tuple[int, int, int, int, int, int]
 
 
-class DynamicMobileFormer(nn.Module):
+class DynamicMobileFormer(Network):
     """Dynamic Mobile-Former, for classification.
 
     `create_model` makes the released variants; `from_released` takes the released constructor's arguments.
@@ -84,7 +84,7 @@ class DynamicMobileFormer(nn.Module):
         super().__init__()
         if not rows:
             raise ValueError("DynamicMobileFormer: rows must hold at least one block, got none")
-        self.in_channels, self.grad_checkpointing = in_channels, False
+        self.in_channels = in_channels
         dynamic: dict[str, Any] = dict(temperature=temperature, activation=activation, basis=basis)
         rates = growing_rates(drop_path, len(rows) + 2)
         self.tokens = nn.Parameter(torch.randn(1, token_num, token_dim))
@@ -149,10 +149,6 @@ class DynamicMobileFormer(nn.Module):
             if isinstance(module, KernelAttention):
                 module.temperature = temperature
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only what blocks begin with, and compute the rest again in the backward pass."""
-        self.grad_checkpointing = enable
-
     def forward(self, x: Tensor) -> Tensor:
         x, tokens, _ = self._blocks(x)
         tokens = self.end_former(self.end_mobile2former(x, tokens))
@@ -171,7 +167,7 @@ class DynamicMobileFormer(nn.Module):
         maps = []
         wanted = {stage.name for stage in self.feature_stages}
         for index, block in enumerate(self.blocks):
-            x, tokens = run_block(self, block, x, tokens)
+            x, tokens = self.run(block, x, tokens)
             if f"blocks.{index}" in wanted:
                 maps.append(x)
         return x, tokens, maps

@@ -1,9 +1,10 @@
 """Networks as backbones: the maps of a pyramid in the place of class scores."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor, nn
+
+from .network import Network, Stage
 
 _HEADS = (
     "local_global",
@@ -16,14 +17,6 @@ _HEADS = (
     "norm",
     "classifier",
 )
-
-
-class Stage(NamedTuple):
-    """A map of a network: the module that it comes from, its channels, image pixels for one of its own."""
-
-    name: str
-    channels: int
-    reduction: int
 
 
 def last_of_each_size(stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -71,9 +64,9 @@ class FeaturePyramid(nn.Module):
         ValueError: `out_indices` names a map that is not there.
     """
 
-    def __init__(self, network: nn.Module, out_indices: Sequence[int] | None = None) -> None:
+    def __init__(self, network: Network, out_indices: Sequence[int] | None = None) -> None:
         super().__init__()
-        stages: tuple[Stage, ...] = network.feature_stages  # type: ignore[assignment]
+        stages = network.feature_stages
         indices = range(len(stages)) if out_indices is None else out_indices
         if any(not -len(stages) <= i < len(stages) for i in indices):
             raise ValueError(
@@ -86,9 +79,9 @@ class FeaturePyramid(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.network.feature_maps(x)  # type: ignore[operator]
+        maps = self.network.feature_maps(x)
         return [maps[i] for i in self.feature_info.out_indices]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See the network's."""
-        self.network.set_grad_checkpointing(enable)  # type: ignore[operator]
+        self.network.set_grad_checkpointing(enable)

@@ -12,11 +12,10 @@ from ..checks import check_tensor
 from ..nn import BNLinear, ConvBN, FusedInvertedBottleneck, IFormerClassifier, IFormerStage, LayerNorm2d
 from ..nn.drop_path import growing_rates
 from ..nn.inputs import check_channels
-from .features import Stage
-from .recompute import run_block
+from .network import Network, Stage
 
 
-class IFormer(nn.Module):
+class IFormer(Network):
     """iFormer, for classification.
 
     `create_model` makes the released variants; `from_released` takes the released constructor's arguments.
@@ -79,7 +78,7 @@ class IFormer(nn.Module):
             )
         if norm not in ("batch", "layer"):
             raise ValueError(f"IFormer: norm must be 'batch' or 'layer', got {norm!r}")
-        self.in_channels, self.grad_checkpointing = in_channels, False
+        self.in_channels = in_channels
         self.downsample_layers = nn.ModuleList([_stem(stem, in_channels, dims[0], kernels[0])])
         for inputs, outputs, kernel in zip(dims, dims[1:], kernels[1:], strict=False):
             self.downsample_layers.append(_halving(downsample, norm, inputs, outputs, kernel))
@@ -120,10 +119,6 @@ class IFormer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only what stages begin with, and compute the rest again in the backward pass."""
-        self.grad_checkpointing = enable
-
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         x = self.feature_maps(x)[-1].mean((2, 3))
         if hasattr(self, "head"):
@@ -138,7 +133,7 @@ class IFormer(nn.Module):
         check_channels("IFormer", x, self.in_channels)
         maps = []
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = run_block(self, stage, downsample(x))
+            x = self.run(stage, downsample(x))
             maps.append(x)
         return maps
 

@@ -15,8 +15,8 @@ from ..nn import (
     MobileToFormer,
 )
 from ..nn.inputs import check_channels
-from .features import Stage, last_of_each_size
-from .recompute import run_block
+from .features import last_of_each_size
+from .network import Network, Stage
 
 # One block: (kind, e1, out_channels, repeat, stride, e2) as in the released tables. Kind "D": the block that
 # downsamples, or the lite bottleneck if e2 is 0; "M": the other. The expansions e1 and e2 are of the input
@@ -24,7 +24,7 @@ from .recompute import run_block
 Row = tuple[str, int, int, int, int, int]
 
 
-class MobileFormer(nn.Module):
+class MobileFormer(Network):
     """Mobile-Former, for classification.
 
     `create_model` makes the released variants; `from_released` takes the released constructor's arguments.
@@ -79,7 +79,7 @@ class MobileFormer(nn.Module):
         **block: Any,
     ) -> None:
         super().__init__()
-        self.in_channels, self.grad_checkpointing = in_channels, False
+        self.in_channels = in_channels
         tokens: dict[str, Any] = dict(token_dim=token_dim, token_num=token_num)
         self.tokens = nn.Embedding(token_num, token_dim)
         self.stem = nn.Sequential(
@@ -141,10 +141,6 @@ class MobileFormer(nn.Module):
             elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d | nn.LayerNorm):
                 module.reset_parameters()
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only what blocks begin with, and compute the rest again in the backward pass."""
-        self.grad_checkpointing = enable
-
     def forward(self, x: Tensor) -> Tensor:
         x, tokens, _ = self._blocks(x)
         tokens, _ = self.local_global(x, tokens, return_logits=False)
@@ -161,7 +157,7 @@ class MobileFormer(nn.Module):
         x, maps = self.stem(x), []
         wanted = {stage.name for stage in self.feature_stages}
         for index, block in enumerate(self.features):
-            x, tokens = run_block(self, block, (x, tokens))
+            x, tokens = self.run(block, (x, tokens))
             if f"features.{index}" in wanted:
                 maps.append(x)
         return x, tokens, maps
