@@ -83,15 +83,17 @@ def test_digits(backend):
     train, test = order[:1400], order[1400:]
     torch.manual_seed(0)
     model = create_model("mobile_former_26m", num_classes=10)
-    epochs, batch = 8, 50
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
+    epochs, batch = 12, 50
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.05)
     steps = epochs * len(train) // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
     with mfkernels.use_backend(backend):
         for _ in range(epochs):
             for rows in train[torch.randperm(len(train))].split(batch):
                 optimizer.zero_grad()
-                F.cross_entropy(model(images[rows]), labels[rows]).backward()
+                shift = torch.randint(-3, 4, (2,)).tolist()
+                shifted = images[rows].roll(shift, (2, 3))
+                F.cross_entropy(model(shifted), labels[rows]).backward()
                 optimizer.step()
                 schedule.step()
         with torch.inference_mode():
