@@ -74,10 +74,8 @@ def create_model(
     create = next((create for names, create in _FAMILIES.items() if name in names), None)
     if create is None:
         near = difflib.get_close_matches(str(name), list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(
-            f"create_model: unknown name {name!r}; {hint}It must be one of {', '.join(list_models())}"
-        )
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"create_model: name must be one of {', '.join(list_models())}, got {name!r}{hint}")
     if out_indices is not None and not features_only:
         raise ValueError("create_model: out_indices needs features_only=True")
     model = create(name, num_classes=num_classes, **options)  # type: ignore[operator]
