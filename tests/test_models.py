@@ -96,22 +96,6 @@ def test_drop_path_keeps_the_mean():
     assert abs(dropped.mean() - 1) < 0.02
 
 
-def test_training_step_compiles():
-    model = create_model(SMALL, num_classes=3)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 3, 32, 32)
-    compiled(x).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_export_with_dynamic_batch():
-    model = create_model(SMALL, num_classes=3).eval()
-    x = torch.randn(2, 3, 64, 64)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=8)},))
-    other = torch.randn(5, 3, 64, 64)
-    torch.testing.assert_close(program.module()(other), model(other))
-
-
 @pytest.mark.parametrize("kind", ["maxdw", "sepdw"])
 def test_ablations_of_the_depthwise_convolution(kind):
     """They fit only some widths, and the first does not fit the lite bottleneck."""
