@@ -44,8 +44,11 @@ class Errors:
     def kernel(self, value: Tensor, truth: Tensor, rest: Tensor | None = None) -> None:
         self._kernel = max(self._kernel, _in_roundings(value, truth, rest))
 
+    def hold(self) -> bool:
+        return self._kernel <= 2 * self._reference + 2
+
     def check(self, what: str) -> None:
-        assert self._kernel <= 2 * self._reference + 2, (
+        assert self.hold(), (
             f"{what}: error {self._kernel:.3g} roundings, of the reference {self._reference:.3g}"
         )
 
