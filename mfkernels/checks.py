@@ -74,3 +74,10 @@ def check_heads(
         raise ValueError(
             f"{op}: num_heads must be positive and divide {of}, got {num_heads} for {channels} {unit}"
         )
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Those of a result, in order, however tuples and lists hold them."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple | list) else []

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators.dynamic_conv2d.reference import Pair, output_size
+from .operators.dynamic_conv2d.reference import Pair, add_biases, mix, output_size
 from .operators.dynamic_relu.reference import dynamic_relu_reference
 from .operators.former_block.reference import former_block_reference
 from .operators.former_to_mobile_attention.reference import former_to_mobile_attention_reference
@@ -70,7 +70,7 @@ def _dynamic_conv2d(
     batch has samples can be exported for any batch size."""
     batch = x.shape[0]
     outputs, inputs, rows, columns = weight.shape
-    mixed = weight + basis_scale * (attention @ basis.flatten(1)).view(batch, *weight.shape)
+    mixed = mix(weight, basis, attention, basis_scale)
     height, width = output_size(x.shape[2:], (rows, columns), stride, padding, dilation)
     x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     y: Any = 0
@@ -91,8 +91,4 @@ def _dynamic_conv2d(
                 y = y + (kernel @ part.reshape(batch, groups, inputs, -1)).reshape(
                     batch, outputs, height, width
                 )
-    if bias is not None:
-        y = y + bias.view(1, -1, 1, 1)
-    if basis_bias is not None:
-        y = y + (attention @ basis_bias)[..., None, None]
-    return y
+    return add_biases(y, attention, bias, basis_bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import use_backend
+from .checks import tensors_in
 
 OUTPUT = "output"
 
@@ -132,14 +133,14 @@ def _blocks(model: nn.Module) -> Iterator[str]:
 def _results(model: nn.Module, points: Sequence[str], x: Tensor, backend: str) -> dict[str, list[Tensor]]:
     results: dict[str, list[Tensor]] = {}
     with _watched(model, points, results), torch.inference_mode(), use_backend(backend):
-        results[OUTPUT] = _tensors(model(x))
+        results[OUTPUT] = _kept(model(x))
     return results
 
 
 @contextmanager
 def _watched(model: nn.Module, points: Sequence[str], results: dict[str, list[Tensor]]) -> Iterator[None]:
     def keep(path: str):  # type: ignore[no-untyped-def]
-        return lambda module, inputs, output: results.__setitem__(path, _tensors(output))
+        return lambda module, inputs, output: results.__setitem__(path, _kept(output))
 
     handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in points]
     try:
@@ -149,10 +150,9 @@ def _watched(model: nn.Module, points: Sequence[str], results: dict[str, list[Te
             handle.remove()
 
 
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value.detach().clone()]
-    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
+def _kept(value: object) -> list[Tensor]:
+    """Copies: a network may overwrite what a block returned."""
+    return [tensor.clone() for tensor in tensors_in(value)]
 
 
 def _error(values: list[Tensor], truth: list[Tensor]) -> float:

@@ -400,17 +400,9 @@ TINY_DMF = {
 
 def _tiny_iformer(name: str) -> nn.Module:
     first, last = ("_ws4_wsp1", "_ws4_wre1") if name.endswith("_window") else ("", "")
-    attention = ["RepCPE_k3", "SHMABlock_r1_hdrr2_act0_nh1", "FFN2d_r2"]
     types = ["ConvBlock_k7_r3"] * 3
-    types += [
-        attention[0],
-        attention[1] + first,
-        attention[2],
-        attention[0],
-        attention[1] + last,
-        attention[2],
-    ]
-    types += ["RepCPE_k3", "SHMABlock_r1_hdrr4_act0_nh1", "FFN2d_r2"]
+    for attention in (f"hdrr2_act0_nh1{first}", f"hdrr2_act0_nh1{last}", "hdrr4_act0_nh1"):
+        types += ["RepCPE_k3", f"SHMABlock_r1_{attention}", "FFN2d_r2"]
     return _iformer([1, 1, 7, 3], [16, 16, 32, 48], types, distillation=name.endswith("_distill"))
 
 

@@ -109,8 +109,8 @@ class Comparison:
     The truth is the reference in float64; for float64 kernels, in 80 bits.
     """
 
-    def __init__(self, op, dtype: torch.dtype) -> None:
-        self.op, self.dtype = op, dtype
+    def __init__(self, op, dtype: torch.dtype, backend: str = "cpu") -> None:
+        self.op, self.dtype, self.backend = op, dtype, backend
         self.errors: dict[str, Errors] = {}
 
     def add(self, sample: Sample, generator: torch.Generator, layout=same, grad_layout=same) -> None:
@@ -125,7 +125,7 @@ class Comparison:
             truth, rest = narrow(truth)
         eager = run(op, sample.map(lambda v: v.to(dtype)), op.REFERENCE, cotangents)
         # Poison would touch all of the memory that is far apart.
-        with nullcontext() if layout is far_apart else poisoned(), mfkernels.use_backend("cpu"):
+        with nullcontext() if layout is far_apart else poisoned(), mfkernels.use_backend(self.backend):
             typed = {k: grad_layout(v.to(dtype)) for k, v in cotangents.items()}
             ours = run(op, sample.map(lambda v: v.to(dtype)), op.OP, typed, layout)
         assert ours.keys() == truth.keys()

@@ -2,23 +2,27 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checks import tensors_in
 from ..models.mobile_former import MobileFormer
 from . import dynamic_mobile_former, iformer, mobile_former
-from .adopt import Unfit, adopt, give_back, hooked
-from .settings import random_inputs
+from .adopt import Unfit, give_back, hooked
+from .settings import Found, random_inputs
 
 # What takes the place of a module, or None if the rule does not concern it; raises Unfit with a reason if it
 # looks like one that the rule is for, and is not.
 Rule = Callable[[nn.Module], nn.Module | None]
-# The same with inputs for comparing both.
-_Known = Callable[[nn.Module], tuple[nn.Module, Callable[[], tuple]] | None]
-_KNOWN: tuple[_Known, ...] = (*mobile_former.RULES, *dynamic_mobile_former.RULES, *iformer.RULES)
+_KNOWN: tuple[Callable[[nn.Module], Found], ...] = (
+    *mobile_former.RULES,
+    *dynamic_mobile_former.RULES,
+    *iformer.RULES,
+)
 _ORIGINAL = "_mfkernels_original"
 
 
@@ -88,10 +92,8 @@ def as_ours(model: nn.Module) -> MobileFormer | None:
     weights; None where it is no network that `deploy` takes. Raises Unfit if it only looks like one."""
     plain = copy.deepcopy(model)
     restore(plain)
-    try:
+    with _recognising():
         new = mobile_former.network(plain)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise Unfit(f"its structure is not that of the released class: {error}") from error
     if new is not None:
         _compare(plain, new, random_inputs((2, new.in_channels, 64, 64)))
     return new
@@ -153,10 +155,8 @@ def _replacement(old: nn.Module, rules: Sequence[Rule]) -> nn.Module | None:
             _check_parameters(rule, old, new)
             return new
     for known in _KNOWN:
-        try:
+        with _recognising():
             found = known(old)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise Unfit(f"its structure is not that of the released class: {error}") from error
         if found is None:
             continue
         new, inputs = found
@@ -165,6 +165,15 @@ def _replacement(old: nn.Module, rules: Sequence[Rule]) -> nn.Module | None:
         _compare(old, new, inputs())
         return new
     return None
+
+
+@contextmanager
+def _recognising() -> Iterator[None]:
+    """What a rule does not find, or cannot build from, is a module of another structure."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Unfit(f"its structure is not that of the released class: {error}") from error
 
 
 def _check_parameters(rule: Rule, old: nn.Module, new: nn.Module) -> None:
@@ -185,7 +194,7 @@ def _compare(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
         _randomise(trial)
         with torch.no_grad():
             try:
-                results.append(_tensors(trial(*inputs)))
+                results.append(tensors_in(trial(*inputs)))
             except Exception as error:
                 raise Unfit(f"it does not run as the released class does: {error}") from error
     theirs, ours = results
@@ -207,12 +216,3 @@ def _randomise(module: nn.Module) -> None:
         if isinstance(inner, _BatchNorm) and inner.running_mean is not None and inner.running_var is not None:
             inner.running_mean.copy_(torch.randn(inner.num_features, generator=generator) / 2)
             inner.running_var.copy_(torch.rand(inner.num_features, generator=generator) + 0.5)
-
-
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
-
-
-__all__ = ["Left", "Replaced", "Report", "Rule", "accelerate", "adopt", "restore"]

@@ -1,15 +1,10 @@
 """The classes of the released DMF (dmf_final.py)."""
 
-from collections.abc import Callable
 from typing import Any
-
-from torch import nn
 
 from ..nn import DMFFormer, DMFMobileToFormer, DynamicResidualConv2d, GlobalResponseNorm
 from .adopt import Unfit, adopt
-from .settings import drop_path_rate, random_inputs
-
-Found = tuple[nn.Module, Callable[[], tuple]] | None
+from .settings import Found, drop_path_rate, random_inputs
 
 
 def dynamic_conv(old: Any) -> Found:

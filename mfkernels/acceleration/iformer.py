@@ -1,15 +1,10 @@
 """The classes of the released iFormer (iformer.py)."""
 
-from collections.abc import Callable
 from typing import Any
-
-from torch import nn
 
 from ..nn import SingleHeadModulationAttention
 from .adopt import Unfit, adopt
-from .settings import random_inputs
-
-Found = tuple[nn.Module, Callable[[], tuple]] | None
+from .settings import Found, random_inputs
 
 
 def modulation_attention(old: Any) -> Found:

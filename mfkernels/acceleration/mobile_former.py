@@ -16,9 +16,7 @@ from ..nn import (
     MobileToFormer,
 )
 from .adopt import Unfit, adopt
-from .settings import drop_path_rate, random_inputs
-
-Found = tuple[nn.Module, Callable[[], tuple]] | None
+from .settings import Found, drop_path_rate, random_inputs
 
 
 def _size(module: Any) -> tuple[int, int]:

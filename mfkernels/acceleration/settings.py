@@ -1,7 +1,13 @@
-"""What the rules read from modules whose code is not ours."""
+"""What the rules share: their result, and how they read modules whose code is not ours."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+# What takes the place of a module, and what makes inputs on which both are compared; None if the rule does
+# not concern it.
+Found = tuple[nn.Module, Callable[[], tuple]] | None
 
 
 def drop_path_rate(module: nn.Module) -> float:

@@ -21,7 +21,8 @@ from ..nn import (
     MobileFormerDownsample,
     MobileToFormer,
 )
-from .packing import Packer, dense, fold, norm_factors, padded, shuffled, spread
+from ..nn.conv_bn import affine
+from .packing import Packer, dense, fold, padded, shuffled, spread
 
 MOST_BLOCKS = 255
 _BLOCKS = (LiteBottleneck, MobileFormerBlock, MobileFormerDownsample)
@@ -362,7 +363,7 @@ class _Planner:
         place = sorted(range(len(order)), key=order.__getitem__)  # the column that reads each channel
         fields = self.pack.linear(dense(weight, conv.groups)[:, place], bias)
         linear, norm1d, _ = head.fc
-        scale, shift = norm_factors(norm1d)
+        scale, shift = affine(norm1d)
         weight = linear.weight.double() * scale[:, None]
         pooled = padded_rows(weight[:, : conv.out_channels])
         weight = torch.cat([pooled, weight[:, conv.out_channels :]], 1)

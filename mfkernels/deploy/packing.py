@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C
+from ..nn.conv_bn import affine
 
 LANES = 16  # channels are padded to a multiple of this
 PANEL = 32  # outputs of a packed matrix that lie together
@@ -92,16 +93,9 @@ def spread(values: Tensor, slots: Sequence[int]) -> Tensor:
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias, float64, of the convolution that does the work of both."""
-    scale, shift = norm_factors(norm)
+    scale, shift = affine(norm)
     weight = conv.weight.detach().double() * scale.view(-1, 1, 1, 1)
     return weight, shift if conv.bias is None else shift + scale * conv.bias.detach().double()
-
-
-def norm_factors(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The factor and the summand that an eval-mode batch norm amounts to."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
 
 
 def dense(weight: Tensor, groups: int) -> Tensor:

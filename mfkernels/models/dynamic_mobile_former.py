@@ -60,6 +60,8 @@ class DynamicMobileFormer(Network):
     Source: Xu et al., Dynamic Mobile-Former, section 3 and table 1.
     """
 
+    head_modules = ("end_mobile2former", "end_former", "channel_conv", "bn", "head")
+
     def __init__(
         self,
         rows: Sequence[Row],

@@ -6,18 +6,6 @@ from torch import Tensor, nn
 
 from .network import Network, Stage
 
-_HEADS = (
-    "local_global",
-    "end_mobile2former",
-    "end_former",
-    "channel_conv",
-    "bn",
-    "head",
-    "proj",
-    "norm",
-    "classifier",
-)
-
 
 def last_of_each_size(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """The last map of each size, from a quarter of the image's on."""
@@ -73,8 +61,8 @@ class FeaturePyramid(nn.Module):
                 f"FeaturePyramid: out_indices must be of {len(stages)} maps, got {tuple(indices)}"
             )
         self.feature_info = FeatureInfo(stages, [i % len(stages) for i in indices])
-        for name in _HEADS:
-            if name in network._modules:
+        for name in network.head_modules:
+            if hasattr(network, name):
                 delattr(network, name)
         self.network = network
 

@@ -49,6 +49,8 @@ class IFormer(Network):
     Source: Zheng, iFormer, ICLR 2025, section 3 and table 9.
     """
 
+    head_modules = ("norm", "head", "proj", "classifier")
+
     def __init__(
         self,
         depths: Sequence[int],

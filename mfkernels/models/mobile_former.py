@@ -56,6 +56,8 @@ class MobileFormer(Network):
     Source: Chen et al., Mobile-Former, CVPR 2022, section 3 and tables 1, 10 to 13.
     """
 
+    head_modules = ("local_global", "classifier")
+
     def __init__(
         self,
         rows: Sequence[Row],

@@ -22,6 +22,7 @@ class Network(nn.Module):
     """A network for classification, whose maps make a pyramid."""
 
     feature_stages: tuple[Stage, ...]
+    head_modules: tuple[str, ...]  # what comes after the last map; some may not be there
     grad_checkpointing = False
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:

@@ -50,7 +50,9 @@ class BNConv(nn.Module):
     def fuse(self) -> nn.Conv2d:
         """One convolution with bias that does the work of both in eval mode."""
         scale, shift = affine(self.bn)
-        return conv_like(self.c, self.c.weight * scale.view(1, -1, 1, 1), self.c.weight.flatten(1) @ shift)
+        return conv_like(
+            self.c, self.c.weight * scale.view(1, -1, 1, 1), self.c.weight.flatten(1).double() @ shift
+        )
 
 
 class BNLinear(nn.Module):
@@ -80,12 +82,12 @@ class BNLinear(nn.Module):
         )
         with torch.no_grad():
             fused.weight.copy_(self.l.weight * scale)
-            fused.bias.copy_(self.l.bias + self.l.weight @ shift)
+            fused.bias.copy_(self.l.bias + self.l.weight.double() @ shift)
         return fused
 
 
 def affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The factor and the summand, for each channel, that a batch norm in eval mode amounts to.
+    """The factor and the summand, for each channel, that a batch norm in eval mode amounts to, in float64.
 
     Raises:
         RuntimeError: it is in train mode, where it amounts to no such thing.
@@ -93,8 +95,8 @@ def affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     if norm.training:
         raise RuntimeError("fuse: the batch norm is in train mode; call eval() first")
     assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return scale, norm.bias - norm.running_mean * scale
+    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
 
 
 def conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
@@ -110,8 +112,8 @@ def conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
         conv.stride,
         (conv.padding[0] + grown, conv.padding[1] + grown),
         groups=conv.groups,
-        device=weight.device,
-        dtype=weight.dtype,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
     )
     with torch.no_grad():
         fused.weight.copy_(weight)

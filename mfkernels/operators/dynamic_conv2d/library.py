@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from ..layout import like_map
+from .reference import add_biases, mix
 
 
 def pointwise_by_library(
@@ -18,12 +19,8 @@ def pointwise_by_library(
     mixed at once, and a product for each sample and group. Our C++ kernels take up to five times as long."""
     batch, _, height, width = x.shape
     outputs, inputs, *_ = weight.shape
-    mixed = weight + basis_scale * (attention @ basis.flatten(1)).view(batch, *weight.shape)
+    mixed = mix(weight, basis, attention, basis_scale)
     matrices = mixed.view(batch * groups, outputs // groups, inputs)
     y = torch.bmm(matrices, x.reshape(batch * groups, inputs, height * width))
     y = y.view(batch, outputs, height, width)
-    if bias is not None:
-        y = y + bias.view(1, -1, 1, 1)
-    if basis_bias is not None:
-        y = y + (attention @ basis_bias)[..., None, None]
-    return like_map(y, x)
+    return like_map(add_biases(y, attention, bias, basis_bias), x)

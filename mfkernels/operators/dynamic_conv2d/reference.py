@@ -25,13 +25,24 @@ def dynamic_conv2d_reference(
     outputs, inputs, *_ = weight.shape
     kernel = (weight.shape[2], weight.shape[3])
     depth = inputs * kernel[0] * kernel[1]
-    mixed = weight + basis_scale * (attention @ basis.flatten(1)).view(batch, *weight.shape)
+    mixed = mix(weight, basis, attention, basis_scale)
     columns = F.unfold(
         x, kernel, pair(dilation), pair(padding), pair(stride)
     )  # (B, C * kh * kw, output pixels)
     columns = columns.reshape(batch, groups, depth, columns.shape[2])
     y = mixed.reshape(batch, groups, outputs // groups, depth) @ columns
     y = y.reshape(batch, outputs, *output_size((height, width), kernel, stride, padding, dilation))
+    return add_biases(y, attention, bias, basis_bias)
+
+
+def mix(weight: Tensor, basis: Tensor, attention: Tensor, basis_scale: float) -> Tensor:
+    """The kernels (B, O, C / groups, kh, kw) of the samples."""
+    others = (attention @ basis.flatten(1)).view(attention.shape[0], *weight.shape)
+    return weight + basis_scale * others
+
+
+def add_biases(y: Tensor, attention: Tensor, bias: Tensor | None, basis_bias: Tensor | None) -> Tensor:
+    """`y` with the biases of the samples."""
     if bias is not None:
         y = y + bias.view(1, -1, 1, 1)
     if basis_bias is not None:
