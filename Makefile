@@ -8,7 +8,7 @@ demo: .venv/installed
 	.venv/bin/mfkernels demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -8,6 +8,9 @@ if not torch.cuda.is_available():  # before Triton is first imported
 
 import mfkernels
 
+# Test processes side by side share the cores: threads of theirs would wait for one another.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
