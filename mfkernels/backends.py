@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from .operators.dispatch import TRITON_INSTALLED, has_triton, triton_interpreted, triton_on_cpu
+from .operators.dispatch import TRITON_INSTALLED, triton_interpreted, triton_on_cpu
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -61,16 +61,14 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def why_not(backend: str, op: str, x: Tensor) -> str | None:
-    """Why `backend` cannot run an operator on a tensor like `x`; None if it can."""
+def why_not(backend: str, x: Tensor) -> str | None:
+    """Why `backend` cannot run the operators on a tensor like `x`; None if it can."""
     if backend == "cpu":
         if x.device.type not in ("cpu", "meta"):
             return f"runs on CPU tensors, got device {x.device}"
         if x.dtype not in _CPU_DTYPES:
             return f"runs in float32, float64 and bfloat16, got {x.dtype}"
     if backend == "triton":
-        if not has_triton(op):
-            return f"{op} has no Triton kernels yet"
         if x.device.type != "cuda" and not triton_interpreted():
             return f"runs on CUDA tensors, got device {x.device}"
         if x.dtype not in _TRITON_DTYPES:
@@ -81,10 +79,10 @@ def why_not(backend: str, op: str, x: Tensor) -> str | None:
 def use_kernels(op: str, x: Tensor) -> bool:
     """True where `torch.ops.mfkernels.<op>` is to run, False where the reference is."""
     if _backend == "auto":
-        return why_not("triton" if x.device.type == "cuda" else "cpu", op, x) is None
+        return why_not("triton" if x.device.type == "cuda" else "cpu", x) is None
     if _backend == "reference":
         return False
-    if why_not(_backend, op, x) is None:
+    if why_not(_backend, x) is None:
         return True
-    lines = [f"{name}: {why_not(name, op, x) or 'can run'}" for name in BACKENDS if name != "auto"]
+    lines = [f"{name}: {why_not(name, x) or 'can run'}" for name in BACKENDS if name != "auto"]
     raise RuntimeError(f"{op}: the backend {_backend!r} cannot run this call. " + "; ".join(lines))

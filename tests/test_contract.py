@@ -34,14 +34,14 @@ def reversed_axes(x: Tensor) -> Tensor:
 
 def guarded(x: Tensor) -> Tensor:
     """A view into a buffer of NaN: reading beside it shows in the result."""
-    buffer = torch.full([n + 3 for n in x.shape], float("nan"), dtype=x.dtype)
+    buffer = torch.full([n + 3 for n in x.shape], float("nan"), dtype=x.dtype, device=x.device)
     view = buffer[tuple(slice(1, n + 1) for n in x.shape)]
     return view.copy_(x)
 
 
 def guarded_dense(x: Tensor) -> Tensor:
     """A contiguous view with NaN before and behind it."""
-    buffer = torch.full([x.numel() + 128], float("nan"), dtype=x.dtype)
+    buffer = torch.full([x.numel() + 128], float("nan"), dtype=x.dtype, device=x.device)
     return buffer[64 : 64 + x.numel()].view(x.shape).copy_(x)
 
 
@@ -54,7 +54,7 @@ def far_apart(x: Tensor) -> Tensor:
     if x.dim() < 2 or x.shape[0] != 2:
         return x
     inner = x[0].contiguous()
-    far = torch.empty(2**31 + 64 + inner.numel(), dtype=x.dtype)
+    far = torch.empty(2**31 + 64 + inner.numel(), dtype=x.dtype, device=x.device)
     return far.as_strided(x.shape, (2**31 + 64, *inner.stride())).copy_(x)
 
 
@@ -109,8 +109,8 @@ class Comparison:
     The truth is the reference in float64; for float64 kernels, in 80 bits.
     """
 
-    def __init__(self, op, dtype: torch.dtype, backend: str = "cpu") -> None:
-        self.op, self.dtype, self.backend = op, dtype, backend
+    def __init__(self, op, dtype: torch.dtype, backend: str = "cpu", device: str = "cpu") -> None:
+        self.op, self.dtype, self.backend, self.device = op, dtype, backend, device
         self.errors: dict[str, Errors] = {}
 
     def add(self, sample: Sample, generator: torch.Generator, layout=same, grad_layout=same) -> None:
@@ -126,14 +126,15 @@ class Comparison:
         eager = run(op, sample.map(lambda v: v.to(dtype)), op.REFERENCE, cotangents)
         # Poison would touch all of the memory that is far apart.
         with nullcontext() if layout is far_apart else poisoned(), mfkernels.use_backend(self.backend):
-            typed = {k: grad_layout(v.to(dtype)) for k, v in cotangents.items()}
-            ours = run(op, sample.map(lambda v: v.to(dtype)), op.OP, typed, layout)
+            typed = {k: grad_layout(v.to(self.device, dtype)) for k, v in cotangents.items()}
+            ours = run(op, sample.map(lambda v: v.to(self.device, dtype)), op.OP, typed, layout)
         assert ours.keys() == truth.keys()
         for name, value in ours.items():
-            assert value.dtype == dtype and value.shape == truth[name].shape
+            assert value.dtype == dtype and value.device.type == self.device
+            assert value.shape == truth[name].shape
             errors = self.errors.setdefault(name, Errors())
             errors.reference(eager[name], truth[name], rest.get(name))
-            errors.kernel(value, truth[name], rest.get(name))
+            errors.kernel(value.cpu(), truth[name], rest.get(name))
 
     def check(self, what: str) -> None:
         for name, errors in self.errors.items():

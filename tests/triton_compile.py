@@ -27,7 +27,6 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import mfkernels
-from mfkernels.operators.dispatch import has_triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,19 +37,21 @@ TARGETS = {
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def launches(op, every_shape: bool) -> dict[str, tuple[str, str, dict, dict]]:
-    """The kinds of launches of an operator: module, kernel, signature and constants, by a name."""
+def launches(op, every_shape: bool) -> dict[str, tuple[str, str, dict, dict, dict]]:
+    """The kinds of launches of an operator: module, kernel, signature, constants and options, by a name."""
     module = importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")
     found = {}
 
     def note(kernel: JITFunction, *args, grid, warmup, **kwargs):
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+        constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr or given[p.name] is None}
         signature = {
             name: "constexpr" if name in constants else _type(given[name]) for name in kernel.arg_names
         }
-        name = json.dumps([op.NAME, kernel.__name__, signature, {k: str(v) for k, v in constants.items()}])
-        found[name] = (module.__name__, kernel.__name__, signature, constants)
+        options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
+        values = {k: str(v) for k, v in (constants | options).items()}
+        name = json.dumps([op.NAME, kernel.__name__, signature, values])
+        found[name] = (module.__name__, kernel.__name__, signature, constants, options)
 
     original = JITFunction.run
     JITFunction.run = note
@@ -77,13 +78,13 @@ def _type(value) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def build(module: str, kernel: str, signature: dict, constants: dict, target: str) -> dict:
+def build(module: str, kernel: str, signature: dict, constants: dict, options: dict, target: str) -> dict:
     function = getattr(importlib.import_module(module), kernel)
     source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()})
-    compiled = triton.compile(source, target=TARGETS[target])
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     types = sorted({t for t in signature.values() if t.startswith("*")})
     result = {"operator": module.split(".")[2], "kernel": kernel, "target": target, "types": types}
-    result["constants"] = {k: str(v) for k, v in constants.items()}
+    result["constants"] = {k: str(v) for k, v in (constants | options).items()}
     if target.startswith("sm"):
         return result | _ptxas(compiled.asm["ptx"], target)
     text = compiled.asm["amdgcn"]
@@ -110,7 +111,7 @@ def main() -> None:
     names = [name for name in sys.argv[1:] if name != "--all"]
     kinds = {}
     for op in modules():
-        if has_triton(op.NAME) and (not names or op.NAME in names):
+        if not names or op.NAME in names:
             kinds |= launches(op, "--all" in sys.argv)
     with ProcessPoolExecutor() as pool:
         jobs = [pool.submit(build, *kind, target) for kind in kinds.values() for target in TARGETS]

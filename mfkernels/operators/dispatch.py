@@ -12,13 +12,7 @@ from typing import Any
 import torch
 
 # Looked up once: torch.compile cannot trace a look into the file system.
-WITH_TRITON = frozenset(file.parent.name for file in Path(__file__).parent.glob("*/triton.py"))
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-
-
-def has_triton(op: str) -> bool:
-    """Whether the operator has Triton kernels."""
-    return op in WITH_TRITON
 
 
 def triton_interpreted() -> bool:
@@ -49,8 +43,8 @@ def triton_on_cpu() -> Iterator[None]:
     """Within the `with` block the operators run their Triton kernels on CPU tensors, too: interpreted."""
     library = torch.library.Library("mfkernels", "IMPL")
     try:
-        for op in WITH_TRITON:
-            for name, function in _functions(op):
+        for file in Path(__file__).parent.glob("*/triton.py"):
+            for name, function in _functions(file.parent.name):
                 with warnings.catch_warnings():  # that they were there before
                     warnings.simplefilter("ignore")
                     library.impl(name, function, "CPU", allow_override=True)

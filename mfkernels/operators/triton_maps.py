@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import triton_interpreted
+
 
 class Map(NamedTuple):
     """A tensor (B, C, H, W) whose pixels lie in one run."""
@@ -28,6 +30,18 @@ def as_map(x: Tensor) -> Map:
 def power(n: int, least: int = 1, most: int = 1 << 20) -> int:
     """The next power of two, within these bounds."""
     return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+
+
+# The interpreter has no products in bfloat16, and rounds to it towards zero.
+INTERPRETED = tl.constexpr(triton_interpreted())
+
+
+@triton.jit
+def dot(a, b):
+    """a b in float32, a rounded to b's dtype: where that is of half precision, tensor cores do it."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a.to(b.dtype), b, input_precision="ieee")
 
 
 @triton.jit

@@ -3,6 +3,7 @@ from torch import Tensor
 
 from ... import backends
 from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
+from ..dispatch import register_triton
 from ..layout import empty_map, gradients_like, once, without_absent
 from .library import pointwise_by_library
 from .reference import Pair, dynamic_conv2d_reference, output_size
@@ -25,8 +26,8 @@ def dynamic_conv2d(
 ) -> Tensor:
     """Convolution whose kernel differs from sample to sample: a static one plus a mix of K others.
 
-    By default PyTorch's own matrix products do the work where kernels are 1x1, on any device: they are faster
-    than the C++ kernels, which `use_backend("cpu")` runs.
+    By default PyTorch's own matrix products do the work where kernels are 1x1 on a CPU: they are faster than
+    the C++ kernels, which `use_backend("cpu")` runs.
 
     Sample b is convolved with `weight + basis_scale * sum_k attention[b,k] * basis[k]`; to that come
     `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used.
@@ -63,7 +64,7 @@ def dynamic_conv2d(
     dilations = _setting("dilation", dilation, 1)
     _check(x, weight, basis, attention, bias, basis_bias, strides, paddings, dilations, groups)
     pointwise = tuple(weight.shape[2:]) == strides == (1, 1) and paddings == (0, 0)
-    if pointwise and backends.current_backend() == "auto":
+    if pointwise and x.device.type != "cuda" and backends.current_backend() == "auto":
         return pointwise_by_library(x, weight, basis, attention, bias, basis_bias, groups, basis_scale)
     run = torch.ops.mfkernels.dynamic_conv2d if backends.use_kernels(OP, x) else dynamic_conv2d_reference
     settings = (strides, paddings, dilations, groups, basis_scale)
@@ -138,3 +139,4 @@ def _backward(ctx, grad_out):
 
 torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
 torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
+register_triton(OP)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ... import backends
 from ...checks import check_argument, check_heads, check_tensor, match_autocast
+from ..dispatch import register_triton
 from ..layout import gradients_like, once, without_absent
 from .reference import former_block_reference
 
@@ -79,7 +80,7 @@ def former_block(
 def _by_library(tokens: Tensor, parameters: list) -> bool:
     """Whether PyTorch's matrix products are the faster way, on a CPU and by default: from so many tokens on
     they make up for the calls between them. Not asked while compiling, which fixes no batch size."""
-    if torch.compiler.is_compiling() or backends.current_backend() != "auto":
+    if torch.compiler.is_compiling() or backends.current_backend() != "auto" or tokens.device.type == "cuda":
         return False
     trained = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (tokens, *parameters)
@@ -148,3 +149,4 @@ def _backward(ctx, grad_out):
 
 torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
 torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
+register_triton(OP)

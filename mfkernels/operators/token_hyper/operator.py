@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ... import backends
 from ...checks import check_like, check_shape, check_tensor, match_autocast
+from ..dispatch import register_triton
 from ..layout import gradients_like, once, without_absent
 from .reference import token_hyper_reference
 
@@ -115,3 +116,4 @@ def _backward(ctx, grad_slopes, grad_other):
 
 torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
 torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
+register_triton(OP)

@@ -1,0 +1,334 @@
+"""Convolutions as products with tiles of the kernels, mixed in registers: mixed ones are never in memory.
+Where a group has one input channel (depthwise), sums along the taps instead of products.
+
+The gradient of x is the same with the roles of input and output channels exchanged, TRANSPOSED: both take a
+`source` map and give a `result` map, whose channels of a group are called rows."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import empty_map
+from ..triton_maps import dot, power, splits_of
+from .reference import Pair, output_size
+
+
+@triton.jit
+def pixel_at(p, tap_y, tap_x, RW, sh, sw, ph, pw, dh, dw, SH, SW, TRANSPOSED: tl.constexpr):
+    """Row and column of the source pixels that pixels p of the result meet at a tap, and which exist."""
+    if TRANSPOSED:
+        y, x = p // RW + ph - tap_y * dh, p % RW + pw - tap_x * dw
+        inside = (y >= 0) & (x >= 0) & (y % sh == 0) & (x % sw == 0)
+        y, x = y // sh, x // sw
+    else:
+        y, x = (p // RW) * sh - ph + tap_y * dh, (p % RW) * sw - pw + tap_x * dw
+        inside = (y >= 0) & (x >= 0)
+    return y, x, inside & (y < SH) & (x < SW)
+
+
+@triton.jit
+def mixed(weight, basis, attention, at, inside, kernels, size, scale):
+    """The entries `at` of a sample's kernel."""
+    value = tl.load(weight + at, inside, 0.0).to(tl.float32)
+    others = value * 0
+    for k in range(kernels):
+        share = tl.load(attention + k).to(tl.float32)
+        others += share * tl.load(basis + k * size + at, inside, 0.0).to(tl.float32)
+    return value + scale * others
+
+
+@triton.jit
+def add_biases(sums, o, inside_o, bias, basis_bias, attention, kernels, outputs):
+    if bias is not None:
+        sums += tl.load(bias + o, inside_o, 0.0).to(tl.float32)[:, None]
+    if basis_bias is not None:
+        for k in range(kernels):
+            share = tl.load(attention + k).to(tl.float32)
+            sums += share * tl.load(basis_bias + k * outputs + o, inside_o, 0.0).to(tl.float32)[:, None]
+    return sums
+
+
+@triton.jit
+def dense_kernel(
+    source, result, weight, basis, attention, bias, basis_bias, kernels, size, scale,
+    rows, sources, blocks, SH, SW, RH, RW, kh, kw, sh, sw, ph, pw, dh, dw,
+    s_b, s_c, s_y, s_x, r_b, r_c, r_y, r_x,
+    TRANSPOSED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """rows and sources: channels of a group of the result and of the source; blocks: of rows, in a group."""
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
+    b = tl.program_id(2).to(tl.int64)
+    r = block * BR + tl.arange(0, BR)
+    inside_p, inside_r = p < RH * RW, r < rows
+    taps = kh * kw
+    depth = sources * taps
+    attention += b * kernels
+    sums = tl.zeros([BR, BP], tl.float32)
+    for start in range(0, depth, BD):
+        d = start + tl.arange(0, BD)
+        c, tap = d // taps, d % taps
+        if TRANSPOSED:
+            at = ((group * sources + c) * rows * taps + tap)[None, :] + (r * taps)[:, None]
+        else:
+            at = (group * rows + r)[:, None] * depth + d[None, :]
+        inside = inside_r[:, None] & (d < depth)[None, :]
+        kernel = mixed(weight, basis, attention, at, inside, kernels, size, scale)
+        y, x, met = pixel_at(
+            p[None, :], (tap // kw)[:, None], (tap % kw)[:, None], RW, sh, sw, ph, pw, dh, dw, SH, SW,
+            TRANSPOSED,
+        )  # fmt: skip
+        channel = (group * sources + c).to(tl.int64)[:, None]
+        pixel = tl.load(
+            source + b * s_b + channel * s_c + y.to(tl.int64) * s_y + x * s_x,
+            met & inside_p[None, :] & (d < depth)[:, None], 0.0,
+        )  # fmt: skip
+        sums += dot(kernel, pixel)
+    o = group * rows + r
+    sums = add_biases(sums, o, inside_r, bias, basis_bias, attention, kernels, size // depth)
+    y, x = (p // RW).to(tl.int64), p % RW
+    to = result + b * r_b + o.to(tl.int64)[:, None] * r_c + y[None, :] * r_y + x[None, :] * r_x
+    tl.store(to, sums.to(result.dtype.element_ty), inside_r[:, None] & inside_p[None, :])
+
+
+@triton.jit
+def depthwise_kernel(
+    source, result, weight, basis, attention, bias, basis_bias, kernels, size, scale,
+    multiplier, channels, SH, SW, RH, RW, kh, kw, sh, sw, ph, pw, dh, dw,
+    s_b, s_c, s_y, s_x, r_b, r_c, r_y, r_x,
+    TRANSPOSED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """channels: of the result; multiplier: outputs for each channel of x."""
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    b = tl.program_id(2).to(tl.int64)
+    inside_p, inside_r = p < RH * RW, r < channels
+    taps = kh * kw
+    attention += b * kernels
+    sums = tl.zeros([BR, BP], tl.float32)
+    for step in range((multiplier if TRANSPOSED else 1) * taps):
+        tap = step % taps
+        if TRANSPOSED:
+            c = r * multiplier + step // taps
+            output = c
+        else:
+            c = r // multiplier
+            output = r
+        kernel = mixed(weight, basis, attention, output * taps + tap, inside_r, kernels, size, scale)
+        y, x, met = pixel_at(p, tap // kw, tap % kw, RW, sh, sw, ph, pw, dh, dw, SH, SW, TRANSPOSED)
+        at = (y.to(tl.int64) * s_y + x * s_x)[None, :] + c.to(tl.int64)[:, None] * s_c
+        inside = inside_r[:, None] & (met & inside_p)[None, :]
+        sums += kernel[:, None] * tl.load(source + b * s_b + at, inside, 0.0).to(tl.float32)
+    sums = add_biases(sums, r, inside_r, bias, basis_bias, attention, kernels, channels)
+    y, x = (p // RW).to(tl.int64), p % RW
+    to = result + b * r_b + r.to(tl.int64)[:, None] * r_c + y[None, :] * r_y + x[None, :] * r_x
+    tl.store(to, sums.to(result.dtype.element_ty), inside_r[:, None] & inside_p[None, :])
+
+
+@triton.jit
+def dense_weight_kernel(
+    x, g, basis, attention, out, shares, kernels, size, batch, split,
+    rows, inputs, blocks, H, W, GH, GW, kh, kw, sh, sw, ph, pw, dh, dw,
+    x_b, x_c, x_y, x_x, g_b, g_c, g_y, g_x,
+    BO: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out (splits, 1 + K, size): over a split of the samples the sum of their kernels' gradients, and the
+    sums weighted with their attention; shares (tiles, B, K): a tile's part of <gradient, basis>."""
+    group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    part = tl.program_id(2)
+    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    o = block * BO + tl.arange(0, BO)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    taps = kh * kw
+    depth = inputs * taps
+    c, tap = d // taps, d % taps
+    inside = (o < rows)[:, None] & (d < depth)[None, :]
+    at = (group * rows + o)[:, None] * depth + d[None, :]
+    k = tl.arange(0, BK)
+    total = tl.zeros([BO, BD], tl.float32)
+    others = tl.zeros([BK, BO, BD], tl.float32)
+    for step in range(tl.minimum(split, batch - part * split)):
+        b = part.to(tl.int64) * split + step
+        sums = tl.zeros([BO, BD], tl.float32)
+        for start in range(0, GH * GW, BP):
+            p = start + tl.arange(0, BP)
+            inside_p = p < GH * GW
+            y, z, met = pixel_at(
+                p[:, None], (tap // kw)[None, :], (tap % kw)[None, :], GW, sh, sw, ph, pw, dh, dw, H, W, False
+            )  # fmt: skip
+            channel = (group * inputs + c).to(tl.int64)[None, :]
+            pixel = tl.load(
+                x + b * x_b + channel * x_c + y.to(tl.int64) * x_y + z * x_x,
+                met & inside_p[:, None] & (d < depth)[None, :], 0.0,
+            )  # fmt: skip
+            y, z = (p // GW).to(tl.int64), p % GW
+            output = (group * rows + o).to(tl.int64)[:, None]
+            grad = tl.load(
+                g + b * g_b + output * g_c + y[None, :] * g_y + z[None, :] * g_x,
+                (o < rows)[:, None] & inside_p[None, :], 0.0,
+            )  # fmt: skip
+            sums += dot(grad, pixel)
+        total += sums
+        share = tl.load(attention + b * kernels + k, k < kernels, 0.0).to(tl.float32)
+        others += share[:, None, None] * sums[None, :, :]
+        for i in range(kernels):
+            other = tl.load(basis + i * size + at, inside, 0.0).to(tl.float32)
+            tl.store(shares + (tile * batch + b) * kernels + i, tl.sum(tl.sum(sums * other, 1), 0))
+    out += part.to(tl.int64) * (1 + kernels) * size
+    tl.store(out + at, total, inside)
+    to = out + (1 + k)[:, None, None] * size + at[None, :, :]
+    tl.store(to, others, (k < kernels)[:, None, None] & inside[None, :, :])
+
+
+@triton.jit
+def depthwise_weight_kernel(
+    x, g, basis, attention, out, shares, kernels, size, batch, split,
+    outputs, multiplier, H, W, GH, GW, kh, kw, sh, sw, ph, pw, dh, dw,
+    x_b, x_c, x_y, x_x, g_b, g_c, g_y, g_x,
+    BO: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """As dense_weight_kernel."""
+    tap, part = tl.program_id(1), tl.program_id(2)
+    tile = tl.program_id(0) * tl.num_programs(1) + tap
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    inside_o = o < outputs
+    at = o * (kh * kw) + tap
+    k = tl.arange(0, BK)
+    total = tl.zeros([BO], tl.float32)
+    others = tl.zeros([BK, BO], tl.float32)
+    for step in range(tl.minimum(split, batch - part * split)):
+        b = part.to(tl.int64) * split + step
+        sums = tl.zeros([BO], tl.float32)
+        for start in range(0, GH * GW, BP):
+            p = start + tl.arange(0, BP)
+            inside_p = p < GH * GW
+            y, z, met = pixel_at(p, tap // kw, tap % kw, GW, sh, sw, ph, pw, dh, dw, H, W, False)
+            where = (y.to(tl.int64) * x_y + z * x_x)[None, :] + (o // multiplier).to(tl.int64)[:, None] * x_c
+            pixel = tl.load(x + b * x_b + where, inside_o[:, None] & (met & inside_p)[None, :], 0.0)
+            where = ((p // GW).to(tl.int64) * g_y + (p % GW) * g_x)[None, :] + o.to(tl.int64)[:, None] * g_c
+            grad = tl.load(g + b * g_b + where, inside_o[:, None] & inside_p[None, :], 0.0)
+            sums += tl.sum(pixel.to(tl.float32) * grad.to(tl.float32), 1)
+        total += sums
+        share = tl.load(attention + b * kernels + k, k < kernels, 0.0).to(tl.float32)
+        others += share[:, None] * sums[None, :]
+        for i in range(kernels):
+            other = tl.load(basis + i * size + at, inside_o, 0.0).to(tl.float32)
+            tl.store(shares + (tile * batch + b) * kernels + i, tl.sum(sums * other, 0))
+    out += part.to(tl.int64) * (1 + kernels) * size
+    tl.store(out + at, total, inside_o)
+    to = out + (1 + k)[:, None] * size + at[None, :]
+    tl.store(to, others, (k < kernels)[:, None] & inside_o[None, :])
+
+
+def _convolve(
+    source: Tensor, result: Tensor, tensors: tuple, settings: tuple, groups: int, scale: float,
+    transposed: bool,
+) -> None:  # fmt: skip
+    """Writes `result`, the convolution of `source` or, transposed, its gradient's."""
+    weight, basis, attention, bias, basis_bias = tensors
+    if result.numel() == 0:
+        return
+    batch, channels, height, width = result.shape
+    outputs, inputs, *kernel = weight.shape
+    pixels = height * width
+    maps = (*source.shape[2:], height, width, *kernel, *settings, *source.stride(), *result.stride())
+    first = (
+        source,
+        result,
+        weight,
+        basis,
+        attention,
+        bias,
+        basis_bias,
+        basis.shape[0],
+        weight.numel(),
+        scale,
+    )
+    if inputs == 1:
+        block_p = power(pixels, 16, 128)
+        grid = (triton.cdiv(pixels, block_p), triton.cdiv(channels, 8), batch)
+        depthwise_kernel[grid](
+            *first, outputs // groups, channels, *maps, TRANSPOSED=transposed, BR=8, BP=block_p
+        )  # fmt: skip
+        return
+    rows, sources = channels // groups, source.shape[1] // groups
+    block_r, block_p = power(rows, 16, 32), power(pixels, 16, 64)
+    blocks = triton.cdiv(rows, block_r)
+    grid = (triton.cdiv(pixels, block_p), groups * blocks, batch)
+    dense_kernel[grid](
+        *first, rows, sources, blocks, *maps, TRANSPOSED=transposed, BR=block_r, BP=block_p, BD=16
+    )  # fmt: skip
+
+
+def _weight_gradients(
+    x: Tensor, g: Tensor, weight: Tensor, basis: Tensor, attention: Tensor, settings: tuple, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the samples of their kernels' gradients G: of G, and of attention_k G; and <G, basis_k>."""
+    batch, kernels = attention.shape
+    outputs, inputs, *kernel = weight.shape
+    taps, rows = kernel[0] * kernel[1], outputs // groups
+    block_k = power(kernels)
+    if inputs == 1:
+        tiles = (triton.cdiv(outputs, 8), taps)
+    else:
+        block_o, block_d = power(rows, 16, 32), 16  # small: 1 + K such sums are held in registers
+        blocks = triton.cdiv(rows, block_o)
+        tiles = (groups * blocks, triton.cdiv(inputs * taps, block_d))
+    splits, split = splits_of(batch, tiles[0] * tiles[1], x.device, 1)
+    out = x.new_empty((splits, 1 + kernels, *weight.shape), dtype=torch.float32)
+    shares = x.new_zeros((tiles[0] * tiles[1], batch, kernels), dtype=torch.float32)
+    first = (x, g, basis, attention, out, shares, kernels, weight.numel(), batch, split)
+    maps = (*x.shape[2:], *g.shape[2:], *kernel, *settings, *x.stride(), *g.stride())
+    if inputs == 1:
+        depthwise_weight_kernel[(*tiles, splits)](*first, outputs, rows, *maps, BO=8, BP=128, BK=block_k)
+    else:
+        dense_weight_kernel[(*tiles, splits)](
+            *first, rows, inputs, blocks, *maps, BO=block_o, BD=block_d, BP=16, BK=block_k
+        )  # fmt: skip
+    total, *others = out.double().sum(0).unbind(0)
+    return total, torch.stack(others), shares.double().sum(0)
+
+
+def forward(
+    x: Tensor, weight: Tensor, basis: Tensor, attention: Tensor, bias: Tensor | None,
+    basis_bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int,
+    basis_scale: float,
+) -> Tensor:  # fmt: skip
+    settings = (*stride, *padding, *dilation)
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    out = empty_map(x, (x.shape[0], weight.shape[0], *size))
+    tensors = _contiguous(weight, basis, attention, bias, basis_bias)
+    _convolve(x, out, tensors, settings, groups, basis_scale, transposed=False)
+    return out
+
+
+def backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, basis: Tensor, attention: Tensor, bias: Tensor | None,
+    basis_bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int,
+    basis_scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    settings = (*stride, *padding, *dilation)
+    weight, basis, attention, _, other = _contiguous(weight, basis, attention, None, basis_bias)
+    grad_x = empty_map(x, x.shape)
+    tensors = (weight, basis, attention, None, None)
+    _convolve(grad_out, grad_x, tensors, settings, groups, basis_scale, transposed=True)
+    grad_weight, grad_basis, grad_attention = _weight_gradients(
+        x, grad_out, weight, basis, attention, settings, groups
+    )
+    grad_bias, grad_other = x.new_empty(0), x.new_empty(0)
+    grad_basis, grad_attention = basis_scale * grad_basis, basis_scale * grad_attention
+    if bias is not None or other is not None:
+        sums = grad_out.sum((2, 3), dtype=torch.float32).double()
+        grad_bias = sums.sum(0).to(x.dtype) if bias is not None else grad_bias
+        if other is not None:
+            grad_other = (attention.double().t() @ sums).to(x.dtype)
+            grad_attention = grad_attention + sums @ other.double().t()
+    grads = (grad_weight.to(x.dtype), grad_basis.to(x.dtype), grad_attention.to(x.dtype))
+    return grad_x, *grads, grad_bias, grad_other
+
+
+def _contiguous(*tensors: Any) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
