@@ -1,52 +1,126 @@
-"""Times of the operators: `python -m pytest benchmarks --benchmark-group-by=group` (needs pytest-benchmark).
+"""Times of the operators at the shapes of the networks, on one core, forward and with the backward pass:
 
-Forward and backward on one thread, kernels beside the plain definition, at shapes of the networks. The
-definitions and the samples are those of the tests.
+    python -m pytest benchmarks --networks mobile_former_214m,dmf_s,iformer_m --benchmark-json FILE
+    python benchmarks/operator_table.py FILE
+
+Beside them, in the same rounds and in turn: the definition, another way to write it (`operator_rivals.py`),
+and both under torch.compile, which takes its time; `--eager` leaves that out. The floor of a shape is the
+larger of its operations over the core's peak and of a copy of as many bytes as it must read and write.
 """
 
+import os
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from operator_rivals import RIVALS
+from torch.utils.flop_counter import FlopCounterMode
 
-import mfkernels
+from mfkernels import _C
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from cases import modules
+from family_layers import fill, layers
 
 torch.set_num_threads(1)
-CASES = [(op, shape) for op in modules() for shape in op.CHOSEN[:4]]
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+ROUNDS, SECONDS = 15, 0.01  # of every way, and the time of each in a round
 
 
-def _name(case) -> str:
-    op, shape = case
-    return f"{op.NAME} " + " ".join(f"{k}{v}" for k, v in shape.items())
+def pytest_generate_tests(metafunc):
+    networks = tuple(metafunc.config.getoption("--networks").split(","))
+    cases = [
+        pytest.param(op, layer, direction, id=f"{op.NAME} {direction} {_name(layer)}")
+        for op in modules()
+        for batch in (1, 32)
+        for layer in layers(batch, networks).get(op.NAME, [])
+        for direction in ("forward", "training")
+    ]
+    metafunc.parametrize(("op", "layer", "direction"), cases)
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_operator(benchmark, case, memory_format, direction, backend):
-    op, shape = case
-    benchmark.group = f"{_name(case)}, {memory_format}, {direction}"
-    train = direction != "forward"
-    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+def _name(layer: tuple) -> str:
+    shapes = [v[1:] if isinstance(v, tuple) and v[:1] == ("tensor",) else v for v in layer]
+    return " ".join("x".join(map(str, s)) if isinstance(s, tuple) else str(s) for s in shapes)
 
-    def prepared(value: torch.Tensor) -> torch.Tensor:
-        value = value.float()
-        value = value.contiguous(memory_format=layout) if value.dim() == 4 else value
-        return value.requires_grad_(train)
 
-    sample = op.make(shape, torch.Generator().manual_seed(0)).map(prepared)
+class _Way:
+    """One way to run the operator, and its times in seconds."""
 
-    def run() -> None:
-        outputs = sample.call(op.OP)
-        if train:
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            grads = [torch.ones_like(out) for out in outputs]
-            torch.autograd.grad(outputs, list(sample.given().values()), grads)
+    def __init__(self, function, arguments: list, train: bool) -> None:
+        self.arguments = [
+            a.clone().requires_grad_(train) if isinstance(a, torch.Tensor) else a for a in arguments
+        ]
+        self.function, self.train, self.times, self.calls = function, train, [], 1
+        self.inputs = [a for a in self.arguments if isinstance(a, torch.Tensor)]
+        out = self.outputs()
+        self.grads = [torch.ones_like(o) for o in out]
+        for _ in range(2):
+            self()
+        self.calls = max(1, int(SECONDS / self.once()))
 
-    with mfkernels.use_backend(backend), torch.set_grad_enabled(train):
-        benchmark(run)
+    def outputs(self) -> tuple:
+        out = self.function(*self.arguments)
+        return out if isinstance(out, tuple) else (out,)
+
+    def __call__(self) -> None:
+        with torch.set_grad_enabled(self.train):
+            for _ in range(self.calls):
+                out = self.outputs()
+                if self.train:
+                    torch.autograd.grad(out, self.inputs, self.grads)
+
+    def once(self) -> float:
+        start = time.perf_counter()
+        self()
+        return (time.perf_counter() - start) / self.calls
+
+
+def _floor(way: _Way, reference, size: int) -> float:
+    """Seconds."""
+    with torch.set_grad_enabled(way.train), FlopCounterMode(display=False) as counter:
+        out = reference(*way.arguments)
+        out = out if isinstance(out, tuple) else (out,)
+        if way.train:
+            torch.autograd.grad(out, way.inputs, way.grads)
+    source = torch.zeros(max(1, size // 2))
+    copied, target = [], torch.zeros_like(source)
+    for _ in range(20):
+        start = time.perf_counter()
+        target.copy_(source)
+        copied.append(time.perf_counter() - start)
+    return max(min(copied), counter.get_total_flops() / _C.peak_flops())
+
+
+def test_operator(benchmark, request, op, layer, direction):
+    train = direction == "training"
+    arguments = fill(layer, torch.Generator().manual_seed(0))
+    functions = {"eager": op.REFERENCE}
+    if op.NAME in RIVALS:
+        functions["rewritten"] = RIVALS[op.NAME]
+    if not request.config.getoption("--eager"):
+        torch.compiler.reset()
+        functions |= {f"{name} compiled": torch.compile(f, dynamic=False) for name, f in functions.items()}
+    ours = _Way(op.OP, arguments, train)
+    rivals = {name: _Way(function, arguments, train) for name, function in functions.items()}
+    for name, rival in rivals.items():
+        for mine, theirs in zip(ours.outputs(), rival.outputs(), strict=True):
+            assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name
+
+    def time_the_others() -> None:
+        for rival in rivals.values():
+            rival()  # its data into the caches
+            rival.times.append(rival.once())
+        ours()
+
+    benchmark.pedantic(ours, setup=time_the_others, rounds=ROUNDS)
+    values = sum(v.numel() for v in ours.inputs) + sum(g.numel() for g in ours.grads)
+    extra = dict(operator=op.NAME, direction=direction, batch=ours.inputs[0].shape[0], layer=_name(layer))
+    extra["floor"] = _floor(ours, op.REFERENCE, values * (2 if train else 1))
+    extra["ours"] = statistics.median(benchmark.stats.stats.data) / ours.calls
+    extra |= {name: statistics.median(rival.times) for name, rival in rivals.items()}
+    benchmark.extra_info.update(extra)

@@ -107,6 +107,14 @@ void forward_columns(const DynamicReluArgs& args, int64_t begin, int64_t end) {
 template <int K, class C>
 MFK_INLINE void split_gradient(vec<C> g, const vec<C>* values, vec<C>* parts, int64_t functions) {
   const int64_t count = K == 0 ? functions : K;
+  if constexpr (K == 2) {
+    const vec<C> one = splat(C(1)), half = splat(C(0.5)), a = values[0], b = values[1];
+    const vec<C> nan = splat(static_cast<C>(__builtin_nanf("")));
+    const vec<C> first = a > b ? one : (a < b ? vec<C>{} : (a == b ? half : nan));
+    parts[0] = first * g;
+    parts[1] = (one - first) * g;
+    return;
+  }
   vec<C> best = values[0];
   for (int64_t k = 1; k < count; ++k) best = maximum(best, values[k]);
   vec<C> ties{};
@@ -114,38 +122,48 @@ MFK_INLINE void split_gradient(vec<C> g, const vec<C>* values, vec<C>* parts, in
     parts[k] = values[k] == best ? splat(C(1)) : vec<C>{};
     ties += parts[k];
   }
-  vec<C> share;
-  if constexpr (K == 0) {
-    share = g / ties;
-  } else {  // without the division
-    const vec<C> nan = splat(static_cast<C>(__builtin_nanf("")));
-    share = ties == splat(C(1)) ? g : (ties == splat(C(2)) ? g * C(0.5) : nan);
-  }
+  const vec<C> share = g / ties;
   for (int64_t k = 0; k < count; ++k) parts[k] *= share;
 }
 
 // So many steps are summed in the compute type before the sum goes into a double.
 constexpr int64_t kSteps = 4;
 
-// The loop variables of the backward pass: with a constant K they live in registers, else in `work`.
+// The loop variables of the backward pass: with a constant K in arrays of their own, which the compiler keeps
+// in registers, else in `work`.
 template <class C, int K>
-struct Functions {
-  vec<C> fixed[6 * (K == 0 ? 1 : K)];
-  WideSum<C> fixed_sums[2 * (K == 0 ? 1 : K)];
+struct FunctionsRoom {
+  static constexpr int64_t count = K;
+  vec<C> slopes[K], intercepts[K], values[K], parts[K], slope_run[K], intercept_run[K];
+  WideSum<C> slope_sums[K], intercept_sums[K];
+  FunctionsRoom(int64_t, vec<C>*, WideSum<C>*) {}
+};
+template <class C>
+struct FunctionsRoom<C, 0> {
   const int64_t count;
   vec<C>*slopes, *intercepts, *values, *parts, *slope_run, *intercept_run;
   WideSum<C>*slope_sums, *intercept_sums;
+  FunctionsRoom(int64_t n, vec<C>* p, WideSum<C>* sums)
+      : count(n),
+        slopes(p),
+        intercepts(p + n),
+        values(p + 2 * n),
+        parts(p + 3 * n),
+        slope_run(p + 4 * n),
+        intercept_run(p + 5 * n),
+        slope_sums(sums),
+        intercept_sums(sums + n) {}
+};
 
-  MFK_INLINE Functions(int64_t functions, vec<C>* work, WideSum<C>* sums) : count(K == 0 ? functions : K) {
-    vec<C>* p = K == 0 ? work : fixed;
-    slopes = p;
-    intercepts = p + count;
-    values = p + 2 * count;
-    parts = p + 3 * count;
-    slope_run = p + 4 * count;
-    intercept_run = p + 5 * count;
-    slope_sums = K == 0 ? sums : fixed_sums;
-    intercept_sums = slope_sums + count;
+template <class C, int K>
+struct Functions : FunctionsRoom<C, K> {
+  using Room = FunctionsRoom<C, K>;
+  using Room::count, Room::slopes, Room::intercepts, Room::values, Room::parts, Room::slope_run,
+      Room::intercept_run, Room::slope_sums, Room::intercept_sums;
+  const bool with_intercepts;
+
+  MFK_INLINE Functions(const DynamicReluArgs& args, vec<C>* work, WideSum<C>* sums)
+      : Room(args.functions, work, sums), with_intercepts(args.intercepts != nullptr) {
     for (int64_t k = 0; k < count; ++k) {
       slope_run[k] = intercept_run[k] = vec<C>{};
       slope_sums[k] = intercept_sums[k] = WideSum<C>();
@@ -162,7 +180,7 @@ struct Functions {
       parts[k] = inside(parts[k]);
       out += slopes[k] * parts[k];
       slope_run[k] += x * parts[k];
-      intercept_run[k] += parts[k];
+      if (with_intercepts) intercept_run[k] += parts[k];
     }
     return out;
   }
@@ -170,7 +188,7 @@ struct Functions {
   MFK_INLINE void end_run() {
     for (int64_t k = 0; k < count; ++k) {
       slope_sums[k].add(slope_run[k]);
-      intercept_sums[k].add(intercept_run[k]);
+      if (with_intercepts) intercept_sums[k].add(intercept_run[k]);
       slope_run[k] = intercept_run[k] = vec<C>{};
     }
   }
@@ -183,7 +201,7 @@ void backward_row(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0,
                   double* intercept_sums) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
-  Functions<C, K> f(args.functions, work, wide);
+  Functions<C, K> f(args, work, wide);
   for (int64_t k = 0; k < f.count; ++k) {
     const int64_t at = (b * f.count + k) * args.channels + c;
     f.slopes[k] = splat(to_compute(static_cast<const T*>(args.slopes)[at]));
@@ -221,7 +239,7 @@ void backward_columns(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t
                       double* intercept_sums) {
   using C = compute_t<T>;
   const int64_t rest = args.channels - c;
-  Functions<C, K> f(args.functions, work, wide);
+  Functions<C, K> f(args, work, wide);
   for (int64_t k = 0; k < f.count; ++k) {
     const int64_t at = (b * f.count + k) * args.channels + c;
     f.slopes[k] = load_upto(static_cast<const T*>(args.slopes) + at, rest);

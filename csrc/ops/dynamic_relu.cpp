@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   Tensor none = empty({0}, x.scalar_type(), x);
   int64_t per_sample = args.functions * args.channels * (mixed ? args.tokens : 1);
   // With attention the partial sums are kept smaller than an eighth of x.
-  int64_t size = mixed ? std::max<int64_t>(512, 8 * args.tokens * args.functions) : 256;
+  int64_t size = mixed ? std::max<int64_t>(512, 8 * args.tokens * args.functions) : 1024;
   const Splits splits = split_pixels(args.pixels, (size + 63) / 64 * 64);
   args.splits = splits.count;
   args.split = splits.size;

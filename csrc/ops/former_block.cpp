@@ -46,7 +46,9 @@ struct Call {
       const bool optional = i == 1 || i == 3 || i == 7 || i == 9;  // biases of linear layers
       const bool needed = !optional && (i < 6 || args.ffn);
       STD_TORCH_CHECK(given[i].has_value() || !needed, kOp, ": ", kNames[i], " must be given");
-      if (!given[i].has_value() || (i >= 6 && !args.ffn)) continue;
+      STD_TORCH_CHECK(i < 6 || args.ffn || !given[i].has_value(), kOp, ": ", kNames[i],
+                      " must be left out where fc1_weight is");
+      if (!given[i].has_value()) continue;
       check_argument(kOp, kNames[i], *given[i], tokens, shapes[i]);
       parameters[i] = torch::stable::contiguous(*given[i]);
       *pointers[i] = parameters[i].data_ptr();

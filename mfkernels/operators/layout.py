@@ -30,15 +30,3 @@ def gradients_like(inputs: Sequence[Tensor | None]) -> list[Tensor]:
 def without_absent(inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
     """What a backward operator returned, with None where the input was None."""
     return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
-
-
-def once(op: str):
-    """The autograd formula of a backward operator: there is none, and saying so beats a silent zero."""
-
-    def double_backward(ctx, *grads):
-        raise RuntimeError(
-            f"{op}: gradients of gradients are not implemented in the kernels; "
-            'use mfkernels.use_backend("reference") for them'
-        )
-
-    return double_backward

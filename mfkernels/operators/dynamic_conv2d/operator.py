@@ -3,8 +3,8 @@ from torch import Tensor
 
 from ... import backends
 from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
-from ..dispatch import register_triton
-from ..layout import empty_map, gradients_like, once, without_absent
+from ..layout import empty_map, gradients_like, without_absent
+from ..runner import Runner
 from .library import pointwise_by_library
 from .reference import Pair, dynamic_conv2d_reference, output_size
 
@@ -56,19 +56,23 @@ def dynamic_conv2d(
 
     Source: Xu et al., Dynamic Mobile-Former, equations 3 and 4; the factor 0.1 from its released code.
     """
-    x, weight, basis, attention, bias, basis_bias = match_autocast(
-        x, weight, basis, attention, bias, basis_bias
-    )
     strides = _setting("stride", stride, 1)
     paddings = _setting("padding", padding, 0)
     dilations = _setting("dilation", dilation, 1)
-    _check(x, weight, basis, attention, bias, basis_bias, strides, paddings, dilations, groups)
-    pointwise = tuple(weight.shape[2:]) == strides == (1, 1) and paddings == (0, 0)
-    if pointwise and x.device.type != "cuda" and backends.current_backend() == "auto":
-        return pointwise_by_library(x, weight, basis, attention, bias, basis_bias, groups, basis_scale)
-    run = torch.ops.mfkernels.dynamic_conv2d if backends.use_kernels(OP, x) else dynamic_conv2d_reference
     settings = (strides, paddings, dilations, groups, basis_scale)
-    return run(x, weight, basis, attention, bias, basis_bias, *settings)
+    arguments = (x, weight, basis, attention, bias, basis_bias, *settings)
+    if not _by_library(x, weight, strides, paddings):
+        return _run(*arguments)
+    arguments = match_autocast(*arguments)
+    _check(*arguments)
+    return pointwise_by_library(*arguments[:6], groups, basis_scale)
+
+
+def _by_library(x: object, weight: object, strides: Pair, paddings: Pair) -> bool:
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.device.type == "cuda":
+        return False
+    pointwise = tuple(weight.shape[2:]) == strides == (1, 1) and paddings == (0, 0)
+    return pointwise and backends.current_backend() == "auto"
 
 
 def _setting(name: str, value: object, least: int) -> Pair:
@@ -80,7 +84,9 @@ def _setting(name: str, value: object, least: int) -> Pair:
     return values[0], values[1]
 
 
-def _check(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups) -> None:
+def _check(
+    x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, basis_scale
+) -> None:
     check_tensor(OP, "x", x, "B C H W")
     check_tensor(OP, "weight", weight, "O C/groups kh kw")
     batch, channels, height, width = x.shape
@@ -133,10 +139,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     inputs = ctx.saved_tensors
-    grads = torch.ops.mfkernels.dynamic_conv2d_backward(grad_out, *inputs, *ctx.settings)
+    grads = _run.backward(grad_out, *inputs, *ctx.settings)
     return *without_absent(inputs, grads), *[None] * len(ctx.settings)
 
 
-torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
-register_triton(OP)
+_run = Runner(OP, dynamic_conv2d_reference, _check, _setup_context, _backward)

@@ -1,10 +1,9 @@
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
-from ..dispatch import register_triton
-from ..layout import empty_map, gradients_like, once, without_absent
+from ...checks import check_argument, check_like, check_shape, check_tensor
+from ..layout import empty_map, gradients_like, without_absent
+from ..runner import Runner
 from .reference import dynamic_relu_reference
 
 OP = "dynamic_relu"
@@ -39,11 +38,7 @@ def dynamic_relu(
     Source: Chen et al., Mobile-Former, CVPR 2022, section 3.2 (dynamic ReLU from a token) and
     equation 3 (spatial-aware); Chen et al., Dynamic ReLU, ECCV 2020, equation 2.
     """
-    x, slopes, intercepts, attention = match_autocast(x, slopes, intercepts, attention)
-    _check(x, slopes, intercepts, attention)
-    if backends.use_kernels(OP, x):
-        return torch.ops.mfkernels.dynamic_relu(x, slopes, intercepts, attention)
-    return dynamic_relu_reference(x, slopes, intercepts, attention)
+    return _run(x, slopes, intercepts, attention)
 
 
 def _check(x: Tensor, slopes: Tensor, intercepts: Tensor | None, attention: Tensor | None) -> None:
@@ -87,9 +82,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     inputs = ctx.saved_tensors
-    return tuple(without_absent(inputs, torch.ops.mfkernels.dynamic_relu_backward(grad_out, *inputs)))
+    return tuple(without_absent(inputs, _run.backward(grad_out, *inputs)))
 
 
-torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
-register_triton(OP)
+_run = Runner(OP, dynamic_relu_reference, _check, _setup_context, _backward)

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ... import backends
 from ...checks import check_argument, check_heads, check_tensor, match_autocast
-from ..dispatch import register_triton
-from ..layout import gradients_like, once, without_absent
+from ..layout import gradients_like, without_absent
+from ..runner import Runner
 from .reference import former_block_reference
 
 OP = "former_block"
@@ -69,26 +69,30 @@ def former_block(
         *(qkv_weight, qkv_bias, proj_weight, proj_bias, norm1_weight, norm1_bias),
         *(fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm2_weight, norm2_bias),
     )
-    tokens, *matched = match_autocast(tokens, *parameters)
-    _check(tokens, matched, num_heads, form)
-    run: Any = former_block_reference
-    if backends.use_kernels(OP, tokens) and not _by_library(tokens, matched):
-        run = torch.ops.mfkernels.former_block
-    return run(tokens, *matched, num_heads, form, eps)
+    arguments = (tokens, *parameters, num_heads, form, eps)
+    if not _by_library(tokens, parameters):
+        return _run(*arguments)
+    arguments = match_autocast(*arguments)
+    _check(*arguments)
+    library: Any = former_block_reference
+    return library(*arguments)
 
 
-def _by_library(tokens: Tensor, parameters: list) -> bool:
+def _by_library(tokens: object, parameters: tuple) -> bool:
     """Whether PyTorch's matrix products are the faster way, on a CPU and by default: from so many tokens on
     they make up for the calls between them. Not asked while compiling, which fixes no batch size."""
-    if torch.compiler.is_compiling() or backends.current_backend() != "auto" or tokens.device.type == "cuda":
+    if torch.compiler.is_compiling() or backends.current_backend() != "auto":
+        return False
+    if not isinstance(tokens, Tensor) or tokens.device.type == "cuda" or tokens.dim() != 3:
         return False
     trained = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (tokens, *parameters)
+        isinstance(x, Tensor) and x.requires_grad for x in (tokens, *parameters)
     )
     return tokens.shape[0] * tokens.shape[1] > (_TRAINED if trained else _INFERRED)
 
 
-def _check(tokens: Tensor, parameters: list, num_heads: int, form: str) -> None:
+def _check(tokens: Tensor, *arguments: Any) -> None:
+    *parameters, num_heads, form, _ = arguments
     check_tensor(OP, "tokens", tokens, "B T d")
     if form not in ("released", "standard"):
         raise ValueError(f"{OP}: form must be 'released' or 'standard', got {form!r}")
@@ -143,10 +147,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     inputs = ctx.saved_tensors
-    grads = torch.ops.mfkernels.former_block_backward(grad_out, *inputs, *ctx.settings)
+    grads = _run.backward(grad_out, *inputs, *ctx.settings)
     return *without_absent(inputs, grads), None, None, None
 
 
-torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
-register_triton(OP)
+_run = Runner(OP, former_block_reference, _check, _setup_context, _backward)

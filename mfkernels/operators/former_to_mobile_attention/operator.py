@@ -1,10 +1,9 @@
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...checks import check_heads, check_like, check_shape, check_tensor, match_autocast
-from ..dispatch import register_triton
-from ..layout import empty_map, once
+from ...checks import check_heads, check_like, check_shape, check_tensor
+from ..layout import empty_map
+from ..runner import Runner
 from .reference import former_to_mobile_attention_reference
 
 OP = "former_to_mobile_attention"
@@ -38,14 +37,10 @@ def former_to_mobile_attention(
 
     Source: Chen et al., Mobile-Former, CVPR 2022, equation 2, without its projections.
     """
-    x, k, v = match_autocast(x, k, v)
-    _check(x, k, v, num_heads)
-    if backends.use_kernels(OP, x):
-        return torch.ops.mfkernels.former_to_mobile_attention(x, k, v, num_heads, scale)
-    return former_to_mobile_attention_reference(x, k, v, num_heads, scale)
+    return _run(x, k, v, num_heads, scale)
 
 
-def _check(x: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
+def _check(x: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None) -> None:
     check_tensor(OP, "x", x, "B C H W")
     check_tensor(OP, "k", k, "B M C")
     check_tensor(OP, "v", v, "B M C")
@@ -62,7 +57,7 @@ def _check(x: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
 
 @torch.library.register_fake(f"mfkernels::{OP}")
 def _(x, k, v, num_heads, scale=None):
-    _check(x, k, v, num_heads)
+    _check(x, k, v, num_heads, scale)
     return empty_map(x, x.shape)
 
 
@@ -78,12 +73,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     x, k, v = ctx.saved_tensors
-    grads = torch.ops.mfkernels.former_to_mobile_attention_backward(
-        grad_out, x, k, v, ctx.num_heads, ctx.scale
-    )
-    return *grads, None, None
+    return *_run.backward(grad_out, x, k, v, ctx.num_heads, ctx.scale), None, None
 
 
-torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
-register_triton(OP)
+_run = Runner(OP, former_to_mobile_attention_reference, _check, _setup_context, _backward)

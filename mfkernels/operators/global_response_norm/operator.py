@@ -1,10 +1,9 @@
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...checks import check_argument, check_tensor, match_autocast
-from ..dispatch import register_triton
-from ..layout import empty_map, once
+from ...checks import check_argument, check_tensor
+from ..layout import empty_map
+from ..runner import Runner
 from .reference import global_response_norm_reference
 
 OP = "global_response_norm"
@@ -40,14 +39,10 @@ def global_response_norm(
     Source: Woo et al., ConvNeXt V2, CVPR 2023, section 3; Xu et al., Dynamic Mobile-Former, equation 5, and
     its released code.
     """
-    x, gamma, beta = match_autocast(x, gamma, beta)
-    _check(x, gamma, beta, mean)
-    if backends.use_kernels(OP, x):
-        return torch.ops.mfkernels.global_response_norm(x, gamma, beta, mean, eps)
-    return global_response_norm_reference(x, gamma, beta, mean, eps)
+    return _run(x, gamma, beta, mean, eps)
 
 
-def _check(x: Tensor, gamma: Tensor, beta: Tensor, mean: str) -> None:
+def _check(x: Tensor, gamma: Tensor, beta: Tensor, mean: str, eps: float) -> None:
     check_tensor(OP, "x", x, "B C H W")
     for name, value in (("gamma", gamma), ("beta", beta)):
         check_argument(OP, name, value, "C", (x.shape[1],), "x", x)
@@ -57,7 +52,7 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, mean: str) -> None:
 
 @torch.library.register_fake(f"mfkernels::{OP}")
 def _(x, gamma, beta, mean="channels", eps=1e-6):
-    _check(x, gamma, beta, mean)
+    _check(x, gamma, beta, mean, eps)
     return empty_map(x, x.shape)
 
 
@@ -73,10 +68,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     x, gamma, beta = ctx.saved_tensors
-    grads = torch.ops.mfkernels.global_response_norm_backward(grad_out, x, gamma, beta, ctx.mean, ctx.eps)
-    return *grads, None, None
+    return *_run.backward(grad_out, x, gamma, beta, ctx.mean, ctx.eps), None, None
 
 
-torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
-register_triton(OP)
+_run = Runner(OP, global_response_norm_reference, _check, _setup_context, _backward)

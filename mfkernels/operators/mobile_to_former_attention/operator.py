@@ -1,10 +1,9 @@
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...checks import check_heads, check_like, check_shape, check_tensor, match_autocast
-from ..dispatch import register_triton
-from ..layout import empty_map, once
+from ...checks import check_heads, check_like, check_shape, check_tensor
+from ..layout import empty_map
+from ..runner import Runner
 from .reference import mobile_to_former_attention_reference
 
 OP = "mobile_to_former_attention"
@@ -38,15 +37,10 @@ def mobile_to_former_attention(
 
     Source: Chen et al., Mobile-Former, CVPR 2022, equation 1, without its projections.
     """
-    x, q = match_autocast(x, q)
-    _check(x, q, num_heads)
-    if backends.use_kernels(OP, x):
-        out, logits, _ = torch.ops.mfkernels.mobile_to_former_attention(x, q, num_heads, scale, return_logits)
-        return (out, logits) if return_logits else out
-    return mobile_to_former_attention_reference(x, q, num_heads, scale, return_logits)
+    return _run(x, q, num_heads, scale, return_logits)
 
 
-def _check(x: Tensor, q: Tensor, num_heads: int) -> None:
+def _check(x: Tensor, q: Tensor, num_heads: int, scale: float | None, return_logits: bool) -> None:
     check_tensor(OP, "x", x, "B C H W")
     check_tensor(OP, "q", q, "B M C")
     check_like(OP, "q", q, "x", x)
@@ -59,7 +53,7 @@ def _check(x: Tensor, q: Tensor, num_heads: int) -> None:
 
 @torch.library.register_fake(f"mfkernels::{OP}")
 def _(x, q, num_heads, scale=None, return_logits=False):
-    _check(x, q, num_heads)
+    _check(x, q, num_heads, scale, return_logits)
     batch, _, height, width = x.shape
     tokens = q.shape[1]
     shape = (batch, num_heads, tokens, height, width) if return_logits else (0,)
@@ -89,12 +83,13 @@ def _backward(ctx, grad_out, grad_logits, grad_softmax_stats):
     x, q, softmax_stats = ctx.saved_tensors
     if grad_out is None and grad_logits is None:
         return None, None, None, None, None
-    grad_x, grad_q = torch.ops.mfkernels.mobile_to_former_attention_backward(
-        grad_out, grad_logits, x, q, softmax_stats, ctx.num_heads, ctx.scale
-    )
+    grad_x, grad_q = _run.backward(grad_out, grad_logits, x, q, softmax_stats, ctx.num_heads, ctx.scale)
     return grad_x, grad_q, None, None, None
 
 
-torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
-register_triton(OP)
+def _result(outputs, x, q, num_heads, scale, return_logits):
+    out, logits, _ = outputs
+    return (out, logits) if return_logits else out
+
+
+_run = Runner(OP, mobile_to_former_attention_reference, _check, _setup_context, _backward, _result)

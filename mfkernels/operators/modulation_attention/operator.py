@@ -1,10 +1,9 @@
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
-from ..dispatch import register_triton
-from ..layout import empty_map, once
+from ...checks import check_argument, check_like, check_shape, check_tensor
+from ..layout import empty_map
+from ..runner import Runner
 from .reference import modulation_attention_reference
 
 OP = "modulation_attention"
@@ -47,14 +46,12 @@ def modulation_attention(
     Source: Zheng, iFormer, ICLR 2025, equation 3, and its released code, which takes the sigmoid of v before
     the attention.
     """
-    q, k, v, gate = match_autocast(q, k, v, gate)
-    _check(q, k, v, gate, form, window_size)
-    if backends.use_kernels(OP, q):
-        return torch.ops.mfkernels.modulation_attention(q, k, v, gate, scale, form, window_size)
-    return modulation_attention_reference(q, k, v, gate, scale, form, window_size)
+    return _run(q, k, v, gate, scale, form, window_size)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, form: str, window_size: int | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, scale: float | None, form: str, window_size: int | None
+) -> None:
     check_tensor(OP, "q", q, "B D H W")
     check_argument(OP, "k", k, "B D H W", q.shape, "q", q)
     check_tensor(OP, "v", v, "B C H W")
@@ -80,7 +77,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, form: str, window_size
 
 @torch.library.register_fake(f"mfkernels::{OP}")
 def _(q, k, v, gate, scale=None, form="released", window_size=None):
-    _check(q, k, v, gate, form, window_size)
+    _check(q, k, v, gate, scale, form, window_size)
     return empty_map(v, v.shape)
 
 
@@ -95,10 +92,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    grads = torch.ops.mfkernels.modulation_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
+    grads = _run.backward(grad_out, *ctx.saved_tensors, *ctx.settings)
     return *grads, None, None, None
 
 
-torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
-register_triton(OP)
+_run = Runner(OP, modulation_attention_reference, _check, _setup_context, _backward)

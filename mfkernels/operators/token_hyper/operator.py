@@ -3,10 +3,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...checks import check_like, check_shape, check_tensor, match_autocast
-from ..dispatch import register_triton
-from ..layout import gradients_like, once, without_absent
+from ...checks import check_like, check_shape, check_tensor
+from ..layout import gradients_like, without_absent
+from ..runner import Runner
 from .reference import token_hyper_reference
 
 OP = "token_hyper"
@@ -52,16 +51,11 @@ def token_hyper(
     """
     parameters = (weight1, bias1, weight2, bias2)
     others = (other_weight1, other_bias1, other_weight2, other_bias2)
-    token, *matched = match_autocast(token, *parameters, *others)
-    _check(token, matched, num_functions)
-    if not backends.use_kernels(OP, token):
-        reference: Any = token_hyper_reference
-        return reference(token, *matched, num_functions)
-    slopes, other_slopes = torch.ops.mfkernels.token_hyper(token, *matched, num_functions)
-    return slopes if other_weight1 is None else (slopes, other_slopes)
+    return _run(token, *parameters, *others, num_functions)
 
 
-def _check(token: Tensor, parameters: list, num_functions: int) -> None:
+def _check(token: Tensor, *arguments: Any) -> None:
+    *parameters, num_functions = arguments
     check_tensor(OP, "token", token, "B d")
     if num_functions not in (1, 2) or isinstance(num_functions, bool):
         raise ValueError(f"{OP}: num_functions must be 1 or 2, got {num_functions!r}")
@@ -110,10 +104,13 @@ def _backward(ctx, grad_slopes, grad_other):
         grad_slopes = torch.zeros_like(_slopes(token, weight2, ctx.num_functions))
     if grad_other is None:
         grad_other = torch.zeros_like(_slopes(token, other_weight2, ctx.num_functions))
-    grads = torch.ops.mfkernels.token_hyper_backward(grad_slopes, grad_other, *inputs, ctx.num_functions)
+    grads = _run.backward(grad_slopes, grad_other, *inputs, ctx.num_functions)
     return *without_absent(inputs, grads), None
 
 
-torch.library.register_autograd(f"mfkernels::{OP}", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"mfkernels::{OP}_backward", once(OP))
-register_triton(OP)
+def _result(outputs, token, *arguments):
+    slopes, other_slopes = outputs
+    return slopes if arguments[4] is None else (slopes, other_slopes)
+
+
+_run = Runner(OP, token_hyper_reference, _check, _setup_context, _backward, _result)

@@ -1,0 +1,98 @@
+"""Other ways to write the operators in PyTorch, faster than the definitions at some shapes."""
+
+import torch
+from torch.nn import functional as F
+
+from mfkernels.operators.dynamic_conv2d.reference import add_biases, mix
+
+
+def dynamic_conv2d_grouped(
+    x, weight, basis, attention, bias=None, basis_bias=None, stride=1, padding=0, dilation=1, groups=1,
+    basis_scale=0.1,
+):  # fmt: skip
+    """The batch as groups of one convolution."""
+    batch = x.shape[0]
+    mixed = mix(weight, basis, attention, basis_scale).flatten(0, 1)
+    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), mixed, None, stride, padding, dilation, groups * batch)
+    return add_biases(y.view(batch, -1, *y.shape[2:]), attention, bias, basis_bias)
+
+
+def dynamic_relu_by_maximum(x, slopes, intercepts=None, attention=None):
+    """Of two functions without intercepts, by sample."""
+    first, second = slopes[..., None, None].unbind(1)
+    return torch.maximum(x * first, x * second)
+
+
+def _heads(x, num_heads):
+    """(B, T, C) or (B, C, H, W) to (B, heads, T or H W, C / heads)."""
+    if x.dim() == 4:
+        return x.reshape(x.shape[0], num_heads, -1, x.shape[2] * x.shape[3]).transpose(2, 3)
+    return x.reshape(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)
+
+
+def mobile_to_former_attention_sdpa(x, q, num_heads, scale=None, return_logits=False):
+    pixels = _heads(x, num_heads)
+    out = F.scaled_dot_product_attention(_heads(q, num_heads), pixels, pixels, scale=scale)
+    return out.transpose(1, 2).reshape(q.shape)
+
+
+def former_to_mobile_attention_sdpa(x, k, v, num_heads, scale=None):
+    keys, values = _heads(k, num_heads), _heads(v, num_heads)
+    out = F.scaled_dot_product_attention(_heads(x, num_heads), keys, values, scale=scale)
+    return x + out.transpose(2, 3).reshape(x.shape)
+
+
+def modulation_attention_sdpa(q, k, v, gate, scale=None, form="released"):
+    q, k, v = (t.flatten(2).transpose(1, 2) for t in (q, k, torch.sigmoid(v)))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).reshape(gate.shape) * torch.sigmoid(gate)
+
+
+def former_block_sdpa(
+    tokens, qkv_weight, qkv_bias, proj_weight, proj_bias, norm1_weight, norm1_bias, fc1_weight, fc1_bias,
+    fc2_weight, fc2_bias, norm2_weight, norm2_bias, num_heads=4, form="released", eps=1e-5,
+):  # fmt: skip
+    def norm1(x):
+        return F.layer_norm(x, x.shape[-1:], norm1_weight, norm1_bias, eps)
+
+    def norm2(x):
+        return F.layer_norm(x, x.shape[-1:], norm2_weight, norm2_bias, eps)
+
+    def ffn(x):
+        return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+    standard = form == "standard"
+    q = F.linear(norm1(tokens) if standard else tokens, qkv_weight, qkv_bias)
+    q, k, v = q.chunk(3, 2) if standard else (q, tokens, tokens)
+    mixed = F.scaled_dot_product_attention(*(_heads(t, num_heads) for t in (q, k, v)))
+    z = tokens + F.linear(mixed.transpose(1, 2).reshape(tokens.shape), proj_weight, proj_bias)
+    if standard:
+        return z + ffn(norm2(z))
+    z = norm1(z)
+    return norm2(z + ffn(z))
+
+
+def token_hyper_hardsigmoid(
+    token, weight1, bias1, weight2, bias2, other_weight1=None, other_bias1=None, other_weight2=None,
+    other_bias2=None, num_functions=2,
+):  # fmt: skip
+    def slopes(weight1, bias1, weight2, bias2):
+        theta = F.hardsigmoid(F.linear(F.relu(F.linear(token, weight1, bias1)), weight2, bias2))
+        theta = 2 * theta.view(token.shape[0], num_functions, -1)
+        return torch.stack([theta[:, 0], theta[:, 1] - 1], 1) if num_functions == 2 else theta
+
+    own = slopes(weight1, bias1, weight2, bias2)
+    if other_weight1 is None:
+        return own
+    return own, slopes(other_weight1, other_bias1, other_weight2, other_bias2)
+
+
+RIVALS = {
+    "dynamic_conv2d": dynamic_conv2d_grouped,
+    "dynamic_relu": dynamic_relu_by_maximum,
+    "former_block": former_block_sdpa,
+    "former_to_mobile_attention": former_to_mobile_attention_sdpa,
+    "mobile_to_former_attention": mobile_to_former_attention_sdpa,
+    "modulation_attention": modulation_attention_sdpa,
+    "token_hyper": token_hyper_hardsigmoid,
+}

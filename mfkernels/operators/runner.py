@@ -1,0 +1,114 @@
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..checks import match_autocast
+from .dispatch import register_triton
+
+
+class Runner:
+    """Runs a registered operator from Python: its kernels, or its definition where none can run.
+
+    `torch.library`'s wrapper of an autograd formula takes tens of microseconds a call, and the checks of many
+    arguments as many again: more than some kernels. So eagerly an autograd function takes the wrapper's
+    place, and the C++ kernels' own checks come first; where they refuse, ours say in words what is wrong.
+    Compilers and function transforms see the registered operator.
+
+    Args:
+        op: the operator, `torch.ops.mfkernels.<op>`, whose gradient is `<op>_backward`.
+        reference: its definition.
+        check: raises where an argument does not fit.
+        setup_context, backward: the autograd formula, as of `torch.library.register_autograd`; `backward`
+            calls `Runner.backward`.
+        result: what users get, of what the kernels return and the arguments; by default all that.
+
+    The three functions take the operator's arguments, all of them, in order.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        reference: Callable[..., Any],
+        check: Callable[..., None],
+        setup_context: Callable[..., None],
+        backward: Callable[..., Any],
+        result: Callable[..., Any] | None = None,
+    ) -> None:
+        self._op, self._reference, self._result = op, reference, result
+        self.check = check
+        self._kernel = getattr(torch.ops.mfkernels, op).default
+        self._backward_kernel = getattr(torch.ops.mfkernels, f"{op}_backward").default
+
+        # Not with a setup_context: apply would inspect the signature of forward each time.
+        def forward(ctx: Any, *args: Any) -> Any:
+            outputs = self._below_autograd(*args)
+            setup_context(ctx, args, outputs)
+            return outputs
+
+        parts = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+        self._function: Any = type(op, (torch.autograd.Function,), parts)
+        torch.library.register_autograd(f"mfkernels::{op}", backward, setup_context=setup_context)
+        torch.library.register_autograd(f"mfkernels::{op}_backward", self._no_second_gradient)
+        register_triton(op)
+
+    def __call__(self, *args: Any) -> Any:
+        args = match_autocast(*args)
+        x, refused = args[0], None
+        eager = _eager()
+        if eager and _kernels_check(args):
+            try:
+                if backends.use_kernels(self._op, x):
+                    return self._run(args)
+            except Exception as error:
+                refused = error
+        self.check(*args)
+        if refused is not None:
+            raise refused
+        if not backends.use_kernels(self._op, x):
+            return self._reference(*args)
+        return self._run(args) if eager else self._public(self._kernel(*args), args)
+
+    def backward(self, *args: Any) -> Any:
+        """The backward operator."""
+        if torch.is_grad_enabled() or not _eager():
+            return self._backward_kernel(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._backward_kernel(*args)
+
+    def _run(self, args: tuple[Any, ...]) -> Any:
+        tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        return self._public(self._function.apply(*args) if tracked else self._below_autograd(*args), args)
+
+    def _below_autograd(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._kernel(*args)
+
+    def _public(self, outputs: Any, args: tuple[Any, ...]) -> Any:
+        return outputs if self._result is None else self._result(outputs, *args)
+
+    def _no_second_gradient(self, ctx: Any, *grads: Tensor) -> None:
+        """There is none, and saying so beats a silent zero."""
+        raise RuntimeError(
+            f"{self._op}: gradients of gradients are not implemented in the kernels; "
+            'use mfkernels.use_backend("reference") for them'
+        )
+
+
+def _eager() -> bool:
+    """No compiler, tracer, function transform or forward-mode differentiation is watching."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _kernels_check(args: tuple[Any, ...]) -> bool:
+    """Those for CPUs do, except that they take True for one."""
+    if not isinstance(args[0], Tensor) or not args[0].is_cpu or any(a is True for a in args):
+        return False
+    return backends.current_backend() in ("auto", "cpu")
