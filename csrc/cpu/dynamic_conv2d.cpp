@@ -1,5 +1,6 @@
 #include "dynamic_conv2d.h"
 
+#include "dynamic_kernels.h"
 #include "tile.h"
 #include "tile_gemm.h"
 
@@ -111,37 +112,6 @@ void load_outputs(const DynamicConvArgs& args, const Planes& planes, int64_t b, 
   }
 }
 
-// The mixed kernels of some outputs, (outputs, depth).
-template <class T, class C>
-void mix(const DynamicConvArgs& args, int64_t b, int64_t first, int64_t outputs, int64_t depth, C* out) {
-  const T* weight = static_cast<const T*>(args.weight) + first * depth;
-  const T* basis = static_cast<const T*>(args.basis) + first * depth;
-  const T* attention = static_cast<const T*>(args.attention) + b * args.kernels;
-  const int64_t all = args.groups * args.outputs * depth;
-  const C scale = static_cast<C>(args.scale);
-  for (int64_t i = 0; i < outputs * depth; i += kLanes<C>) {
-    const int64_t rest = outputs * depth - i;
-    vec<C> sum{};
-    for (int64_t k = 0; k < args.kernels; ++k) {
-      sum += to_compute(attention[k]) * load_upto(basis + k * all + i, rest);
-    }
-    store_upto(out + i, load_upto(weight + i, rest) + scale * sum, rest);
-  }
-}
-template <class T, class C>
-C mixed_bias(const DynamicConvArgs& args, int64_t b, int64_t output) {
-  C sum = args.bias == nullptr ? 0 : to_compute(static_cast<const T*>(args.bias)[output]);
-  if (args.basis_bias == nullptr) return sum;
-  const T* attention = static_cast<const T*>(args.attention) + b * args.kernels;
-  for (int64_t k = 0; k < args.kernels; ++k) {
-    sum += to_compute(attention[k]) *
-           to_compute(static_cast<const T*>(args.basis_bias)[k * args.groups * args.outputs + output]);
-  }
-  return sum;
-}
-
-MFK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T>
 void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
@@ -236,36 +206,26 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// With dW(b) the gradient of sample b's kernels: dweight = sum_b dW(b), dbasis_k = scale sum_b attention[b,k]
-// dW(b), dattention[b,k] = scale <dW(b), basis_k>; the biases likewise, without the scale.
 template <class T>
 void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t taps = args.kernel_h * args.kernel_w, depth = args.inputs * taps;
-  const int64_t out_blocks = blocks_of(args.outputs, args.out_block), every = args.groups * args.outputs;
+  const int64_t out_blocks = blocks_of(args.outputs, args.out_block);
   const Planes widest(args, least(args.rows, args.out_height));
-  const int64_t most = args.group_block * args.out_block, most_size = most * depth;
   Buffer<C> planes(widest.size<C>(args.group_block * args.inputs));
   Buffer<C> row(args.group_block * args.inputs * round_up(args.width, kLanes<C>));
   Buffer<C> g(args.out_block * widest.run<C>());
   Buffer<C> scratch(args.out_block * round_up(widest.rows * args.out_width, kLanes<C>));
-  Buffer<C> rounded(most_size);
-  Buffer<double> grad(most_size), grad_bias(most), weight(most_size), bias(most);
-  Buffer<double> basis(args.kernels * most_size), basis_bias(args.kernels * most);
+  KernelSums<T> sums(args, args.group_block * args.out_block, depth);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t o = task % out_blocks * args.out_block, g0 = task / out_blocks * args.group_block;
     const int64_t groups = least(args.group_block, args.groups - g0),
                   outputs = least(args.out_block, args.outputs - o);
-    const int64_t rows = groups * outputs, size = rows * depth;
     // Several groups have all of their outputs here, so these lie together in any case.
     const int64_t first = g0 * args.outputs + o;
-    memset(weight, 0, size * sizeof(double));
-    memset(bias, 0, rows * sizeof(double));
-    memset(basis, 0, args.kernels * size * sizeof(double));
-    memset(basis_bias, 0, args.kernels * rows * sizeof(double));
+    sums.start(first, groups * outputs);
     for (int64_t b = 0; b < args.batch; ++b) {
-      memset(grad, 0, size * sizeof(double));
-      memset(grad_bias, 0, rows * sizeof(double));
+      sums.start_sample();
       for (int64_t r = 0; r < args.out_height; r += args.rows) {
         const Planes shape(args, least(args.rows, args.out_height - r));
         const int64_t run = shape.run<C>();
@@ -275,7 +235,8 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
           load_outputs<T>(args, shape, b, first + i * outputs, outputs, r, static_cast<C*>(g),
                           static_cast<C*>(scratch));
           for (int64_t tap = 0; tap < taps; ++tap) {
-            multiply_reduce<C>(grad + i * outputs * depth + tap, depth, taps, outputs, g, run, args.inputs,
+            multiply_reduce<C>(sums.grad + i * outputs * depth + tap, depth, taps, outputs, g, run,
+                               args.inputs,
                                planes + i * args.inputs * shape.channel +
                                    shape.tap(tap / args.kernel_w, tap % args.kernel_w),
                                shape.channel, run);
@@ -283,45 +244,13 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
           for (int64_t j = 0; j < outputs; ++j) {
             WideSum<C> sum;
             for (int64_t p = 0; p < run; p += kLanes<C>) sum.add(load(g + j * run + p));
-            grad_bias[i * outputs + j] += sum_lanes<C>(sum);
+            sums.grad_bias[i * outputs + j] += sum_lanes<C>(sum);
           }
         }
       }
-      for (int64_t i = 0; i < size; ++i) {
-        weight[i] += grad[i];
-        rounded[i] = static_cast<C>(grad[i]);
-      }
-      for (int64_t i = 0; i < rows; ++i) bias[i] += grad_bias[i];
-      for (int64_t k = 0; k < args.kernels; ++k) {
-        const double by = to_compute(static_cast<const T*>(args.attention)[b * args.kernels + k]);
-        const T* kernels = static_cast<const T*>(args.basis) + (k * every + first) * depth;
-        for (int64_t i = 0; i < size; ++i) basis[k * size + i] += args.scale * by * grad[i];
-        WideSum<C> dot;
-        for (int64_t i = 0; i < size; i += kLanes<C>) {
-          dot.add(load_upto(static_cast<const C*>(rounded) + i, size - i) * load_upto(kernels + i, size - i));
-        }
-        long double bias_dot = 0;
-        for (int64_t i = 0; i < rows; ++i) {
-          basis_bias[k * rows + i] += by * grad_bias[i];
-          if (args.basis_bias != nullptr) {
-            bias_dot += static_cast<long double>(grad_bias[i]) *
-                        to_compute(static_cast<const T*>(args.basis_bias)[k * every + first + i]);
-          }
-        }
-        args.partial_attention[(task * args.batch + b) * args.kernels + k] =
-            static_cast<double>(args.scale * sum_lanes<C>(dot) + bias_dot);
-      }
+      sums.end_sample(b, task);
     }
-    auto write = [&](void* to, int64_t at, const double* from, int64_t count) {
-      if (to == nullptr) return;
-      for (int64_t i = 0; i < count; ++i) store_scalar(static_cast<T*>(to) + at + i, static_cast<C>(from[i]));
-    };
-    write(args.grad_weight, first * depth, weight, size);
-    write(args.grad_bias, first, bias, rows);
-    for (int64_t k = 0; k < args.kernels; ++k) {
-      write(args.grad_basis, (k * every + first) * depth, basis + k * size, size);
-      write(args.grad_basis_bias, k * every + first, basis_bias + k * rows, rows);
-    }
+    sums.write();
   }
 }
 

@@ -34,4 +34,10 @@ MFK_DECLARE_KERNEL(dynamic_conv2d_forward, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_conv2d_backward_x, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_conv2d_backward_weight, DynamicConvArgs)
 
+// The same of maps with pixels side by side, groups of one channel, stride 1 and a padding of at most the
+// kernel's reach. Tasks: one for each (sample, channels); (channels): blocks of kDepthwiseChannels.
+constexpr int64_t kDepthwiseChannels = 16;
+MFK_DECLARE_KERNEL(dynamic_depthwise_forward, DynamicConvArgs)
+MFK_DECLARE_KERNEL(dynamic_depthwise_backward, DynamicConvArgs)
+
 }  // namespace mfk

@@ -91,6 +91,12 @@ struct Call {
   }
   int64_t group_blocks() const { return blocks_of(args.groups, args.group_block); }
   int64_t depth() const { return args.inputs * args.kernel_h * args.kernel_w; }
+  bool depthwise() const {
+    return args.inputs == 1 && args.outputs == 1 && args.stride_h == 1 && args.stride_w == 1 &&
+           args.x.stride_p == 1 && args.padding_h <= args.dilation_h * (args.kernel_h - 1) &&
+           args.padding_w <= args.dilation_w * (args.kernel_w - 1);
+  }
+  int64_t depthwise_blocks() const { return blocks_of(args.groups, kDepthwiseChannels); }
 };
 
 Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const Tensor& attention,
@@ -100,6 +106,13 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const
   DynamicConvArgs& args = call.args;
   Tensor y = empty_map(x, call.out_shape), holder;
   args.y = map_of(y, is_channels_last(x), holder);
+  if (call.depthwise()) {
+    const int64_t pixels = args.out_height * args.out_width;
+    torch::stable::parallel_for(
+        0, args.batch * call.depthwise_blocks(), grain(kDepthwiseChannels * pixels * call.depth()),
+        [&](int64_t begin, int64_t end) { dynamic_depthwise_forward(args, begin, end); });
+    return y;
+  }
   if (args.group_block == 1) args.out_block = std::min<int64_t>(args.outputs, 48);
   const int64_t tasks = args.batch * call.group_blocks() * blocks_of(args.out_height, args.rows) *
                         blocks_of(args.outputs, args.out_block);
@@ -119,19 +132,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_x = empty_map(x), holder_g, holder_x;
   args.grad_y = map_of(grad_out, is_channels_last(x), holder_g);
   args.grad_x = map_of(grad_x, is_channels_last(x), holder_x);
+  const bool depthwise = call.depthwise();
   const int64_t work = args.group_block * args.outputs * call.depth() * args.out_height * args.out_width;
-  if (args.group_block == 1) args.in_block = std::min<int64_t>(args.inputs, 64);
-  const int64_t in_blocks = blocks_of(args.inputs, args.in_block);
-  torch::stable::parallel_for(
-      0, args.batch * call.group_blocks() * in_blocks, grain(work / in_blocks),
-      [&](int64_t begin, int64_t end) { dynamic_conv2d_backward_x(args, begin, end); });
-
-  // The sums of a task, in double, stay in the second-level cache.
-  if (args.group_block == 1) {
-    const int64_t fit = 65536 / ((args.kernels + 2) * call.depth());
-    args.out_block = std::min(std::max<int64_t>(fit, 6), args.outputs);
+  if (!depthwise) {
+    if (args.group_block == 1) args.in_block = std::min<int64_t>(args.inputs, 64);
+    const int64_t in_blocks = blocks_of(args.inputs, args.in_block);
+    torch::stable::parallel_for(
+        0, args.batch * call.group_blocks() * in_blocks, grain(work / in_blocks),
+        [&](int64_t begin, int64_t end) { dynamic_conv2d_backward_x(args, begin, end); });
+    // The sums of a task, in double, stay in the second-level cache.
+    if (args.group_block == 1) {
+      const int64_t fit = 65536 / ((args.kernels + 2) * call.depth());
+      args.out_block = std::min(std::max<int64_t>(fit, 6), args.outputs);
+    }
   }
-  const int64_t tasks = call.group_blocks() * blocks_of(args.outputs, args.out_block);
+  const int64_t tasks =
+      depthwise ? call.depthwise_blocks() : call.group_blocks() * blocks_of(args.outputs, args.out_block);
   Tensor grad_weight = empty(shape_of(weight), x.scalar_type(), x);
   Tensor grad_basis = empty(shape_of(basis), x.scalar_type(), x);
   Tensor partial = empty({tasks, args.batch, args.kernels}, ScalarType::Double, x);
@@ -142,7 +158,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (basis_bias.has_value()) args.grad_basis_bias = grad_basis_bias.data_ptr();
   args.partial_attention = partial.mutable_data_ptr<double>();
   torch::stable::parallel_for(0, tasks, grain(work * args.batch), [&](int64_t begin, int64_t end) {
-    dynamic_conv2d_backward_weight(args, begin, end);
+    if (depthwise) {
+      dynamic_depthwise_backward(args, begin, end);
+    } else {
+      dynamic_conv2d_backward_weight(args, begin, end);
+    }
   });
   const int64_t dims[] = {0};
   Tensor sum = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1), false);
