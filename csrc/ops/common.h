@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../cpu/feature_map.h"
+#include "../huge_pages.h"
 
 namespace mfk {
 
@@ -68,15 +69,23 @@ inline bool is_channels_last(const Tensor& x) {
   return !x.is_contiguous() && x.size(1) > 1 && x.stride(1) == 1;
 }
 
+// Memory of many megabytes is new each time, and a kernel would wait for each of its small pages.
+inline Tensor with_huge_pages(Tensor t) {
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes >= size_t{4} << 20) advise_huge_pages(reinterpret_cast<uintptr_t>(t.data_ptr()), bytes);
+  return t;
+}
+
 // An unwritten map in x's memory format; `empty_map` in mfkernels/operators/layout.py is its twin.
 inline Tensor empty_map(const Tensor& x, const std::vector<int64_t>& shape) {
   const auto format = is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return torch::stable::empty(shape, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
+  return with_huge_pages(
+      torch::stable::empty(shape, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format));
 }
 inline Tensor empty_map(const Tensor& x) { return empty_map(x, shape_of(x)); }
 
 inline Tensor empty(std::vector<int64_t> shape, ScalarType type, const Tensor& x) {
-  return torch::stable::empty(shape, type, std::nullopt, x.device());
+  return with_huge_pages(torch::stable::empty(shape, type, std::nullopt, x.device()));
 }
 
 // For the gradient of an argument: empty, without elements where it was left out.
