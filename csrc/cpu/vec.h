@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include <type_traits>
+#include <utility>
 
 #ifndef MFK_ISA
 #error "MFK_ISA must be generic, avx2 or avx512: the build compiles this file once for each"
@@ -255,14 +256,31 @@ MFK_INLINE void WideSum<float>::store_upto(double* p, int64_t n) const {
   if (n > kLanes<double>) MFK_ISA::store_upto(p + kLanes<double>, high, n - kLanes<double>);
 }
 
+namespace detail {
+
+// Every lane plus the one whose number differs in bit kStep.
+template <int kStep, size_t... kLane>
+MFK_INLINE vec<double> add_lanes(vec<double> v, std::index_sequence<kLane...>) {
+#if defined(__clang__)
+  return v + __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+#else
+  return v + __builtin_shuffle(v, mask<double>{static_cast<int64_t>(kLane ^ kStep)...});
+#endif
+}
+
+}  // namespace detail
+
+template <int kStep = kLanes<double> / 2>
+MFK_INLINE double sum_all(vec<double> v) {
+  if constexpr (kStep == 0) {
+    return v[0];
+  } else {
+    return sum_all<kStep / 2>(detail::add_lanes<kStep>(v, std::make_index_sequence<kLanes<double>>()));
+  }
+}
 template <class C>
 MFK_INLINE double sum_lanes(const WideSum<C>& sum) {
-  double lanes[kLanes<double>];
-  store(lanes, sum.folded());
-  for (int width = kLanes<double> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+  return sum_all(sum.folded());
 }
 template <class C>
 MFK_INLINE double sum_lanes(vec<C> v) {
