@@ -22,8 +22,7 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: "reference" (plain PyTorch, any device), "cpu" (our C++ kernels), "triton", "cuda", or
             "auto" (the default: the fastest that can run; "reference" where there is no kernel; PyTorch's
-            own matrix products where they are faster: 1x1 kernels of `dynamic_conv2d`, and `former_block`
-            for many tokens).
+            own matrix products where they are faster: `former_block` for many tokens).
             The choice holds for the whole process, as PyTorch's own backend flags do.
 
     Raises:

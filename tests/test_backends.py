@@ -1,8 +1,6 @@
 import pytest
 import torch
-from cases import modules
 from family_layers import Recorder
-from test_contract import Comparison, channels_last, same
 
 import mfkernels
 from mfkernels import current_backend, native, ops, use_backend
@@ -92,20 +90,3 @@ def test_an_instruction_set_that_cannot_run_is_an_error(monkeypatch):
         RuntimeError, match="'avx512' cannot run here; this machine and build can run: generic"
     ):
         native.set_instruction_set("avx512")
-
-
-@pytest.mark.parametrize("layout", [same, channels_last], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_pointwise_dynamic_conv2d_by_the_library(dtype, layout):
-    """By default PyTorch's own products do its work: outputs, gradients and memory format."""
-    op = next(op for op in modules() if op.NAME == "dynamic_conv2d")
-    shapes = [shape for shape in op.CHOSEN if shape["k"] == 1 and not shape.get("padding")]
-    assert shapes
-    for shape in shapes:
-        generator, comparison = torch.Generator().manual_seed(0), Comparison(op, dtype, "auto")
-        for _ in range(4):
-            comparison.add(op.make(shape, generator), generator, layout)
-        comparison.check(f"{shape}")
-        out = op.make(shape, generator).map(lambda v: layout(v.to(dtype))).call(op.OP)
-        memory_format = torch.channels_last if layout is channels_last else torch.contiguous_format
-        assert out.is_contiguous(memory_format=memory_format)

@@ -216,7 +216,9 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   Buffer<C> row(args.group_block * args.inputs * round_up(args.width, kLanes<C>));
   Buffer<C> g(args.out_block * widest.run<C>());
   Buffer<C> scratch(args.out_block * round_up(widest.rows * args.out_width, kLanes<C>));
-  KernelSums<T> sums(args, args.group_block * args.out_block, depth);
+  const int64_t most = args.group_block * args.out_block;
+  KernelSums<T> sums(args, most, depth);
+  Buffer<double> grad(most * depth);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t o = task % out_blocks * args.out_block, g0 = task / out_blocks * args.group_block;
     const int64_t groups = least(args.group_block, args.groups - g0),
@@ -225,7 +227,8 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     const int64_t first = g0 * args.outputs + o;
     sums.start(first, groups * outputs);
     for (int64_t b = 0; b < args.batch; ++b) {
-      sums.start_sample();
+      memset(grad, 0, sums.size * sizeof(double));
+      memset(sums.grad_bias, 0, sums.rows * sizeof(double));
       for (int64_t r = 0; r < args.out_height; r += args.rows) {
         const Planes shape(args, least(args.rows, args.out_height - r));
         const int64_t run = shape.run<C>();
@@ -235,8 +238,7 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
           load_outputs<T>(args, shape, b, first + i * outputs, outputs, r, static_cast<C*>(g),
                           static_cast<C*>(scratch));
           for (int64_t tap = 0; tap < taps; ++tap) {
-            multiply_reduce<C>(sums.grad + i * outputs * depth + tap, depth, taps, outputs, g, run,
-                               args.inputs,
+            multiply_reduce<C>(grad + i * outputs * depth + tap, depth, taps, outputs, g, run, args.inputs,
                                planes + i * args.inputs * shape.channel +
                                    shape.tap(tap / args.kernel_w, tap % args.kernel_w),
                                shape.channel, run);
@@ -248,6 +250,7 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
           }
         }
       }
+      for (int64_t i = 0; i < sums.size; ++i) sums.grad[i] = static_cast<C>(grad[i]);
       sums.end_sample(b, task);
     }
     sums.write();

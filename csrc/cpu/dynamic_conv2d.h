@@ -40,4 +40,11 @@ constexpr int64_t kDepthwiseChannels = 16;
 MFK_DECLARE_KERNEL(dynamic_depthwise_forward, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_depthwise_backward, DynamicConvArgs)
 
+// The same of such maps and 1x1 kernels without padding. Tasks: one for each (kPointwiseSamples, group, block
+// of outputs); (kPointwiseSamples, group, block of inputs); (group, block of outputs).
+constexpr int64_t kPointwiseSamples = 4;  // their kernels are mixed together: the basis is read once for them
+MFK_DECLARE_KERNEL(dynamic_pointwise_forward, DynamicConvArgs)
+MFK_DECLARE_KERNEL(dynamic_pointwise_backward_x, DynamicConvArgs)
+MFK_DECLARE_KERNEL(dynamic_pointwise_backward_weight, DynamicConvArgs)
+
 }  // namespace mfk

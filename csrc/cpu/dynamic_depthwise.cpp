@@ -141,12 +141,14 @@ void backward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   const int64_t count = x_taps.count;
   Buffer<C> kernel(round_up(kChannels * count, kLanes<C>));
   KernelSums<T> sums(args, kChannels, count);
+  Buffer<double> grad(kChannels * count);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t c = task * kChannels, channels = least(kChannels, args.groups - c);
     sums.start(c, channels);
     for (int64_t b = 0; b < args.batch; ++b) {
       mix<T>(args, b, c, channels, count, static_cast<C*>(kernel));
-      sums.start_sample();
+      memset(grad, 0, sums.size * sizeof(double));
+      memset(sums.grad_bias, 0, sums.rows * sizeof(double));
       for (int64_t i = 0; i < channels; ++i) {
         const T* grad_y = args.grad_y.as<const T>().at(b, c + i, 0);
         x.fill(args.x.as<const T>().at(b, c + i, 0));
@@ -154,8 +156,9 @@ void backward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
         convolve<kTaps>(static_cast<const C*>(g.data), g.columns, g_taps, kernel + (i + 1) * count - 1, -1,
                         C(0), args.grad_x.as<T>().at(b, c + i, 0), args.height, args.width);
         correlate<kTaps>(static_cast<const C*>(x.data), x.columns, x_taps, grad_y, args.out_height,
-                         args.out_width, sums.grad + i * count, sums.grad_bias + i);
+                         args.out_width, grad + i * count, sums.grad_bias + i);
       }
+      for (int64_t i = 0; i < sums.size; ++i) sums.grad[i] = static_cast<C>(grad[i]);
       sums.end_sample(b, task);
     }
     sums.write();

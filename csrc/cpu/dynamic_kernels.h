@@ -46,50 +46,54 @@ struct KernelSums {
   const DynamicConvArgs& args;
   const int64_t depth, every;
   int64_t first = 0, rows = 0, size = 0;
-  Buffer<C> rounded;
-  Buffer<double> grad, grad_bias;  // of a sample, (rows, depth) and (rows): whoever uses this adds to them
-  Buffer<double> weight, bias, basis, basis_bias;
+  Buffer<C> grad;            // of a sample, (rows, depth): whoever uses this writes it
+  Buffer<double> grad_bias;  // (rows)
+  static constexpr bool kDirect = sizeof(T) == sizeof(C);  // sums where they will be
+  Buffer<C> weight, basis;
+  Buffer<double> bias, basis_bias;
 
   KernelSums(const DynamicConvArgs& a, int64_t most, int64_t inner)
       : args(a),
         depth(inner),
         every(a.groups * a.outputs),
-        rounded(most * depth),
         grad(most * depth),
         grad_bias(most),
-        weight(most * depth),
+        weight(kDirect ? 0 : most * depth),
+        basis(kDirect ? 0 : a.kernels * most * depth),
         bias(most),
-        basis(a.kernels * most * depth),
         basis_bias(a.kernels * most) {}
 
   void start(int64_t first_output, int64_t outputs) {
     first = first_output;
     rows = outputs;
     size = rows * depth;
-    memset(weight, 0, size * sizeof(double));
     memset(bias, 0, rows * sizeof(double));
-    memset(basis, 0, args.kernels * size * sizeof(double));
     memset(basis_bias, 0, args.kernels * rows * sizeof(double));
-  }
-  void start_sample() {
-    memset(grad, 0, size * sizeof(double));
-    memset(grad_bias, 0, rows * sizeof(double));
   }
   // The sums for attention go to the partial sums of the task.
   void end_sample(int64_t b, int64_t task) {
-    for (int64_t i = 0; i < size; ++i) {
-      weight[i] += grad[i];
-      rounded[i] = static_cast<C>(grad[i]);
-    }
-    for (int64_t i = 0; i < rows; ++i) bias[i] += grad_bias[i];
+    constexpr int64_t n = kLanes<C>;
+    double* dots = args.partial_attention + (task * args.batch + b) * args.kernels;
+    auto add = [&](C* sum, int64_t i, vec<C> value) {
+      store_upto(sum + i, b == 0 ? value : load_upto(sum + i, size - i) + value, size - i);
+    };
+    C* sum = weight_sum();
+    for (int64_t i = 0; i < size; i += n) add(sum, i, load_upto(grad + i, size - i));
     for (int64_t k = 0; k < args.kernels; ++k) {
-      const double by = to_compute(static_cast<const T*>(args.attention)[b * args.kernels + k]);
-      const double scaled = args.scale * by;
+      const C by = to_compute(static_cast<const T*>(args.attention)[b * args.kernels + k]);
+      const vec<C> scaled = splat(static_cast<C>(args.scale * by));
       const T* kernels = static_cast<const T*>(args.basis) + (k * every + first) * depth;
-      for (int64_t i = 0; i < size; ++i) basis[k * size + i] += scaled * grad[i];
+      sum = basis_sum(k);
       WideSum<C> dot;
-      for (int64_t i = 0; i < size; i += kLanes<C>) {
-        dot.add(load_upto(static_cast<const C*>(rounded) + i, size - i) * load_upto(kernels + i, size - i));
+      for (int64_t i = 0; i < size;) {
+        vec<C> run{};
+        const int64_t end = least(i + 8 * n, size);
+        for (; i < end; i += n) {
+          const vec<C> own = load_upto(grad + i, size - i);
+          add(sum, i, scaled * own);
+          run += own * load_upto(kernels + i, size - i);
+        }
+        dot.add(run);
       }
       long double bias_dot = 0;
       if (args.basis_bias != nullptr) {
@@ -99,21 +103,31 @@ struct KernelSums {
                       to_compute(static_cast<const T*>(args.basis_bias)[k * every + first + i]);
         }
       }
-      args.partial_attention[(task * args.batch + b) * args.kernels + k] =
-          static_cast<double>(args.scale * sum_lanes<C>(dot) + bias_dot);
+      dots[k] = static_cast<double>(args.scale * sum_lanes<C>(dot) + bias_dot);
     }
+    for (int64_t i = 0; i < rows; ++i) bias[i] += grad_bias[i];
   }
+  // After at least one sample.
   void write() {
-    auto put = [&](void* to, int64_t at, const double* from, int64_t count) {
+    auto put = [&](void* to, int64_t at, const auto* from, int64_t count) {
       if (to == nullptr) return;
       for (int64_t i = 0; i < count; ++i) store_scalar(static_cast<T*>(to) + at + i, static_cast<C>(from[i]));
     };
-    put(args.grad_weight, first * depth, weight, size);
-    put(args.grad_bias, first, bias, rows);
+    put(args.grad_bias, first, static_cast<const double*>(bias), rows);
     for (int64_t k = 0; k < args.kernels; ++k) {
-      put(args.grad_basis, (k * every + first) * depth, basis + k * size, size);
-      put(args.grad_basis_bias, k * every + first, basis_bias + k * rows, rows);
+      put(args.grad_basis_bias, k * every + first, static_cast<const double*>(basis_bias) + k * rows, rows);
     }
+    if (kDirect) return;
+    put(args.grad_weight, first * depth, weight_sum(), size);
+    for (int64_t k = 0; k < args.kernels; ++k) {
+      put(args.grad_basis, (k * every + first) * depth, basis_sum(k), size);
+    }
+  }
+
+ private:
+  C* weight_sum() { return kDirect ? static_cast<C*>(args.grad_weight) + first * depth : weight; }
+  C* basis_sum(int64_t k) {
+    return kDirect ? static_cast<C*>(args.grad_basis) + (k * every + first) * depth : basis + k * size;
   }
 };
 

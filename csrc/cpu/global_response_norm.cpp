@@ -20,9 +20,10 @@ struct Run {
   }
 };
 
-// So many steps are summed in the compute type before the sum goes into a double.
+// So many steps are summed in the compute type before the sum goes into a double: squares do not cancel, the
+// other two sums may.
 template <class C, int N>
-constexpr int64_t kSteps = sizeof(C) == 4 ? 4 : 1;
+constexpr int64_t kSteps = sizeof(C) == 4 && N == 1 ? 4 : 1;
 
 // `term(i, run)` adds step i to N vectors.
 template <class C, int N, class Term>

@@ -93,32 +93,53 @@ struct Call {
   int64_t depth() const { return args.inputs * args.kernel_h * args.kernel_w; }
   bool depthwise() const {
     return args.inputs == 1 && args.outputs == 1 && args.stride_h == 1 && args.stride_w == 1 &&
-           args.x.stride_p == 1 && args.padding_h <= args.dilation_h * (args.kernel_h - 1) &&
+           args.padding_h <= args.dilation_h * (args.kernel_h - 1) &&
            args.padding_w <= args.dilation_w * (args.kernel_w - 1);
   }
+  bool pointwise() const {
+    return args.kernel_h == 1 && args.kernel_w == 1 && args.stride_h == 1 && args.stride_w == 1 &&
+           args.padding_h == 0 && args.padding_w == 0;
+  }
+  int64_t sample_blocks() const { return blocks_of(args.batch, kPointwiseSamples); }
   int64_t depthwise_blocks() const { return blocks_of(args.groups, kDepthwiseChannels); }
 };
+
+Tensor channels_last(const Tensor& x) { return torch::stable::contiguous(x, MemoryFormat::ChannelsLast); }
+
+void run(const DynamicConvArgs& args, int64_t tasks, int64_t work,
+         void (*kernel)(const DynamicConvArgs&, int64_t, int64_t)) {
+  torch::stable::parallel_for(0, tasks, grain(work),
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
 
 Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const Tensor& attention,
                std::optional<Tensor> bias, std::optional<Tensor> basis_bias, Ints stride, Ints padding,
                Ints dilation, int64_t groups, double scale) {
   Call call(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, scale);
   DynamicConvArgs& args = call.args;
+  if (is_channels_last(x) && (call.depthwise() || call.pointwise())) {
+    return channels_last(forward(torch::stable::contiguous(x), weight, basis, attention, bias, basis_bias,
+                                 stride, padding, dilation, groups, scale));
+  }
   Tensor y = empty_map(x, call.out_shape), holder;
   args.y = map_of(y, is_channels_last(x), holder);
+  const int64_t pixels = args.out_height * args.out_width;
   if (call.depthwise()) {
-    const int64_t pixels = args.out_height * args.out_width;
-    torch::stable::parallel_for(
-        0, args.batch * call.depthwise_blocks(), grain(kDepthwiseChannels * pixels * call.depth()),
-        [&](int64_t begin, int64_t end) { dynamic_depthwise_forward(args, begin, end); });
-    return y;
+    run(args, args.batch * call.depthwise_blocks(), kDepthwiseChannels * pixels * call.depth(),
+        dynamic_depthwise_forward);
+  } else if (call.pointwise()) {
+    // The mixed kernels of a task stay in the second-level cache.
+    args.out_block = std::min(std::max<int64_t>(16384 / args.inputs, 6), args.outputs);
+    run(args, call.sample_blocks() * args.groups * blocks_of(args.outputs, args.out_block),
+        kPointwiseSamples * args.out_block * call.depth() * pixels, dynamic_pointwise_forward);
+  } else {
+    if (args.group_block == 1) args.out_block = std::min<int64_t>(args.outputs, 48);
+    run(args,
+        args.batch * call.group_blocks() * blocks_of(args.out_height, args.rows) *
+            blocks_of(args.outputs, args.out_block),
+        args.group_block * args.out_block * call.depth() * args.rows * args.out_width,
+        dynamic_conv2d_forward);
   }
-  if (args.group_block == 1) args.out_block = std::min<int64_t>(args.outputs, 48);
-  const int64_t tasks = args.batch * call.group_blocks() * blocks_of(args.out_height, args.rows) *
-                        blocks_of(args.outputs, args.out_block);
-  const int64_t work = args.group_block * args.out_block * call.depth() * args.rows * args.out_width;
-  torch::stable::parallel_for(0, tasks, grain(work),
-                              [&](int64_t begin, int64_t end) { dynamic_conv2d_forward(args, begin, end); });
   return y;
 }
 
@@ -129,25 +150,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Call call(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, scale);
   DynamicConvArgs& args = call.args;
   check_argument(kOp, "grad_out", grad_out, x, call.out_shape);
+  if (is_channels_last(x) && (call.depthwise() || call.pointwise())) {
+    auto grads = backward(grad_out, torch::stable::contiguous(x), weight, basis, attention, bias, basis_bias,
+                          stride, padding, dilation, groups, scale);
+    std::get<0>(grads) = channels_last(std::get<0>(grads));
+    return grads;
+  }
   Tensor grad_x = empty_map(x), holder_g, holder_x;
   args.grad_y = map_of(grad_out, is_channels_last(x), holder_g);
   args.grad_x = map_of(grad_x, is_channels_last(x), holder_x);
-  const bool depthwise = call.depthwise();
+  const bool depthwise = call.depthwise(), pointwise = !depthwise && call.pointwise();
   const int64_t work = args.group_block * args.outputs * call.depth() * args.out_height * args.out_width;
   if (!depthwise) {
     if (args.group_block == 1) args.in_block = std::min<int64_t>(args.inputs, 64);
     const int64_t in_blocks = blocks_of(args.inputs, args.in_block);
-    torch::stable::parallel_for(
-        0, args.batch * call.group_blocks() * in_blocks, grain(work / in_blocks),
-        [&](int64_t begin, int64_t end) { dynamic_conv2d_backward_x(args, begin, end); });
-    // The sums of a task, in double, stay in the second-level cache.
-    if (args.group_block == 1) {
-      const int64_t fit = 65536 / ((args.kernels + 2) * call.depth());
+    if (pointwise) {
+      run(args, call.sample_blocks() * args.groups * in_blocks, kPointwiseSamples * work / in_blocks,
+          dynamic_pointwise_backward_x);
+    } else {
+      run(args, args.batch * call.group_blocks() * in_blocks, work / in_blocks, dynamic_conv2d_backward_x);
+    }
+    // The sums of a task stay in the second-level cache.
+    if (pointwise || args.group_block == 1) {
+      const int64_t fit = 131072 / ((args.kernels + 2) * call.depth());
       args.out_block = std::min(std::max<int64_t>(fit, 6), args.outputs);
     }
   }
-  const int64_t tasks =
-      depthwise ? call.depthwise_blocks() : call.group_blocks() * blocks_of(args.outputs, args.out_block);
+  const int64_t blocks = depthwise ? call.depthwise_blocks() : pointwise ? args.groups : call.group_blocks();
+  int64_t tasks = blocks * blocks_of(args.outputs, args.out_block);
   Tensor grad_weight = empty(shape_of(weight), x.scalar_type(), x);
   Tensor grad_basis = empty(shape_of(basis), x.scalar_type(), x);
   Tensor partial = empty({tasks, args.batch, args.kernels}, ScalarType::Double, x);
@@ -157,13 +187,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (bias.has_value()) args.grad_bias = grad_bias.data_ptr();
   if (basis_bias.has_value()) args.grad_basis_bias = grad_basis_bias.data_ptr();
   args.partial_attention = partial.mutable_data_ptr<double>();
-  torch::stable::parallel_for(0, tasks, grain(work * args.batch), [&](int64_t begin, int64_t end) {
-    if (depthwise) {
-      dynamic_depthwise_backward(args, begin, end);
-    } else {
-      dynamic_conv2d_backward_weight(args, begin, end);
+  if (args.batch == 0) {
+    for (Tensor* sum : {&grad_weight, &grad_basis, &grad_bias, &grad_basis_bias}) {
+      torch::stable::zero_(*sum);
     }
-  });
+    tasks = 0;
+  }
+  run(args, tasks, work * args.batch,
+      depthwise   ? dynamic_depthwise_backward
+      : pointwise ? dynamic_pointwise_backward_weight
+                  : dynamic_conv2d_backward_weight);
   const int64_t dims[] = {0};
   Tensor sum = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1), false);
   return {grad_x,    grad_weight,    grad_basis, torch::stable::to(sum, x.scalar_type()),

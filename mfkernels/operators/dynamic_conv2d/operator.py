@@ -1,11 +1,9 @@
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
+from ...checks import check_argument, check_like, check_shape, check_tensor
 from ..layout import empty_map, gradients_like, without_absent
 from ..runner import Runner
-from .library import pointwise_by_library
 from .reference import Pair, dynamic_conv2d_reference, output_size
 
 OP = "dynamic_conv2d"
@@ -25,9 +23,6 @@ def dynamic_conv2d(
     basis_scale: float = 0.1,
 ) -> Tensor:
     """Convolution whose kernel differs from sample to sample: a static one plus a mix of K others.
-
-    By default PyTorch's own matrix products do the work where kernels are 1x1 on a CPU: they are faster than
-    the C++ kernels, which `use_backend("cpu")` runs.
 
     Sample b is convolved with `weight + basis_scale * sum_k attention[b,k] * basis[k]`; to that come
     `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used.
@@ -60,19 +55,7 @@ def dynamic_conv2d(
     paddings = _setting("padding", padding, 0)
     dilations = _setting("dilation", dilation, 1)
     settings = (strides, paddings, dilations, groups, basis_scale)
-    arguments = (x, weight, basis, attention, bias, basis_bias, *settings)
-    if not _by_library(x, weight, strides, paddings):
-        return _run(*arguments)
-    arguments = match_autocast(*arguments)
-    _check(*arguments)
-    return pointwise_by_library(*arguments[:6], groups, basis_scale)
-
-
-def _by_library(x: object, weight: object, strides: Pair, paddings: Pair) -> bool:
-    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.device.type == "cuda":
-        return False
-    pointwise = tuple(weight.shape[2:]) == strides == (1, 1) and paddings == (0, 0)
-    return pointwise and backends.current_backend() == "auto"
+    return _run(x, weight, basis, attention, bias, basis_bias, *settings)
 
 
 def _setting(name: str, value: object, least: int) -> Pair:
