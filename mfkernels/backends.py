@@ -22,7 +22,8 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: "reference" (plain PyTorch, any device), "cpu" (our C++ kernels), "triton", "cuda", or
             "auto" (the default: the fastest that can run; "reference" where there is no kernel; PyTorch's
-            own matrix products where they are faster: `former_block` for many tokens).
+            own matrix products where they are faster on a CPU: `former_block` for many tokens, and
+            `modulation_attention` of few pixels in training).
             The choice holds for the whole process, as PyTorch's own backend flags do.
 
     Raises:

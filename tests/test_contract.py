@@ -1,5 +1,6 @@
 """The promises that every operator keeps. The operators' samples are in `tests/cases`."""
 
+import functools
 import random
 from contextlib import contextmanager, nullcontext
 
@@ -17,6 +18,17 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 FUZZ = 2000  # samples an operator, over all instruction sets and dtypes
 
 operator = pytest.mark.parametrize("op", OPERATORS, ids=lambda op: op.NAME)
+
+
+def on_cpu_kernels(test):
+    """Not by PyTorch's own products, which are the faster way for some shapes."""
+
+    @functools.wraps(test)
+    def run_test(*args, **kwargs):
+        with mfkernels.use_backend("cpu"):
+            return test(*args, **kwargs)
+
+    return run_test
 
 
 # --- layouts ---------------------------------------------------------------------------------------------
@@ -276,6 +288,7 @@ def test_opcheck(op):
 
 
 @operator
+@on_cpu_kernels
 def test_gradcheck(op, instruction_set):
     for sample in _small(op, torch.float64):
         names = list(sample.given())
@@ -288,6 +301,7 @@ def test_gradcheck(op, instruction_set):
 
 
 @operator
+@on_cpu_kernels
 def test_some_inputs_without_gradient(op):
     for sample in _small(op, torch.float32, 2):
         every = run(op, sample, op.OP, cotangents_of(op, sample, torch.Generator().manual_seed(5)))
@@ -303,6 +317,7 @@ def test_some_inputs_without_gradient(op):
 
 
 @operator
+@on_cpu_kernels
 def test_compile_without_graph_break(op):
     torch.compiler.reset()
     sample = _small(op, torch.float32, 1)[0]
@@ -340,6 +355,7 @@ def test_output_has_the_memory_format_of_x(op):
 
 
 @operator
+@on_cpu_kernels
 def test_gradient_of_gradient_is_an_error(op):
     sample = _small(op, torch.float32, 1)[0].map(lambda v: v.requires_grad_())
     outputs = sample.call(op.OP)

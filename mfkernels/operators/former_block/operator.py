@@ -7,6 +7,7 @@ from ... import backends
 from ...checks import check_argument, check_heads, check_tensor, match_autocast
 from ..layout import gradients_like, without_absent
 from ..runner import Runner
+from .library import former_block_by_library
 from .reference import former_block_reference
 
 OP = "former_block"
@@ -74,8 +75,7 @@ def former_block(
         return _run(*arguments)
     arguments = match_autocast(*arguments)
     _check(*arguments)
-    library: Any = former_block_reference
-    return library(*arguments)
+    return former_block_by_library(*arguments)
 
 
 def _by_library(tokens: object, parameters: tuple) -> bool:

@@ -1,12 +1,14 @@
 import torch
 from torch import Tensor
 
-from ...checks import check_argument, check_like, check_shape, check_tensor
-from ..layout import empty_map
+from ... import backends
+from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
+from ..layout import empty_map, like_map
 from ..runner import Runner
 from .reference import modulation_attention_reference
 
 OP = "modulation_attention"
+_FEW_PIXELS = 256
 FORMS = ("released", "paper")
 
 
@@ -46,7 +48,24 @@ def modulation_attention(
     Source: Zheng, iFormer, ICLR 2025, equation 3, and its released code, which takes the sigmoid of v before
     the attention.
     """
-    return _run(q, k, v, gate, scale, form, window_size)
+    arguments = (q, k, v, gate, scale, form, window_size)
+    if not _by_library(q, k, v, gate, window_size):
+        return _run(*arguments)
+    arguments = match_autocast(*arguments)
+    _check(*arguments)
+    return like_map(modulation_attention_reference(*arguments), arguments[2])
+
+
+def _by_library(q: object, k: object, v: object, gate: object, window_size: int | None) -> bool:
+    """Whether PyTorch's matrix products are the faster way: in training on a CPU and by default, for so few
+    pixels that all of their weights are no matter. Not asked while compiling, which fixes no size."""
+    if torch.compiler.is_compiling() or backends.current_backend() != "auto" or not torch.is_grad_enabled():
+        return False
+    if not isinstance(q, Tensor) or q.device.type == "cuda" or q.dim() != 4:
+        return False
+    if window_size is not None or q.shape[2] * q.shape[3] > _FEW_PIXELS:
+        return False
+    return any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, gate))
 
 
 def _check(
