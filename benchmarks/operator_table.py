@@ -1,6 +1,6 @@
 """The operators' times that `python -m pytest benchmarks --benchmark-json FILE` left:
 
-    python benchmarks/operator_table.py FILE
+    python benchmarks/operator_table.py FILE ...
 
 For every shape microseconds of ours and of the fastest other way, their ratio, the floor and the share of it
 that we reach; for every operator the geometric mean of the ratios and the smallest one.
@@ -18,8 +18,9 @@ def _line(*cells: object) -> None:
     print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def main(file: str) -> None:
-    rows = [row["extra_info"] for row in json.loads(Path(file).read_text())["benchmarks"]]
+def main(files: list[str]) -> None:
+    benchmarks = [row for file in files for row in json.loads(Path(file).read_text())["benchmarks"]]
+    rows = [row["extra_info"] for row in benchmarks]
     _line(
         "operator",
         "direction",
@@ -52,4 +53,4 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -106,7 +106,14 @@ def test_operator(benchmark, request, op, layer, direction):
         torch.compiler.reset()
         functions |= {f"{name} compiled": torch.compile(f, dynamic=False) for name, f in functions.items()}
     ours = _Way(op.OP, arguments, train)
-    rivals = {name: _Way(function, arguments, train) for name, function in functions.items()}
+    rivals = {}
+    for name, function in functions.items():
+        try:
+            rivals[name] = _Way(function, arguments, train)
+        except (
+            torch._dynamo.exc.TorchDynamoException
+        ) as error:  # as of former_to_mobile_attention's definition
+            benchmark.extra_info[f"{name} failed"] = str(error).splitlines()[0]
     for name, rival in rivals.items():
         for mine, theirs in zip(ours.outputs(), rival.outputs(), strict=True):
             assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name
