@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from mfkernels.operators.dynamic_conv2d.reference import add_biases, mix
+from mfkernels.operators.former_block.library import former_block_by_library
 
 
 def dynamic_conv2d_grouped(
@@ -48,30 +49,6 @@ def modulation_attention_sdpa(q, k, v, gate, scale=None, form="released"):
     return out.transpose(1, 2).reshape(gate.shape) * torch.sigmoid(gate)
 
 
-def former_block_sdpa(
-    tokens, qkv_weight, qkv_bias, proj_weight, proj_bias, norm1_weight, norm1_bias, fc1_weight, fc1_bias,
-    fc2_weight, fc2_bias, norm2_weight, norm2_bias, num_heads=4, form="released", eps=1e-5,
-):  # fmt: skip
-    def norm1(x):
-        return F.layer_norm(x, x.shape[-1:], norm1_weight, norm1_bias, eps)
-
-    def norm2(x):
-        return F.layer_norm(x, x.shape[-1:], norm2_weight, norm2_bias, eps)
-
-    def ffn(x):
-        return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-
-    standard = form == "standard"
-    q = F.linear(norm1(tokens) if standard else tokens, qkv_weight, qkv_bias)
-    q, k, v = q.chunk(3, 2) if standard else (q, tokens, tokens)
-    mixed = F.scaled_dot_product_attention(*(_heads(t, num_heads) for t in (q, k, v)))
-    z = tokens + F.linear(mixed.transpose(1, 2).reshape(tokens.shape), proj_weight, proj_bias)
-    if standard:
-        return z + ffn(norm2(z))
-    z = norm1(z)
-    return norm2(z + ffn(z))
-
-
 def token_hyper_hardsigmoid(
     token, weight1, bias1, weight2, bias2, other_weight1=None, other_bias1=None, other_weight2=None,
     other_bias2=None, num_functions=2,
@@ -90,7 +67,7 @@ def token_hyper_hardsigmoid(
 RIVALS = {
     "dynamic_conv2d": dynamic_conv2d_grouped,
     "dynamic_relu": dynamic_relu_by_maximum,
-    "former_block": former_block_sdpa,
+    "former_block": former_block_by_library,
     "former_to_mobile_attention": former_to_mobile_attention_sdpa,
     "mobile_to_former_attention": mobile_to_former_attention_sdpa,
     "modulation_attention": modulation_attention_sdpa,

@@ -8,7 +8,7 @@ and both under torch.compile, which takes its time; `--eager` leaves that out. T
 larger of its operations over the core's peak and of a copy of as many bytes as it must read and write.
 """
 
-import os
+import functools
 import statistics
 import sys
 import time
@@ -19,15 +19,12 @@ import torch
 from operator_rivals import RIVALS
 from torch.utils.flop_counter import FlopCounterMode
 
-from mfkernels import _C
+from mfkernels.bench.run import peak_flops, pinned
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from cases import modules
 from family_layers import fill, layers
 
-torch.set_num_threads(1)
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 ROUNDS, SECONDS = 15, 0.01  # of every way, and the time of each in a round
 
 
@@ -80,6 +77,15 @@ class _Way:
         return (time.perf_counter() - start) / self.calls
 
 
+@pytest.fixture(autouse=True)
+def one_core():
+    with pinned(1):
+        yield
+
+
+_peak = functools.cache(peak_flops)
+
+
 def _floor(way: _Way, reference, size: int) -> float:
     """Seconds."""
     with torch.set_grad_enabled(way.train), FlopCounterMode(display=False) as counter:
@@ -93,7 +99,7 @@ def _floor(way: _Way, reference, size: int) -> float:
         start = time.perf_counter()
         target.copy_(source)
         copied.append(time.perf_counter() - start)
-    return max(min(copied), counter.get_total_flops() / _C.peak_flops())
+    return max(min(copied), counter.get_total_flops() / _peak())
 
 
 def test_operator(benchmark, request, op, layer, direction):

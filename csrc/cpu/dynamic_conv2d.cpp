@@ -146,7 +146,7 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t first = (g + i) * args.outputs + o;
       C* out = y + i * outputs * run;
-      mix<T>(args, b, first, outputs, depth, static_cast<C*>(kernel));
+      mix<1, T>(args, b, 1, first, outputs, depth, static_cast<C*>(kernel));
       multiply_pixels<C>(out, run, nullptr, 0, outputs, Matrix<C>{kernel, depth, 1}, depth,
                          RowsAt<C>{planes + i * args.inputs * shape.channel, places}, run);
       for (int64_t j = 0; j < outputs; ++j) {
@@ -187,7 +187,8 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = (g0 + group) * args.outputs;
       // The blocks of a single group's inputs share its kernels.
-      if (groups > 1 || outer != mixed) mix<T>(args, b, first, args.outputs, depth, static_cast<C*>(kernel));
+      if (groups > 1 || outer != mixed)
+        mix<1, T>(args, b, 1, first, args.outputs, depth, static_cast<C*>(kernel));
       mixed = outer;
       for (int64_t r = 0; r < args.out_height; r += args.rows) {
         const Planes shape(args, least(args.rows, args.out_height - r));
@@ -243,7 +244,7 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
                                    shape.tap(tap / args.kernel_w, tap % args.kernel_w),
                                shape.channel, run);
           }
-          for (int64_t j = 0; j < outputs; ++j) {
+          for (int64_t j = 0; sums.biased && j < outputs; ++j) {
             WideSum<C> sum;
             for (int64_t p = 0; p < run; p += kLanes<C>) sum.add(load(g + j * run + p));
             sums.grad_bias[i * outputs + j] += sum_lanes<C>(sum);

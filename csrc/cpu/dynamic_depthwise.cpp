@@ -40,7 +40,11 @@ struct Taps {
         width(args.kernel_w),
         down(args.dilation_h * columns),
         right(args.dilation_w) {}
-  int64_t at(int64_t tap) const { return tap / width * down + tap % width * right; }
+  template <int kTaps>
+  int64_t at(int64_t tap) const {
+    const int64_t columns = kTaps == 9 ? 3 : width;
+    return tap / columns * down + tap % columns * right;
+  }
 };
 
 // With kTaps = 9 of a 3x3 kernel, with 0 of any other. The taps' weights are read in steps of `step`.
@@ -49,21 +53,13 @@ void convolve(const C* plane, int64_t columns, const Taps& taps, const C* weight
               T* out, int64_t height, int64_t width) {
   const int64_t count = kTaps == 0 ? taps.count : kTaps;
   vec<C> w[kTaps == 0 ? 1 : kTaps];
-  int64_t at[kTaps == 0 ? 1 : kTaps];
-  for (int64_t t = 0; t < kTaps; ++t) {
-    w[t] = splat(weights[t * step]);
-    at[t] = t / 3 * taps.down + t % 3 * taps.right;
-  }
+  for (int64_t t = 0; t < kTaps; ++t) w[t] = splat(weights[t * step]);
   for (int64_t r = 0; r < height; ++r) {
     for (int64_t c = 0; c < width; c += kLanes<C>) {
       const C* from = plane + r * columns + c;
       vec<C> sum = splat(bias);
       for (int64_t t = 0; t < count; ++t) {
-        if constexpr (kTaps == 0) {
-          sum += splat(weights[t * step]) * load(from + taps.at(t));
-        } else {
-          sum += w[t] * load(from + at[t]);
-        }
+        sum += (kTaps == 0 ? splat(weights[t * step]) : w[t]) * load(from + taps.at<kTaps>(t));
       }
       store_upto(out + r * width + c, sum, width - c);
     }
@@ -80,7 +76,7 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / blocks, c = task % blocks * kChannels;
     const int64_t channels = least(kChannels, args.groups - c);
-    mix<T>(args, b, c, channels, taps.count, static_cast<C*>(kernel));
+    mix<1, T>(args, b, 1, c, channels, taps.count, static_cast<C*>(kernel));
     for (int64_t i = 0; i < channels; ++i) {
       plane.fill(args.x.as<const T>().at(b, c + i, 0));
       convolve<kTaps>(static_cast<const C*>(plane.data), plane.columns, taps, kernel + i * taps.count, 1,
@@ -118,12 +114,12 @@ void correlate(const C* plane, int64_t columns, const Taps& taps, const T* g, in
     if constexpr (kTaps == 0) {
       for (int64_t t = 0; t < taps.count; ++t) {
         vec<C> run[1] = {};
-        sum(r, end, run, [&](int64_t) { return taps.at(t); }, 1, t == 0 ? &bias : nullptr);
+        sum(r, end, run, [&](int64_t) { return taps.at<0>(t); }, 1, t == 0 ? &bias : nullptr);
         grad[t] += sum_lanes<C>(run[0]);
       }
     } else {
       vec<C> runs[kTaps] = {};
-      sum(r, end, runs, [&](int64_t t) { return t / 3 * taps.down + t % 3 * taps.right; }, kTaps, &bias);
+      sum(r, end, runs, [&](int64_t t) { return taps.at<kTaps>(t); }, kTaps, &bias);
       for (int64_t t = 0; t < kTaps; ++t) grad[t] += sum_lanes<C>(runs[t]);
     }
     *grad_bias += sum_lanes<C>(bias);
@@ -146,7 +142,7 @@ void backward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     const int64_t c = task * kChannels, channels = least(kChannels, args.groups - c);
     sums.start(c, channels);
     for (int64_t b = 0; b < args.batch; ++b) {
-      mix<T>(args, b, c, channels, count, static_cast<C*>(kernel));
+      mix<1, T>(args, b, 1, c, channels, count, static_cast<C*>(kernel));
       memset(grad, 0, sums.size * sizeof(double));
       memset(sums.grad_bias, 0, sums.rows * sizeof(double));
       for (int64_t i = 0; i < channels; ++i) {

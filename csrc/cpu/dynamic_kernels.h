@@ -9,21 +9,26 @@ namespace MFK_ISA {
 
 MFK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The mixed kernels of some outputs, (outputs, depth).
-template <class T, class C>
-void mix(const DynamicConvArgs& args, int64_t b, int64_t first, int64_t outputs, int64_t depth, C* out) {
+// The kernels of some outputs, mixed for `samples` samples from b on: (samples, outputs, depth). No more than
+// kMost, for all of which the basis is read once.
+template <int kMost, class T, class C>
+void mix(const DynamicConvArgs& args, int64_t b, int64_t samples, int64_t first, int64_t outputs,
+         int64_t depth, C* out) {
+  const int64_t size = outputs * depth, all = args.groups * args.outputs * depth;
   const T* weight = static_cast<const T*>(args.weight) + first * depth;
   const T* basis = static_cast<const T*>(args.basis) + first * depth;
   const T* attention = static_cast<const T*>(args.attention) + b * args.kernels;
-  const int64_t all = args.groups * args.outputs * depth;
   const C scale = static_cast<C>(args.scale);
-  for (int64_t i = 0; i < outputs * depth; i += kLanes<C>) {
-    const int64_t rest = outputs * depth - i;
-    vec<C> sum{};
+  for (int64_t i = 0; i < size; i += kLanes<C>) {
+    vec<C> sums[kMost] = {};
     for (int64_t k = 0; k < args.kernels; ++k) {
-      sum += to_compute(attention[k]) * load_upto(basis + k * all + i, rest);
+      const vec<C> kernel = load_upto(basis + k * all + i, size - i);
+      for (int64_t s = 0; s < kMost; ++s) {  // those that do not exist repeat the last one
+        sums[s] += to_compute(attention[least(s, samples - 1) * args.kernels + k]) * kernel;
+      }
     }
-    store_upto(out + i, load_upto(weight + i, rest) + scale * sum, rest);
+    const vec<C> own = load_upto(weight + i, size - i);
+    for (int64_t s = 0; s < samples; ++s) store_upto(out + s * size + i, own + scale * sums[s], size - i);
   }
 }
 template <class T, class C>
@@ -45,6 +50,7 @@ struct KernelSums {
   using C = compute_t<T>;
   const DynamicConvArgs& args;
   const int64_t depth, every;
+  const bool biased;  // else grad_bias need not be written
   int64_t first = 0, rows = 0, size = 0;
   Buffer<C> grad;            // of a sample, (rows, depth): whoever uses this writes it
   Buffer<double> grad_bias;  // (rows)
@@ -56,6 +62,7 @@ struct KernelSums {
       : args(a),
         depth(inner),
         every(a.groups * a.outputs),
+        biased(a.grad_bias != nullptr || a.basis_bias != nullptr),
         grad(most * depth),
         grad_bias(most),
         weight(kDirect ? 0 : most * depth),
@@ -105,7 +112,7 @@ struct KernelSums {
       }
       dots[k] = static_cast<double>(args.scale * sum_lanes<C>(dot) + bias_dot);
     }
-    for (int64_t i = 0; i < rows; ++i) bias[i] += grad_bias[i];
+    for (int64_t i = 0; biased && i < rows; ++i) bias[i] += grad_bias[i];
   }
   // After at least one sample.
   void write() {

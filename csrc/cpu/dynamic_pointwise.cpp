@@ -82,29 +82,6 @@ void multiply(T* out, int64_t out_stride, const C* starts, int64_t rows, Matrix<
   }
 }
 
-// The kernels of some outputs for samples b to b + samples - 1, (samples, outputs, depth).
-template <class T, class C>
-void mix_samples(const DynamicConvArgs& args, int64_t b, int64_t samples, int64_t first, int64_t outputs,
-                 int64_t depth, C* out) {
-  const int64_t size = outputs * depth, all = args.groups * args.outputs * depth;
-  const T* weight = static_cast<const T*>(args.weight) + first * depth;
-  const T* basis = static_cast<const T*>(args.basis) + first * depth;
-  const T* attention = static_cast<const T*>(args.attention) + b * args.kernels;
-  const C scale = static_cast<C>(args.scale);
-  for (int64_t i = 0; i < size; i += kLanes<C>) {
-    vec<C> sums[kSamples] = {};
-    for (int64_t k = 0; k < args.kernels; ++k) {
-      const vec<C> kernel = load_upto(basis + k * all + i, size - i);
-      for (int64_t s = 0; s < kSamples; ++s) {  // those that do not exist repeat the last one
-        const int64_t sample = s < samples ? s : samples - 1;
-        sums[s] += to_compute(attention[sample * args.kernels + k]) * kernel;
-      }
-    }
-    const vec<C> own = load_upto(weight + i, size - i);
-    for (int64_t s = 0; s < samples; ++s) store_upto(out + s * size + i, own + scale * sums[s], size - i);
-  }
-}
-
 template <class T>
 void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
@@ -117,7 +94,7 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     const int64_t samples = least(kSamples, args.batch - b),
                   outputs = least(args.out_block, args.outputs - o);
     const int64_t first = g * args.outputs + o;
-    mix_samples<T>(args, b, samples, first, outputs, depth, static_cast<C*>(kernels));
+    mix<kSamples, T>(args, b, samples, first, outputs, depth, static_cast<C*>(kernels));
     for (int64_t s = 0; s < samples; ++s) {
       for (int64_t i = 0; i < outputs; ++i) starts[i] = mixed_bias<T, C>(args, b + s, first + i);
       const auto x = args.x.as<const T>();
@@ -141,7 +118,7 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     const int64_t g = outer % args.groups, b = outer / args.groups * kSamples;
     const int64_t samples = least(kSamples, args.batch - b), inputs = least(args.in_block, args.inputs - i);
     if (outer != mixed) {
-      mix_samples<T>(args, b, samples, g * args.outputs, args.outputs, depth, static_cast<C*>(kernels));
+      mix<kSamples, T>(args, b, samples, g * args.outputs, args.outputs, depth, static_cast<C*>(kernels));
     }
     mixed = outer;
     for (int64_t s = 0; s < samples; ++s) {
@@ -154,50 +131,32 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// The map of a group with its channels side by side, (pixels, round_up(channels)).
-template <class T, class C>
-void transpose_map(const FeatureMap<const T>& map, int64_t b, int64_t c, int64_t channels, int64_t pixels,
-                   C* out) {
-  constexpr int64_t n = kLanes<C>;
-  const int64_t stride = round_up(channels, n);
-  for (int64_t i = 0; i < channels; i += n) {
-    for (int64_t p = 0; p < pixels; p += n) {
-      vec<C> rows[n];
-      for (int64_t r = 0; r < n; ++r) {
-        rows[r] = i + r < channels ? load_upto(map.at(b, c + i + r, p), pixels - p) : vec<C>{};
-      }
-      transpose<C>(rows);
-      for (int64_t r = 0; r < n && p + r < pixels; ++r) store(out + (p + r) * stride + i, rows[r]);
-    }
-  }
-}
-
 template <class T>
 void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t depth = args.inputs, pixels = args.height * args.width;
-  const int64_t blocks = blocks_of(args.outputs, args.out_block), stride = round_up(depth, kLanes<C>);
-  Buffer<C> turned(stride * pixels), g_copy(sizeof(T) == sizeof(C) ? 0 : args.out_block * pixels);
+  const int64_t blocks = blocks_of(args.outputs, args.out_block);
+  Buffer<C> pixel_rows(pixels * round_up(depth, kLanes<C>));
+  Buffer<C> wide(sizeof(T) == sizeof(C) ? 0 : args.out_block * round_up(pixels, kLanes<C>));
+  const auto x = args.x.as<const T>(), grad_y = args.grad_y.as<const T>();
+  // The map with channels and pixels exchanged: as a tile, pixels down the rows.
+  const FeatureMap<const T> turned{x.data, x.stride_b, x.stride_p, x.stride_c};
   KernelSums<T> sums(args, args.out_block, depth);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t o = task % blocks * args.out_block, g = task / blocks;
     const int64_t outputs = least(args.out_block, args.outputs - o), first = g * args.outputs + o;
     sums.start(first, outputs);
     for (int64_t b = 0; b < args.batch; ++b) {
-      const auto grad_y = args.grad_y.as<const T>();
-      transpose_map<T>(args.x.as<const T>(), b, g * depth, depth, pixels, static_cast<C*>(turned));
-      Matrix<C> left{nullptr, pixels, 1};
+      const Tile<C> right = load_tile<T>(turned, b, 0, pixels, g * depth, depth, pixel_rows);
+      Tile<C> left;
       if constexpr (sizeof(T) == sizeof(C)) {
-        left = Matrix<C>{grad_y.at(b, first, 0), grad_y.stride_c, 1};
+        left = {grad_y.at(b, first, 0), grad_y.stride_c};
       } else {
-        for (int64_t i = 0; i < outputs; ++i) {
-          for (int64_t p = 0; p < pixels; ++p)
-            g_copy[i * pixels + p] = to_compute(*grad_y.at(b, first + i, p));
-        }
-        left.data = g_copy;
+        left = load_tile<T>(grad_y, b, first, outputs, 0, pixels, wide);
       }
-      multiply<32, C, C>(sums.grad, depth, nullptr, outputs, left, pixels, turned, stride, depth);
-      for (int64_t i = 0; i < outputs; ++i) {
+      multiply<32, C, C>(sums.grad, depth, nullptr, outputs, Matrix<C>{left.data, left.stride, 1}, pixels,
+                         right.data, right.stride, depth);
+      for (int64_t i = 0; sums.biased && i < outputs; ++i) {
         WideSum<C> sum;
         const T* row = grad_y.at(b, first + i, 0);
         for (int64_t p = 0; p < pixels; p += kLanes<C>) sum.add(load_upto(row + p, pixels - p));

@@ -57,12 +57,6 @@ struct Call {
                       args.width + 2 * padding[1] > dilation[1] * (args.kernel_w - 1);
     STD_TORCH_CHECK(fits, kOp, ": x is too small for the kernel");
     out_shape = {args.batch, outputs, args.out_height, args.out_width};
-    const bool pointwise = args.kernel_h * args.kernel_w == 1 && std::max(stride[0], stride[1]) == 1 &&
-                           std::max(padding[0], padding[1]) == 0;
-    if (pointwise && args.height * args.width <= 1024) {  // one long row rather than many short ones
-      args.width = args.out_width = args.height * args.width;
-      args.height = args.out_height = 1;
-    }
     args.x = map_of(x_in, is_channels_last(x_in), x);
     weight = torch::stable::contiguous(weight_in);
     basis = torch::stable::contiguous(basis_in);

@@ -24,8 +24,11 @@ class Runner:
         setup_context, backward: the autograd formula, as of `torch.library.register_autograd`; `backward`
             calls `Runner.backward`.
         result: what users get, of what the kernels return and the arguments; by default all that.
+        library: PyTorch's own operators in the place of the kernels, by default, where `by_library` says that
+            on a CPU they are the faster way: given whether gradients are asked for, and the arguments, which
+            are not checked yet. Not asked while compiling, which fixes no sizes.
 
-    The three functions take the operator's arguments, all of them, in order.
+    These functions take the operator's arguments, all of them, in order.
     """
 
     def __init__(
@@ -36,9 +39,11 @@ class Runner:
         setup_context: Callable[..., None],
         backward: Callable[..., Any],
         result: Callable[..., Any] | None = None,
+        library: Callable[..., Any] | None = None,
+        by_library: Callable[..., bool] | None = None,
     ) -> None:
-        self._op, self._reference, self._result = op, reference, result
-        self.check = check
+        self._op, self._reference, self._check, self._result = op, reference, check, result
+        self._library, self._by_library = library, by_library
         self._kernel = getattr(torch.ops.mfkernels, op).default
         self._backward_kernel = getattr(torch.ops.mfkernels, f"{op}_backward").default
 
@@ -57,6 +62,9 @@ class Runner:
     def __call__(self, *args: Any) -> Any:
         args = match_autocast(*args)
         x, refused = args[0], None
+        if self._library is not None and self._is_library_faster(args):
+            self._check(*args)
+            return self._library(*args)
         eager = _eager()
         if eager and _kernels_check(args):
             try:
@@ -64,7 +72,7 @@ class Runner:
                     return self._run(args)
             except Exception as error:
                 refused = error
-        self.check(*args)
+        self._check(*args)
         if refused is not None:
             raise refused
         if not backends.use_kernels(self._op, x):
@@ -78,9 +86,15 @@ class Runner:
         with torch._C._AutoDispatchBelowAutograd():
             return self._backward_kernel(*args)
 
+    def _is_library_faster(self, args: tuple[Any, ...]) -> bool:
+        if torch.compiler.is_compiling() or backends.current_backend() != "auto":
+            return False
+        on_cpu = isinstance(args[0], Tensor) and not args[0].is_cuda
+        return on_cpu and self._by_library is not None and self._by_library(_tracked(args), *args)
+
     def _run(self, args: tuple[Any, ...]) -> Any:
-        tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        return self._public(self._function.apply(*args) if tracked else self._below_autograd(*args), args)
+        outputs = self._function.apply(*args) if _tracked(args) else self._below_autograd(*args)
+        return self._public(outputs, args)
 
     def _below_autograd(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -105,6 +119,10 @@ def _eager() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def _tracked(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def _kernels_check(args: tuple[Any, ...]) -> bool:

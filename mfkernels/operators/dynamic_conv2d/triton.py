@@ -41,14 +41,43 @@ def mixed(weight, basis, attention, at, inside, kernels, size, scale):
 
 
 @triton.jit
-def add_biases(sums, o, inside_o, bias, basis_bias, attention, kernels, outputs):
+def store_result(
+    sums, o, inside_o, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias, attention, kernels,
+    outputs,
+):  # fmt: skip
+    """Outputs o at pixels p of a sample, with the sample's biases."""
     if bias is not None:
         sums += tl.load(bias + o, inside_o, 0.0).to(tl.float32)[:, None]
     if basis_bias is not None:
         for k in range(kernels):
             share = tl.load(attention + k).to(tl.float32)
             sums += share * tl.load(basis_bias + k * outputs + o, inside_o, 0.0).to(tl.float32)[:, None]
-    return sums
+    y, x = (p // RW).to(tl.int64), p % RW
+    to = result + b * r_b + o.to(tl.int64)[:, None] * r_c + y[None, :] * r_y + x[None, :] * r_x
+    tl.store(to, sums.to(result.dtype.element_ty), inside_o[:, None] & inside_p[None, :])
+
+
+@triton.jit
+def add_sample(
+    total, others, sums, b, tile, batch, at, inside, basis, attention, shares, kernels, size,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """Adds a sample's gradient of a tile's kernels to the sums over samples, and stores <gradient, basis>."""
+    k = tl.arange(0, BK)
+    share = tl.load(attention + b * kernels + k, k < kernels, 0.0).to(tl.float32)
+    for i in range(kernels):
+        other = tl.load(basis + i * size + at, inside, 0.0).to(tl.float32)
+        tl.store(shares + (tile * batch + b) * kernels + i, tl.sum(tl.sum(sums * other, 1), 0))
+    return total + sums, others + share[:, None, None] * sums[None, :, :]
+
+
+@triton.jit
+def store_sums(total, others, part, at, inside, out, kernels, size, BK: tl.constexpr):
+    k = tl.arange(0, BK)
+    out += part.to(tl.int64) * (1 + kernels) * size
+    tl.store(out + at, total, inside)
+    to = out + (1 + k)[:, None, None] * size + at[None, :, :]
+    tl.store(to, others, (k < kernels)[:, None, None] & inside[None, :, :])
 
 
 @triton.jit
@@ -87,11 +116,10 @@ def dense_kernel(
             met & inside_p[None, :] & (d < depth)[:, None], 0.0,
         )  # fmt: skip
         sums += dot(kernel, pixel)
-    o = group * rows + r
-    sums = add_biases(sums, o, inside_r, bias, basis_bias, attention, kernels, size // depth)
-    y, x = (p // RW).to(tl.int64), p % RW
-    to = result + b * r_b + o.to(tl.int64)[:, None] * r_c + y[None, :] * r_y + x[None, :] * r_x
-    tl.store(to, sums.to(result.dtype.element_ty), inside_r[:, None] & inside_p[None, :])
+    store_result(
+        sums, group * rows + r, inside_r, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias,
+        attention, kernels, size // depth,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -122,10 +150,10 @@ def depthwise_kernel(
         at = (y.to(tl.int64) * s_y + x * s_x)[None, :] + c.to(tl.int64)[:, None] * s_c
         inside = inside_r[:, None] & (met & inside_p)[None, :]
         sums += kernel[:, None] * tl.load(source + b * s_b + at, inside, 0.0).to(tl.float32)
-    sums = add_biases(sums, r, inside_r, bias, basis_bias, attention, kernels, channels)
-    y, x = (p // RW).to(tl.int64), p % RW
-    to = result + b * r_b + r.to(tl.int64)[:, None] * r_c + y[None, :] * r_y + x[None, :] * r_x
-    tl.store(to, sums.to(result.dtype.element_ty), inside_r[:, None] & inside_p[None, :])
+    store_result(
+        sums, r, inside_r, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias, attention,
+        kernels, channels,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -147,7 +175,6 @@ def dense_weight_kernel(
     c, tap = d // taps, d % taps
     inside = (o < rows)[:, None] & (d < depth)[None, :]
     at = (group * rows + o)[:, None] * depth + d[None, :]
-    k = tl.arange(0, BK)
     total = tl.zeros([BO, BD], tl.float32)
     others = tl.zeros([BK, BO, BD], tl.float32)
     for step in range(tl.minimum(split, batch - part * split)):
@@ -171,16 +198,10 @@ def dense_weight_kernel(
                 (o < rows)[:, None] & inside_p[None, :], 0.0,
             )  # fmt: skip
             sums += dot(grad, pixel)
-        total += sums
-        share = tl.load(attention + b * kernels + k, k < kernels, 0.0).to(tl.float32)
-        others += share[:, None, None] * sums[None, :, :]
-        for i in range(kernels):
-            other = tl.load(basis + i * size + at, inside, 0.0).to(tl.float32)
-            tl.store(shares + (tile * batch + b) * kernels + i, tl.sum(tl.sum(sums * other, 1), 0))
-    out += part.to(tl.int64) * (1 + kernels) * size
-    tl.store(out + at, total, inside)
-    to = out + (1 + k)[:, None, None] * size + at[None, :, :]
-    tl.store(to, others, (k < kernels)[:, None, None] & inside[None, :, :])
+        total, others = add_sample(
+            total, others, sums, b, tile, batch, at, inside, basis, attention, shares, kernels, size, BK
+        )  # fmt: skip
+    store_sums(total, others, part, at, inside, out, kernels, size, BK)
 
 
 @triton.jit
@@ -195,13 +216,12 @@ def depthwise_weight_kernel(
     tile = tl.program_id(0) * tl.num_programs(1) + tap
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     inside_o = o < outputs
-    at = o * (kh * kw) + tap
-    k = tl.arange(0, BK)
-    total = tl.zeros([BO], tl.float32)
-    others = tl.zeros([BK, BO], tl.float32)
+    at = (o * (kh * kw) + tap)[:, None]
+    total = tl.zeros([BO, 1], tl.float32)
+    others = tl.zeros([BK, BO, 1], tl.float32)
     for step in range(tl.minimum(split, batch - part * split)):
         b = part.to(tl.int64) * split + step
-        sums = tl.zeros([BO], tl.float32)
+        sums = tl.zeros([BO, 1], tl.float32)
         for start in range(0, GH * GW, BP):
             p = start + tl.arange(0, BP)
             inside_p = p < GH * GW
@@ -210,17 +230,12 @@ def depthwise_weight_kernel(
             pixel = tl.load(x + b * x_b + where, inside_o[:, None] & (met & inside_p)[None, :], 0.0)
             where = ((p // GW).to(tl.int64) * g_y + (p % GW) * g_x)[None, :] + o.to(tl.int64)[:, None] * g_c
             grad = tl.load(g + b * g_b + where, inside_o[:, None] & inside_p[None, :], 0.0)
-            sums += tl.sum(pixel.to(tl.float32) * grad.to(tl.float32), 1)
-        total += sums
-        share = tl.load(attention + b * kernels + k, k < kernels, 0.0).to(tl.float32)
-        others += share[:, None] * sums[None, :]
-        for i in range(kernels):
-            other = tl.load(basis + i * size + at, inside_o, 0.0).to(tl.float32)
-            tl.store(shares + (tile * batch + b) * kernels + i, tl.sum(sums * other, 0))
-    out += part.to(tl.int64) * (1 + kernels) * size
-    tl.store(out + at, total, inside_o)
-    to = out + (1 + k)[:, None] * size + at[None, :]
-    tl.store(to, others, (k < kernels)[:, None] & inside_o[None, :])
+            sums += tl.sum(pixel.to(tl.float32) * grad.to(tl.float32), 1)[:, None]
+        total, others = add_sample(
+            total, others, sums, b, tile, batch, at, inside_o[:, None], basis, attention, shares, kernels,
+            size, BK,
+        )  # fmt: skip
+    store_sums(total, others, part, at, inside_o[:, None], out, kernels, size, BK)
 
 
 def _convolve(
@@ -228,25 +243,14 @@ def _convolve(
     transposed: bool,
 ) -> None:  # fmt: skip
     """Writes `result`, the convolution of `source` or, transposed, its gradient's."""
-    weight, basis, attention, bias, basis_bias = tensors
+    weight, basis, *_ = tensors
     if result.numel() == 0:
         return
     batch, channels, height, width = result.shape
     outputs, inputs, *kernel = weight.shape
     pixels = height * width
     maps = (*source.shape[2:], height, width, *kernel, *settings, *source.stride(), *result.stride())
-    first = (
-        source,
-        result,
-        weight,
-        basis,
-        attention,
-        bias,
-        basis_bias,
-        basis.shape[0],
-        weight.numel(),
-        scale,
-    )
+    first = (source, result, *tensors, basis.shape[0], weight.numel(), scale)
     if inputs == 1:
         block_p = power(pixels, 16, 128)
         grid = (triton.cdiv(pixels, block_p), triton.cdiv(channels, 8), batch)
@@ -288,8 +292,8 @@ def _weight_gradients(
         dense_weight_kernel[(*tiles, splits)](
             *first, rows, inputs, blocks, *maps, BO=block_o, BD=block_d, BP=16, BK=block_k
         )  # fmt: skip
-    total, *others = out.double().sum(0).unbind(0)
-    return total, torch.stack(others), shares.double().sum(0)
+    sums = out.double().sum(0)
+    return sums[0], sums[1:], shares.double().sum(0)
 
 
 def forward(

@@ -3,8 +3,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...checks import check_argument, check_heads, check_tensor, match_autocast
+from ...checks import check_argument, check_heads, check_tensor
 from ..layout import gradients_like, without_absent
 from ..runner import Runner
 from .library import former_block_by_library
@@ -70,25 +69,12 @@ def former_block(
         *(qkv_weight, qkv_bias, proj_weight, proj_bias, norm1_weight, norm1_bias),
         *(fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm2_weight, norm2_bias),
     )
-    arguments = (tokens, *parameters, num_heads, form, eps)
-    if not _by_library(tokens, parameters):
-        return _run(*arguments)
-    arguments = match_autocast(*arguments)
-    _check(*arguments)
-    return former_block_by_library(*arguments)
+    return _run(tokens, *parameters, num_heads, form, eps)
 
 
-def _by_library(tokens: object, parameters: tuple) -> bool:
-    """Whether PyTorch's matrix products are the faster way, on a CPU and by default: from so many tokens on
-    they make up for the calls between them. Not asked while compiling, which fixes no batch size."""
-    if torch.compiler.is_compiling() or backends.current_backend() != "auto":
-        return False
-    if not isinstance(tokens, Tensor) or tokens.device.type == "cuda" or tokens.dim() != 3:
-        return False
-    trained = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in (tokens, *parameters)
-    )
-    return tokens.shape[0] * tokens.shape[1] > (_TRAINED if trained else _INFERRED)
+def _by_library(tracked: bool, tokens: Tensor, *others: Any) -> bool:
+    """From so many tokens on PyTorch's matrix products make up for the calls between them."""
+    return tokens.shape[:2].numel() > (_TRAINED if tracked else _INFERRED)
 
 
 def _check(tokens: Tensor, *arguments: Any) -> None:
@@ -151,4 +137,8 @@ def _backward(ctx, grad_out):
     return *without_absent(inputs, grads), None, None, None
 
 
-_run = Runner(OP, former_block_reference, _check, _setup_context, _backward)
+_run = Runner(
+    *(OP, former_block_reference, _check, _setup_context, _backward),
+    library=former_block_by_library,
+    by_library=_by_library,
+)

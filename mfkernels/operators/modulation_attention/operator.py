@@ -1,8 +1,9 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...checks import check_argument, check_like, check_shape, check_tensor, match_autocast
+from ...checks import check_argument, check_like, check_shape, check_tensor
 from ..layout import empty_map, like_map
 from ..runner import Runner
 from .reference import modulation_attention_reference
@@ -48,24 +49,18 @@ def modulation_attention(
     Source: Zheng, iFormer, ICLR 2025, equation 3, and its released code, which takes the sigmoid of v before
     the attention.
     """
-    arguments = (q, k, v, gate, scale, form, window_size)
-    if not _by_library(q, k, v, gate, window_size):
-        return _run(*arguments)
-    arguments = match_autocast(*arguments)
-    _check(*arguments)
-    return like_map(modulation_attention_reference(*arguments), arguments[2])
+    return _run(q, k, v, gate, scale, form, window_size)
 
 
-def _by_library(q: object, k: object, v: object, gate: object, window_size: int | None) -> bool:
-    """Whether PyTorch's matrix products are the faster way: in training on a CPU and by default, for so few
-    pixels that all of their weights are no matter. Not asked while compiling, which fixes no size."""
-    if torch.compiler.is_compiling() or backends.current_backend() != "auto" or not torch.is_grad_enabled():
-        return False
-    if not isinstance(q, Tensor) or q.device.type == "cuda" or q.dim() != 4:
-        return False
-    if window_size is not None or q.shape[2] * q.shape[3] > _FEW_PIXELS:
-        return False
-    return any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, gate))
+def _library(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    return like_map(modulation_attention_reference(q, k, v, *others), v)
+
+
+def _by_library(
+    tracked: bool, q: Tensor, k: Any, v: Any, gate: Any, scale: Any, form: Any, window_size: object
+) -> bool:
+    """In training, for so few pixels that all of their weights are no matter."""
+    return tracked and window_size is None and q.shape[2:].numel() <= _FEW_PIXELS
 
 
 def _check(
@@ -115,4 +110,8 @@ def _backward(ctx, grad_out):
     return *grads, None, None, None
 
 
-_run = Runner(OP, modulation_attention_reference, _check, _setup_context, _backward)
+_run = Runner(
+    *(OP, modulation_attention_reference, _check, _setup_context, _backward),
+    library=_library,
+    by_library=_by_library,
+)
