@@ -1,7 +1,7 @@
 // A whole Mobile-Former, prepared for inference by mfkernels.deploy: batch norms folded, weights packed.
 //
 // A plan is a list of 64-bit integers, read here as a MobileFormerPlan; mfkernels/deploy/mobile_former.py
-// writes the fields in this order. Offsets count floats from the start of the weights. Feature maps are
+// writes the fields in this order. Feature maps are
 // channels last; their channels are padded to a multiple of 16, and what the padding holds is zero. They are
 // float, or bfloat16.
 //
@@ -10,14 +10,10 @@
 // tokens makes all that the next pass needs of them.
 #pragma once
 
-#include "../isa.h"
-#include "sizes.h"
+#include "deployed.h"
+#include "images.h"
 
 namespace mfk {
-
-struct PlanLinear {
-  int64_t inputs, outputs, weight, bias;  // outputs padded
-};
 
 // The step before a pass.
 struct PlanTokens {
@@ -66,8 +62,6 @@ struct MobileFormerPlan {
   // PlanPass pass[passes] follows
 };
 
-// Always inlined: a copy of its own could be the one compiled for AVX-512.
-#define MFK_PLAN_FUNCTION static inline __attribute__((always_inline))
 MFK_PLAN_FUNCTION const PlanPass* passes_of(const MobileFormerPlan& plan) {
   return reinterpret_cast<const PlanPass*>(&plan + 1);
 }
@@ -85,9 +79,10 @@ struct PassArgs {
   const PlanPass* pass;
   const float* weights;
   TokenState state;
-  // kStem: the image, float, any strides; else `in`, dense.
+  // kStem: this sample's image; else `in`.
+  const Images* images;
+  int64_t sample;
   const void* in;
-  int64_t stride_c, stride_h, stride_w;
   int64_t height, width;          // of the input
   int64_t out_height, out_width;  // of the output
   void* out;
@@ -120,28 +115,9 @@ struct HeadArgs {
   float* (*scratch)(int64_t floats);
 };
 
-struct ClassifierArgs {
-  const MobileFormerPlan* plan;
-  PlanLinear linear;
-  const float* weights;
-  const float* in;  // (batch, in_stride)
-  int64_t in_stride, batch;
-  int64_t hardswish;  // 0 or 1
-  float* out;
-  int64_t out_stride;
-  float* (*scratch)(int64_t floats);
-};
-
-// As MFK_DECLARE_KERNEL, with one more for networks in bfloat16.
-#define MFK_DECLARE_DEPLOYED_KERNEL(name, Args)                                                         \
-  MFK_ON_X86(namespace avx512bf16 { void name(const Args& args, int64_t begin, int64_t end); })         \
-  MFK_DECLARE_KERNEL_AFTER(MFK_ON_X86(if (args.plan->bf16) return avx512bf16::name(args, begin, end);), \
-                           name, Args)
-
-// Tasks: one a group of output rows; exactly one; one a panel of 32 outputs; likewise.
-MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_pass, PassArgs)
-MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_tokens, TokensArgs)
-MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_head, HeadArgs)
-MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_classifier, ClassifierArgs)
+// Tasks: one a group of output rows; exactly one; one a panel of 32 outputs.
+MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_pass, PassArgs, args.plan->bf16)
+MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_tokens, TokensArgs, args.plan->bf16)
+MFK_DECLARE_DEPLOYED_KERNEL(mobile_former_head, HeadArgs, args.plan->bf16)
 
 }  // namespace mfk

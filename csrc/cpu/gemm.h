@@ -61,7 +61,8 @@ struct AddBias {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return y; }
+    MFK_INLINE vec<float> activate(vec<float> y) const { return y; }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return activate(y); }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
@@ -126,9 +127,8 @@ struct AddBiasGelu {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const {
-      return 0.5f * y * (1.0f + erf(y * 0.707106781f));
-    }
+    MFK_INLINE vec<float> activate(vec<float> y) const { return gelu(y); }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return activate(y); }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
@@ -150,6 +150,9 @@ struct AddResidual {
   MFK_INLINE At at(int64_t o) const { return {load(bias + o), residual + o, stride}; }
 };
 
+// A sum of so many products is added to the total as one: long chains would gather rounding errors.
+constexpr int64_t kLongestChain = 256;
+
 // Tiles of P positions by V vectors of outputs, from position `first` and output `o` on. Few positions would
 // wait for each other's sums: they get several sums each, for every second or fourth input.
 template <int P, int V, class T, class Out, class Epilogue>
@@ -167,7 +170,9 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
       const vec<float> bias = epilogue.at(o + v * n).bias;
       for (int p = 0; p < P; ++p) acc[0][p][v] = bias;
     }
-    for (int64_t r = 0; r < x.runs; ++r) {
+    vec<float> total[P][V];  // of the chains before this one, once there is one
+    int64_t chains = 0;
+    for (int64_t r = 0, length = 0; r < x.runs; ++r) {
       // Few pointers, three positions each: one for every position would not fit the integer registers.
       const T* base[(P + 2) / 3];
       for (int i = 0; i < (P + 2) / 3; ++i) base[i] = x.data + r * x.skip + 3 * i * s;
@@ -182,18 +187,32 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
         }
         for (int i = 0; i < (P + 2) / 3; ++i) base[i] += kStep<T>;
       };
-      int64_t c = 0;
-      if constexpr (kSums > 1) {
-        for (; c + kSums <= steps; c += kSums) {
-          for (int k = 0; k < kSums; ++k) step(acc[k]);
+      for (int64_t c = 0; c < steps;) {
+        if (length >= kLongestChain) {
+          for (int p = 0; p < P; ++p) {
+            for (int v = 0; v < V; ++v) {
+              total[p][v] = chains > 0 ? total[p][v] + acc[0][p][v] : acc[0][p][v];
+              acc[0][p][v] = vec<float>{};
+            }
+          }
+          ++chains;
+          length = 0;
         }
+        const int64_t end = c + kLongestChain < steps ? c + kLongestChain : steps;
+        length += end - c;
+        if constexpr (kSums > 1) {
+          for (; c + kSums <= end; c += kSums) {
+            for (int k = 0; k < kSums; ++k) step(acc[k]);
+          }
+        }
+        for (; c < end; ++c) step(acc[0]);
       }
-      for (; c < steps; ++c) step(acc[0]);
     }
     for (int v = 0; v < V; ++v) {
       const auto finish = epilogue.at(o + v * n);
       for (int p = 0; p < P; ++p) {
         vec<float> sum = acc[0][p][v];
+        if (chains > 0) sum += total[p][v];
         for (int k = 1; k < kSums; ++k) sum += acc[k][p][v];
         store(out + p * out_stride + v * n, finish(sum, first + p));
       }
@@ -201,38 +220,59 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
   }
 }
 
-template <int V, class T, class Out, class Epilogue>
-MFK_INLINE void gemm_run(int64_t count, int64_t tiles, Rows<T> x, const float* w, int64_t w_stride, Out* out,
-                         int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
-  with_constant<kPositions>(count, [&](auto positions) __attribute__((always_inline)) {
-    gemm_tiles<decltype(positions)::value, V, T, Out, Epilogue>(tiles, x, w, w_stride, out, out_stride,
-                                                                epilogue, first, o);
-  });
+// So many positions as tiles of nearly equal size rather than full ones and a small rest: the first `longer`
+// ones have one position more.
+struct Tiles {
+  int64_t count, size, longer;
+  MFK_INLINE explicit Tiles(int64_t positions)
+      : count(blocks_of(positions, kPositions)), size(positions / count), longer(positions % count) {}
+};
+
+// `width` outputs from `o` on, 16 or 32, whose weights are `w`.
+template <class T, class Out, class Epilogue>
+MFK_INLINE void gemm_panel(Tiles tiles, Rows<T> x, const float* w, int64_t width, Out* out,
+                           int64_t out_stride, Epilogue epilogue, int64_t o) {
+  constexpr int n = kLanes<float>;
+  auto run = [&](auto vectors, int64_t positions, int64_t count, int64_t first, int64_t i)
+                 __attribute__((always_inline)) {
+                   with_constant<kPositions>(positions, [&](auto size) __attribute__((always_inline)) {
+                     gemm_tiles<decltype(size)::value, decltype(vectors)::value, T, Out, Epilogue>(
+                         count, x, w + i, width, out, out_stride, epilogue, first, o + i);
+                   });
+                 };
+  for (int64_t i = 0; i < width;) {
+    auto both = [&](auto vectors) __attribute__((always_inline)) {
+      run(vectors, tiles.size + 1, tiles.longer, 0, i);
+      run(vectors, tiles.size, tiles.count - tiles.longer, tiles.longer * (tiles.size + 1), i);
+      i += decltype(vectors)::value * n;
+    };
+    width - i >= 2 * n ? both(std::integral_constant<int, 2>()) : both(std::integral_constant<int, 1>());
+  }
 }
 
 // out[p * out_stride + o] = epilogue(sum_i x(p, i) * w(i, o)) for p < positions. Weights stay in the first
 // cache while the positions pass.
 template <class T, class Out, class Epilogue>
 void gemm(int64_t positions, Rows<T> x, Weights w, Out* out, int64_t out_stride, Epilogue epilogue) {
-  constexpr int n = kLanes<float>;
-  // Tiles of nearly equal size rather than full ones and a small rest: `longer` ones have one position more.
-  const int64_t tiles = (positions + kPositions - 1) / kPositions;
-  const int64_t size = positions / tiles, longer = positions % tiles, middle = longer * (size + 1);
   const int64_t rows = x.runs * blocks_of(x.run, kStep<T>);  // of weights
-  for (int64_t panel = 0; panel < w.outputs; panel += 32) {
-    const int64_t width = w.outputs - panel < 32 ? w.outputs - panel : 32;
-    for (int64_t o = panel; o < panel + width;) {
-      const float* weights = w.data + panel * rows + (o - panel);
-      const int64_t vectors = panel + width - o >= 2 * n ? 2 : 1;
-      if (vectors == 2) {
-        gemm_run<2>(size + 1, longer, x, weights, width, out, out_stride, epilogue, 0, o);
-        gemm_run<2>(size, tiles - longer, x, weights, width, out, out_stride, epilogue, middle, o);
-      } else {
-        gemm_run<1>(size + 1, longer, x, weights, width, out, out_stride, epilogue, 0, o);
-        gemm_run<1>(size, tiles - longer, x, weights, width, out, out_stride, epilogue, middle, o);
-      }
-      o += vectors * n;
-    }
+  for (int64_t o = 0; o < w.outputs; o += 32) {
+    const int64_t width = w.outputs - o < 32 ? w.outputs - o : 32;
+    gemm_panel(Tiles(positions), x, w.data + o * rows, width, out, out_stride, epilogue, o);
+  }
+}
+
+// The same where outputs are of groups, each with inputs of its own: panels of 16 outputs, whose weights are
+// for the inputs of their groups alone. `outputs` is without padding.
+template <class T, class Out, class Epilogue>
+void gemm_groups(int64_t positions, Rows<T> x, int64_t groups, int64_t outputs, const float* w, Out* out,
+                 int64_t out_stride, Epilogue epilogue) {
+  const int64_t group_in = x.run / groups, group_out = outputs / groups;
+  for (int64_t o = 0; o < outputs; o += 16) {
+    const int64_t first = o / group_out, last = (o + 15 < outputs ? o + 15 : outputs - 1) / group_out;
+    const int64_t inputs = (last - first + 1) * group_in;
+    gemm_panel(Tiles(positions), Rows<T>{x.data + first * group_in, x.position, 1, inputs, 0}, w, 16, out,
+               out_stride, epilogue, o);
+    w += weight_rows(inputs) * 16;
   }
 }
 

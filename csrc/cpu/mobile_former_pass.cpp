@@ -2,6 +2,7 @@
 #include "deployed_mobile_former.h"
 #include "depthwise.h"
 #include "gemm.h"
+#include "map_rows.h"
 
 namespace mfk {
 namespace MFK_ISA {
@@ -95,7 +96,7 @@ struct Pass {
       for (int64_t y = y0; y < y1; ++y) {
         for (int64_t c = 0; c < plan.in_channels; ++c) {
           for (int64_t ky = 0; ky < 3; ++ky) {
-            image_line(c, 2 * y - 1 + ky, lines + (c * 3 + ky) * line() + 1);
+            image_line(*args.images, args.sample, c, 2 * y - 1 + ky, lines + (c * 3 + ky) * line() + 1);
           }
         }
         gemm(args.out_width, Rows<Stored>{lines, 2, 3 * plan.in_channels, 3, line()}, matrix(plan.pointwise1),
@@ -105,29 +106,15 @@ struct Pass {
     });
   }
 
-  // Line y of a channel of the image; zeros above and below it.
-  void image_line(int64_t c, int64_t y, Stored* to) const {
-    if (y < 0 || y >= args.height) {
-      memset(to, 0, args.width * sizeof(Stored));
-      return;
-    }
-    const float* from = static_cast<const float*>(args.in) + c * args.stride_c + y * args.stride_h;
-    int64_t x = 0;
-    if (args.stride_w == 1) {
-      for (; x + kLanes<float> <= args.width; x += kLanes<float>) store(to + x, load(from + x));
-    }
-    for (; x < args.width; ++x) store_scalar(to + x, from[x * args.stride_w]);
-  }
-
   // One row of a depthwise convolution with padding 1 and the pass's stride. `row(y)` is a pointer to an
   // input row, or to zeros.
   template <class In, class Epilogue>
   void depthwise(const In* const (&rows)[3], int64_t width, int64_t out_width, int64_t channels,
                  int64_t hidden, int64_t stride, int64_t taps, Stored* out, Epilogue epilogue) const {
     if (stride == 1) {
-      depthwise_row<1>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
+      depthwise_row<3, 1>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
     } else {
-      depthwise_row<2>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
+      depthwise_row<3, 2>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
     }
   }
   AddBiasDynamicRelu activation(int64_t bias, const float* slopes, int64_t channels) const {
@@ -169,31 +156,6 @@ struct Pass {
   const Stored* input_or(const Stored* zeros, int64_t y) const {
     return y < 0 || y >= args.height ? zeros : in_row(y);
   }
-
-  // Rows of an intermediate map, kept from task to task: those that the next task needs, too, move to the
-  // front.
-  struct Ring {
-    float* data;
-    const float* zeros;
-    int64_t row, height;         // floats of a row; rows of the whole map
-    int64_t first = 0, end = 0;  // those that are there
-
-    // Makes place for rows `from` to `to`-1; `make(data, y0, y1)` writes those that are not there yet.
-    template <class F>
-    void provide(int64_t from, int64_t to, F make) {
-      from = from < 0 ? 0 : from;
-      to = to < height ? to : height;
-      if (from >= end || from < first) {
-        first = end = from;
-      } else if (from > first) {
-        memmove(data, data + (from - first) * row, (end - from) * row * sizeof(float));
-        first = from;
-      }
-      if (end < to) make(data + (end - first) * row, end, to);
-      end = to > end ? to : end;
-    }
-    const float* at(int64_t y) const { return y < 0 || y >= height ? zeros : data + (y - first) * row; }
-  };
 
   void block(int64_t begin, int64_t end) {
     const int64_t row = args.width * plan.hidden1;

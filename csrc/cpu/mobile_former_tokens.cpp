@@ -1,22 +1,9 @@
 #include "deployed_mobile_former.h"
-#include "gemm.h"
+#include "tokens.h"
 
 namespace mfk {
 namespace MFK_ISA {
 namespace {
-
-// (rows, channels), each row padded, as the left side of a product; in `room` where they must be rounded.
-MFK_INLINE Rows<Stored> as_stored(const float* in, int64_t rows, int64_t stride, int64_t channels,
-                                  Stored* room) {
-  if constexpr (sizeof(Stored) == sizeof(float)) {
-    return {reinterpret_cast<const Stored*>(in), stride, 1, channels, 0};
-  }
-  const int64_t width = padded(channels);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < width; c += kLanes<float>) store(room + r * width + c, load(in + r * stride + c));
-  }
-  return {room, width, 1, channels, 0};
-}
 
 struct Step {
   const TokensArgs& args;
@@ -42,54 +29,8 @@ struct Step {
   }
   const float* bias(const PlanLinear& l) const { return weights + l.bias; }
 
-  // Layer norm of each token, epsilon 1e-5, in place.
-  void normalise(float* x, int64_t norm) const {
-    constexpr int64_t n = kLanes<float>;
-    const float *gamma = weights + norm, *beta = gamma + stride;
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* row = x + t * stride;  // zero beyond `width`
-      vec<float> sums{}, squares{};
-      for (int64_t i = 0; i < stride; i += n) sums += load(row + i);
-      const float mean = static_cast<float>(sum_lanes<float>(sums) / width);
-      for (int64_t i = 0; i < stride; i += n) {
-        const vec<float> off = load(row + i) - mean;
-        squares += off * off;
-      }
-      // The padding, too, was `mean` off.
-      const double variance = (sum_lanes<float>(squares) - (stride - width) * (double{mean} * mean)) / width;
-      const float scale = static_cast<float>(1 / __builtin_sqrt(variance + 1e-5));
-      for (int64_t i = 0; i < stride; i += n) {  // gamma and beta are zero there
-        store(row + i, (load(row + i) - mean) * scale * load(gamma + i) + load(beta + i));
-      }
-    }
-  }
+  void normalise(float* x, int64_t norm) const { layer_norm(x, tokens, width, stride, weights + norm); }
 
-  // What the tasks of the last pass gathered, put together: (tokens, padded channels).
-  void combine(float* out, int64_t channels) const {
-    const int64_t columns = padded(channels), depth = channels / heads, pairs = heads * tokens;
-    const int64_t record = record_size(*args.plan, channels);
-    memset(out, 0, tokens * columns * sizeof(float));
-    for (int64_t i = 0; i < pairs; ++i) {
-      double top = args.gathered[i];
-      for (int64_t r = 1; r < args.records; ++r) {
-        const double other = args.gathered[r * record + i];
-        top = other > top ? other : top;
-      }
-      double* total = reinterpret_cast<double*>(args.scratch(0));
-      double sum = 0;
-      for (int64_t c = 0; c < depth; ++c) total[c] = 0;
-      for (int64_t r = 0; r < args.records; ++r) {
-        const double* part = args.gathered + r * record;
-        const double weight = exp_scalar<float>(static_cast<float>(part[i] - top));
-        sum += weight * part[pairs + i];
-        const double* pixels = part + 2 * pairs + i * depth;
-        for (int64_t c = 0; c < depth; ++c) total[c] += weight * pixels[c];
-      }
-      const double norm = 1 / sum;
-      float* row = out + (i % tokens) * columns + i / tokens * depth;
-      for (int64_t c = 0; c < depth; ++c) row[c] = static_cast<float>(total[c] * norm);
-    }
-  }
   void apply_gate(float* x, int64_t columns) const {
     const PlanPass& before = *args.before;
     const int64_t row = before.tokens.generate.outputs;
@@ -102,45 +43,12 @@ struct Step {
     }
   }
 
-  // Attention of the tokens to each other; keys and values are the tokens themselves.
-  void attend(const float* q, const float* x, float* out) const {
-    const int64_t count = args.plan->former_heads, depth = width / count;
-    const float scale = 1 / __builtin_sqrtf(static_cast<float>(depth));
-    float* logits = args.scratch(0);
-    for (int64_t head = 0; head < count; ++head) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        const float* query = q + t * stride + head * depth;
-        float top = -__FLT_MAX__;
-        for (int64_t s = 0; s < tokens; ++s) {
-          const float* key = x + s * stride + head * depth;
-          vec<float> sums{};
-          int64_t c = 0;
-          for (; c + kLanes<float> <= depth; c += kLanes<float>) sums += load(query + c) * load(key + c);
-          float sum = static_cast<float>(sum_lanes<float>(sums));
-          for (; c < depth; ++c) sum += query[c] * key[c];
-          logits[s] = sum * scale;
-          top = logits[s] > top ? logits[s] : top;
-        }
-        float sum = 0;
-        for (int64_t s = 0; s < tokens; ++s) {
-          logits[s] = exp_scalar<float>(logits[s] - top);
-          sum += logits[s];
-        }
-        float* to = out + t * stride + head * depth;
-        for (int64_t c = 0; c < depth; ++c) to[c] = 0;
-        for (int64_t s = 0; s < tokens; ++s) {
-          const float weight = logits[s] / sum;
-          const float* value = x + s * stride + head * depth;
-          for (int64_t c = 0; c < depth; ++c) to[c] += weight * value[c];
-        }
-      }
-    }
-  }
-
   void former(float* a, float* b) const {
     float* x = args.state.tokens;
     linear(plan.former_query, tokens, x, stride, a, stride, AddBias{bias(plan.former_query)});
-    attend(a, x, b);
+    // Keys and values are the tokens themselves.
+    const int64_t count = args.plan->former_heads;
+    attend({a, stride}, {x, stride}, {x, stride}, tokens, count, width / count, b, stride, args.scratch(0));
     linear(plan.former_mix, tokens, b, stride, x, stride,
            AddResidual<float>{bias(plan.former_mix), x, stride});
     normalise(x, plan.former_norm);
@@ -181,7 +89,8 @@ struct Step {
     float* b = a + tokens * widest;
     left = reinterpret_cast<Stored*>(b + tokens * widest);
     if (plan.bridge_channels > 0) {
-      combine(a, plan.bridge_channels);
+      combine_records(args.gathered, args.records, record_size(*args.plan, plan.bridge_channels), heads,
+                      tokens, plan.bridge_channels, a, reinterpret_cast<double*>(args.scratch(0)));
       if (plan.gate) apply_gate(a, columns);
       float* x = args.state.tokens;
       linear(plan.project, tokens, a, columns, x, stride, AddResidual<float>{bias(plan.project), x, stride});
@@ -228,20 +137,6 @@ void mobile_former_head(const HeadArgs& args, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < kLanes<float>; ++i) pooled[i] = static_cast<float>(lanes[i] / args.pixels);
       store(pooled, hardswish(load(pooled)));
     }
-  }
-}
-
-void mobile_former_classifier(const ClassifierArgs& args, int64_t begin, int64_t end) {
-  const PlanLinear& l = args.linear;
-  const int64_t o = begin * 32, until = end * 32 < l.outputs ? end * 32 : l.outputs;
-  const Weights w{args.weights + l.weight + o * weight_rows(l.inputs), until - o};
-  auto* room = reinterpret_cast<Stored*>(args.scratch(args.batch * padded(l.inputs)));
-  const Rows<Stored> rows = as_stored(args.in, args.batch, args.in_stride, l.inputs, room);
-  const float* bias = args.weights + l.bias + o;
-  if (args.hardswish) {
-    gemm(args.batch, rows, w, args.out + o, args.out_stride, AddBiasHardswish{bias});
-  } else {
-    gemm(args.batch, rows, w, args.out + o, args.out_stride, AddBias{bias});
   }
 }
 

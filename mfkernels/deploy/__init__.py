@@ -1,6 +1,7 @@
 """Whole networks prepared for inference on a CPU."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,19 +9,30 @@ from torch import nn
 from .. import _C, native
 from ..acceleration.accelerate import as_ours
 from ..acceleration.adopt import Unfit
+from ..models.dynamic_mobile_former import DynamicMobileFormer
+from ..models.iformer import IFormer
 from ..models.mobile_former import MobileFormer
-from .mobile_former import DeployedMobileFormer
+from .dynamic_mobile_former import deployed_dynamic_mobile_former
+from .iformer import deployed_iformer
+from .mobile_former import deployed_mobile_former
 
 __all__ = ["deploy"]
+
+
+_FAMILIES: dict[type, Any] = {
+    MobileFormer: deployed_mobile_former,
+    DynamicMobileFormer: deployed_dynamic_mobile_former,
+    IFormer: deployed_iformer,
+}
 
 
 def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A network for inference on a CPU: batch norms folded, weights packed, each block one fused step.
 
     Args:
-        model: a `MobileFormer` of `mfkernels.models`, or of the released code as published, `accelerate`d or
-            not, in eval mode; the other families are not there yet. It is left as it is; later changes of its
-            weights do not reach the result.
+        model: a network of `mfkernels.models`, or a Mobile-Former of the released code as published,
+            `accelerate`d or not; in eval mode. It is left as it is; later changes of its weights do not reach
+            the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16 on processors that multiply it
             (AVX512-BF16). Sums are float32 in either.
 
@@ -31,7 +43,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         gradients.
 
     Raises:
-        TypeError: not a `MobileFormer`, or a dtype that is not supported.
+        TypeError: no such network, or a dtype that is not supported.
         ValueError: `model` is in train mode, or has a part that deploy does not know, named.
         RuntimeError: bfloat16, and this processor or the instruction set in use (MFKERNELS_ISA) cannot
             multiply it.
@@ -43,7 +55,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
-    if type(model) is not MobileFormer:
+    if type(model) not in _FAMILIES:
         model = _published(model)
     if dtype == torch.bfloat16 and not _C.bf16_supported():
         raise RuntimeError(
@@ -52,7 +64,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         )
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         model = copy.deepcopy(model).cpu()
-    return DeployedMobileFormer(model, dtype)
+    return _FAMILIES[type(model)](model, dtype)
 
 
 def _published(model: nn.Module) -> MobileFormer:
@@ -61,5 +73,6 @@ def _published(model: nn.Module) -> MobileFormer:
     except Unfit as reason:
         raise TypeError(f"deploy: model is a {type(model).__name__}, but {reason}") from reason
     if ours is None:
-        raise TypeError(f"deploy: model must be a MobileFormer, got {type(model).__name__}")
+        names = " or ".join(family.__name__ for family in _FAMILIES)
+        raise TypeError(f"deploy: model must be a {names}, got {type(model).__name__}")
     return ours

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensor
 from ..models.mobile_former import MobileFormer
 from ..nn import (
     ClassifierHead,
@@ -22,7 +21,9 @@ from ..nn import (
     MobileToFormer,
 )
 from ..nn.conv_bn import affine
-from .packing import Packer, dense, fold, padded, shuffled, spread
+from .deployed import Deployed
+from .packing import dense, fold, padded, padded_rows, shuffled, spread
+from .planner import Planner
 
 MOST_BLOCKS = 255
 _BLOCKS = (LiteBottleneck, MobileFormerBlock, MobileFormerDownsample)
@@ -46,91 +47,38 @@ _STEM, _LITE, _BLOCK, _DOWN = range(4)
 _NO_LINEAR = [0, 0, 0, 0]
 
 
-class DeployedMobileFormer(nn.Module):
+def deployed_mobile_former(model: MobileFormer, dtype: torch.dtype) -> Deployed:
     """What `deploy` makes of a `MobileFormer`."""
+    weights, plan = _Planner(model, dtype).run()
+    passes = ["stem", *(f"features.{i}" for i in range(len(model.features)))]
+    parts = [part for name in passes for part in (f"{name} tokens", name)]
+    last: Any = model.classifier.classifier[1]
+    return Deployed(
+        "deployed_mobile_former",
+        weights,
+        plan,
+        dtype=dtype,
+        in_channels=model.in_channels,
+        classes=last.out_features,
+        parts=[*parts, "local_global", "classifier.conv", "classifier.fc", "classifier.classifier"],
+    )
 
-    weights: Tensor
-    plan: Tensor
 
+class _Planner(Planner):
     def __init__(self, model: MobileFormer, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.in_channels = model.in_channels
-        last: Any = model.classifier.classifier[1]
-        self.classes = last.out_features
-        weights, plan = _Planner(model, dtype).run()
-        self.register_buffer("weights", weights)
-        self.register_buffer("plan", plan)
-        passes = ["stem", *(f"features.{i}" for i in range(len(model.features)))]
-        self._parts = [part for name in passes for part in (f"{name} tokens", name)]
-        self._parts += ["local_global", "classifier.conv", "classifier.fc", "classifier.classifier"]
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) images on the CPU to (B, classes), in the dtype of the images: float32, or that of the
-        network.
-
-        Raises:
-            TypeError, ValueError: an input that does not fit, named.
-        """
-        self._check(x)
-        out = torch.ops.mfkernels.deployed_mobile_former(x.float(), self.weights, self.plan, self.classes)
-        return out.to(x.dtype)
-
-    def times(self, x: Tensor) -> dict[str, float]:
-        """Seconds that each part takes for one image, (1, C, H, W): the parts of the network by name, those
-        of the tokens with " tokens" behind it."""
-        self._check(x)
-        seconds = torch.ops.mfkernels.deployed_mobile_former_times(
-            x.float(), self.weights, self.plan, self.classes
-        )
-        return dict(zip(self._parts, seconds.tolist(), strict=True))
-
-    def _check(self, x: Tensor) -> None:
-        check_tensor("deploy", "x", x, "B C H W")
-        if x.dtype not in (torch.float32, self.dtype) or x.device.type not in ("cpu", "meta"):
-            allowed = " or ".join(str(dtype)[6:] for dtype in dict.fromkeys((torch.float32, self.dtype)))
-            raise TypeError(f"deploy: x must be a {allowed} tensor on the CPU, got {x.dtype} on {x.device}")
-        if x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
-            raise ValueError(
-                f"deploy: x must have shape (B, {self.in_channels}, H, W), H and W at least 1, "
-                f"got {tuple(x.shape)}"
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError("deploy: x must not require gradients: a deployed network has none")
-
-    def extra_repr(self) -> str:
-        return f"classes={self.classes}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
-
-
-@torch.library.register_fake("mfkernels::deployed_mobile_former")
-def _(x, weights, plan, classes):
-    return x.new_empty((x.shape[0], classes))
-
-
-class _Planner:
-    def __init__(self, model: MobileFormer, dtype: torch.dtype) -> None:
-        self.model, self.pack = model, Packer(dtype)
-        self.names = {module: name for name, module in model.named_modules()}
+        super().__init__(model, dtype)
+        self.model = model
         self.heads = 0  # of the bridges; all have the same number
         self.former_heads = 0
         self.tokens, self.width = model.tokens.weight.shape
 
-    def refuse(self, module: nn.Module, why: str) -> ValueError:
-        return ValueError(f"deploy: {self.names[module] or 'the model'} ({type(module).__name__}): {why}")
-
-    def need(self, condition: bool, module: nn.Module, what: str) -> None:
-        if not condition:
-            raise self.refuse(module, f"only {what} can be deployed")
-
-    def run(self) -> tuple[Tensor, Tensor]:
+    def run(self) -> tuple[Tensor, list[int]]:
         model = self.model
         blocks: list[Any] = list(model.features)
-        for module in model.modules():
-            if type(module) not in _KNOWN or (module in blocks and type(module) not in _BLOCKS):
-                raise self.refuse(module, "unknown to deploy")
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise self.refuse(module, "has a forward hook, which deploy would leave out")
+        self.check_parts(_KNOWN)
+        for block in blocks:
+            if type(block) not in _BLOCKS:
+                raise self.refuse(block, "unknown to deploy")
         if len(blocks) > MOST_BLOCKS:
             raise ValueError(f"deploy: at most {MOST_BLOCKS} blocks can be deployed, got {len(blocks)}")
         first = padded_rows(model.tokens.weight)
@@ -154,7 +102,7 @@ class _Planner:
             len(blocks) + 1,
             *passes,
         ]
-        return self.pack.tensor(), torch.tensor(plan, dtype=torch.int64)
+        return self.pack.tensor(), plan
 
     # --- passes ------------------------------------------------------------------------------------------
 
@@ -370,11 +318,6 @@ class _Planner:
         fields += self.pack.linear(weight, linear.bias.double() * scale + shift)
         last = head.classifier[1]
         return fields + self.pack.linear(padded_rows(last.weight), last.bias)
-
-
-def padded_rows(rows: Tensor) -> Tensor:
-    """Each row, or the only one, with zeros at its end."""
-    return nn.functional.pad(rows.detach(), (0, padded(rows.shape[-1]) - rows.shape[-1]))
 
 
 def _slots(inputs: int, numbers: Sequence[int]) -> list[int]:

@@ -29,8 +29,9 @@ class Packer:
         self.size = 0
 
     def add(self, values: Tensor) -> int:
-        """Returns the offset of these values, flattened."""
-        flat = values.detach().float().flatten()
+        """Returns the offset of these values, flattened; two of bfloat16 share the place of a float."""
+        flat = values.detach().flatten()
+        flat = flat.view(torch.float32) if flat.dtype == torch.bfloat16 else flat.float()
         offset = self.size
         self.size += padded(flat.numel())
         self._parts.append(nn.functional.pad(flat, (0, self.size - offset - flat.numel())))
@@ -42,6 +43,7 @@ class Packer:
         bias: Tensor | None = None,
         *,
         runs: int = 1,
+        groups: int = 1,
         dtype: torch.dtype | None = None,
     ) -> list[int]:
         """A matrix (outputs, inputs) and its bias, as a PlanLinear: inputs, padded outputs, two offsets.
@@ -51,25 +53,46 @@ class Packer:
 
         Args:
             runs: of inputs that lie apart in memory; a pair does not reach from one to the next.
+            groups: of a convolution, whose weight is (outputs, inputs / groups); where there are several,
+                panels have 16 outputs, and the inputs of those outputs' groups alone.
             dtype: another than that of the other matrices.
         """
-        outputs, inputs = weight.shape
-        columns = torch.zeros(inputs, padded(outputs), dtype=torch.float64)
-        columns[:, :outputs] = weight.detach().t()
-        if (dtype or self.dtype) == torch.bfloat16:
-            columns = _in_pairs(columns.view(runs, -1, columns.shape[1]))
-        panels = [columns[:, o : o + PANEL].flatten() for o in range(0, columns.shape[1], PANEL)]
-        biases = torch.zeros(columns.shape[1], dtype=torch.float64)
+        outputs, inputs = len(weight), weight.shape[1] * groups
+        values = self.matrix(weight, runs=runs, groups=groups, dtype=dtype)
+        biases = torch.zeros(padded(outputs), dtype=torch.float64)
         if bias is not None:
             biases[:outputs] = bias.detach()
-        offset = self.add(torch.cat(panels) if panels else columns)
-        return [inputs, columns.shape[1], offset, self.add(biases)]
+        return [inputs, padded(outputs), self.add(values), self.add(biases)]
+
+    def matrix(
+        self, weight: Tensor, *, runs: int = 1, groups: int = 1, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The values of `linear` in their order, not added yet, in the dtype that they are stored in."""
+        dtype, panels = dtype or self.dtype, []
+        full = dense(weight.detach().double(), groups)
+        outputs, inputs = full.shape
+        size = PANEL if groups == 1 else LANES
+        for o in range(0, outputs, size):
+            rows = full[o : o + size]
+            if groups > 1:
+                first, last = (i * groups // outputs for i in (o, min(o + size, outputs) - 1))
+                rows = rows[:, first * inputs // groups : (last + 1) * inputs // groups]
+            columns = nn.functional.pad(rows.t(), (0, padded(len(rows)) - len(rows)))
+            panels.append(
+                _in_pairs(columns.view(runs, -1, columns.shape[1])) if dtype == torch.bfloat16 else columns
+            )
+        return torch.cat([panel.flatten() for panel in panels]).to(dtype)
+
+    def mixed(self, kernels: Sequence[Tensor]) -> tuple[int, int]:
+        """Values of several kernels, the first 16 of each, then the next: their offset, and how many blocks
+        of 16 there are of one kernel."""
+        values = torch.stack([kernel.view(-1, LANES) for kernel in kernels], 1)
+        return self.add(values), len(values)
 
     def depthwise(self, weight: Tensor, bias: Tensor, slots: Sequence[int]) -> int:
-        """3x3 kernels (channels, 1, 3, 3): (3, 3, slots), then the bias; slot i takes channel slots[i], none
+        """Kernels (channels, 1, k, k) as (k, k, slots), then the bias; slot i takes channel slots[i], none
         where that is -1."""
-        taps = spread(weight.detach().double().flatten(1), slots).t()
-        return self.add(torch.cat([taps.flatten(), spread(bias.detach().double(), slots)]))
+        return self.add(torch.cat([taps(weight, slots), spread(bias.detach().double(), slots)]))
 
     def tensor(self) -> Tensor:
         weights = torch.empty(self.size, dtype=torch.float32)
@@ -77,11 +100,16 @@ class Packer:
         return weights.copy_(torch.cat(self._parts))
 
 
+def taps(weight: Tensor, slots: Sequence[int]) -> Tensor:
+    """(channels, 1, k, k) as (k, k, slots), flattened."""
+    return spread(weight.detach().double().flatten(1), slots).t().flatten()
+
+
 def _in_pairs(rows: Tensor) -> Tensor:
-    """(runs, inputs, outputs) to (pairs, outputs): pairs of bfloat16 in the bits of a float32."""
+    """(runs, inputs, outputs) to (pairs, outputs, 2), in bfloat16."""
     _, inputs, outputs = rows.shape
     even = nn.functional.pad(rows, (0, 0, 0, inputs % 2)).bfloat16()
-    return even.view(-1, 2, outputs).transpose(1, 2).contiguous().view(torch.float32).squeeze(2)
+    return even.view(-1, 2, outputs).transpose(1, 2)
 
 
 def spread(values: Tensor, slots: Sequence[int]) -> Tensor:
@@ -89,6 +117,11 @@ def spread(values: Tensor, slots: Sequence[int]) -> Tensor:
     index = torch.tensor(slots)
     rows = values[index.clamp(min=0)]
     return rows * (index >= 0).to(rows).view(-1, *[1] * (rows.dim() - 1))
+
+
+def padded_rows(rows: Tensor) -> Tensor:
+    """Each row, or the only one, with zeros at its end."""
+    return nn.functional.pad(rows.detach(), (0, padded(rows.shape[-1]) - rows.shape[-1]))
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

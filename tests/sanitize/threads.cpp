@@ -1,7 +1,7 @@
 // A deployed network on plain threads, for the thread sanitizer: several calls at a time, each on several
 // threads, must give the bits of one call on one thread.
 //   threads PLAN WEIGHTS: files of 64-bit integers and of floats, written by tests/sanitize/plan.py
-#include "../../csrc/ops/deployed_network.h"
+#include "../../csrc/ops/mobile_former_network.h"
 
 #include <cstdio>
 #include <fstream>
@@ -35,8 +35,8 @@ std::vector<float> call(const std::vector<int64_t>& plan, const std::vector<floa
     }
     for (std::thread& worker : workers) worker.join();
   };
-  mfk::run_network(*reinterpret_cast<const mfk::MobileFormerPlan*>(plan.data()), weights.data(), images, 10,
-                   out.data(), threads, parallel, [] {});
+  const mfk::MobileFormerNetwork network(plan.data(), weights.data(), images);
+  mfk::run_network(network, batch, 10, out.data(), threads, parallel, [] {});
   return out;
 }
 

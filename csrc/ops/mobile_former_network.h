@@ -1,83 +1,14 @@
-// How a deployed network runs: memory, threads, and the order of the steps. No PyTorch in here, so that a
-// sanitizer can run it on plain threads (tests/sanitize).
+// How a deployed Mobile-Former runs. No PyTorch in here, see run_network.h.
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <mutex>
-#include <stdexcept>
-#include <string>
 #include <utility>
-#include <vector>
 
 #include "../cpu/deployed_mobile_former.h"
-#include "../huge_pages.h"
+#include "run_network.h"
 
 namespace mfk {
 namespace {
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Block = std::unique_ptr<float, Free>;
-
-Block allocate(int64_t floats) {
-  const size_t bytes = floats * sizeof(float), huge = size_t{1} << 21;
-  const size_t alignment = bytes >= huge ? huge : 64;
-  Block block(static_cast<float*>(std::aligned_alloc(alignment, (bytes / alignment + 1) * alignment)));
-  if (block == nullptr) throw std::runtime_error("no memory for " + std::to_string(floats) + " floats");
-  if (bytes >= huge) advise_huge_pages(reinterpret_cast<uintptr_t>(block.get()), bytes);
-  return block;
-}
-
-// Working memory of the calling thread. It only grows, so that a steady state allocates nothing.
-float* scratch(int64_t floats) {
-  thread_local Block block;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    block = allocate(floats);
-    size = floats;
-  }
-  return block.get();
-}
-
-// Maps and token state of one call, taken from those that earlier calls gave back.
-class Memory {
- public:
-  explicit Memory(int64_t floats) : size_(floats) {
-    std::lock_guard<std::mutex> lock(mutex());
-    auto& blocks = pool();
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      if (blocks[i].first < floats) continue;
-      size_ = blocks[i].first;
-      block_ = std::move(blocks[i].second);
-      blocks.erase(blocks.begin() + i);
-      return;
-    }
-    if (!blocks.empty()) blocks.pop_back();  // too small for today's images: replaced, not kept beside
-    block_ = allocate(floats);
-  }
-  ~Memory() {
-    std::lock_guard<std::mutex> lock(mutex());
-    pool().emplace_back(size_, std::move(block_));
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  float* get() const { return block_.get(); }
-
- private:
-  static std::mutex& mutex() {
-    static std::mutex m;
-    return m;
-  }
-  static std::vector<std::pair<int64_t, Block>>& pool() {
-    static std::vector<std::pair<int64_t, Block>> blocks;
-    return blocks;
-  }
-  int64_t size_;
-  Block block_;
-};
 
 // Rows of a task: enough positions to use weights well while they are in the first cache, few enough that
 // the rows between two convolutions stay in the second.
@@ -89,18 +20,24 @@ int64_t group_rows(const PlanPass& pass, int64_t height, int64_t width) {
   return std::min(std::max<int64_t>(rows, 1), height);
 }
 
-// Images, any strides.
-struct Images {
-  const float* data;
-  int64_t batch, height, width, stride_b, stride_c, stride_h, stride_w;
-};
-
 constexpr int64_t kMostPasses = 256;
 
-class Network {
+class MobileFormerNetwork {
  public:
-  Network(const MobileFormerPlan& plan, const float* weights, const Images& images)
-      : plan_(plan), weights_(weights), images_(images) {
+  // Whether this is a plan, and for so many weights and classes.
+  static bool fits(const int64_t* words, int64_t count, int64_t weights, int64_t classes) {
+    const auto& plan = *reinterpret_cast<const MobileFormerPlan*>(words);
+    const int64_t header = sizeof(MobileFormerPlan) / 8, pass = sizeof(PlanPass) / 8;
+    return count >= header + pass && plan.passes <= kMostPasses && count == header + plan.passes * pass &&
+           plan.weights == weights && plan.classifier.outputs >= classes;
+  }
+  static int64_t in_channels(const int64_t* words) {
+    return passes_of(*reinterpret_cast<const MobileFormerPlan*>(words))->in_channels;
+  }
+
+  MobileFormerNetwork(const int64_t* words, const float* weights, const Images& images)
+      : plan_(*reinterpret_cast<const MobileFormerPlan*>(words)), weights_(weights), images_(images) {
+    const MobileFormerPlan& plan = plan_;
     const PlanPass* passes = passes_of(plan);
     Shape shape{images.height, images.width};
     int64_t hidden1 = 0, hidden2 = 0, made = 0, records = 0;
@@ -125,6 +62,13 @@ class Network {
       sizes_[i] = padded(sizes[i]);
       state_ += sizes_[i];
     }
+  }
+
+  bool bf16() const { return plan_.bf16; }
+  const float* weights() const { return weights_; }
+  int64_t linears() const { return 2; }
+  DeployedLinear linear(int64_t i) const {
+    return i == 0 ? DeployedLinear{kHardswish, plan_.fc} : DeployedLinear{kNoActivation, plan_.classifier};
   }
 
   // Floats of memory for a sample.
@@ -158,13 +102,9 @@ class Network {
       args.pass = &pass;
       args.weights = weights_;
       args.state = state;
+      args.images = &images_;
+      args.sample = sample;
       args.in = in;
-      if (i == 0) {
-        args.in = images_.data + sample * images_.stride_b;
-        args.stride_c = images_.stride_c;
-        args.stride_h = images_.stride_h;
-        args.stride_w = images_.stride_w;
-      }
       args.height = shapes_[i].height;
       args.width = shapes_[i].width;
       args.out_height = shapes_[i + 1].height;
@@ -205,51 +145,6 @@ class Network {
   int64_t groups_[kMostPasses], tasks_[kMostPasses], sizes_[4];
   int64_t map_ = 0, records_ = 0, state_ = 0;
 };
-
-// The whole network: `out` (batch, classes). `parallel(tasks, f)` calls f(begin, end) over the tasks on at
-// most `threads` threads; `done()` is called after each step on one thread, see Network::features.
-template <class Parallel, class Done>
-void run_network(const MobileFormerPlan& plan, const float* weights, const Images& images, int64_t classes,
-                 float* out, int64_t threads, Parallel parallel, Done done) {
-  const Network network(plan, weights, images);
-  const int64_t batch = images.batch, width = padded(plan.fc.inputs), hidden = plan.fc.outputs;
-  const int64_t last = plan.classifier.outputs, share = padded(network.memory());
-  const bool by_sample = threads > 1 && batch >= threads;
-  const Memory memory((by_sample ? threads : 1) * share + batch * (width + hidden + last));
-  float* features = memory.get() + (by_sample ? threads : 1) * share;
-  float* middle = features + batch * width;
-  float* logits = middle + batch * hidden;
-  if (by_sample) {
-    parallel(threads, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        for (int64_t b = batch * t / threads; b < batch * (t + 1) / threads; ++b) {
-          network.features(
-              b, memory.get() + t * share, features + b * width, [](int64_t tasks, auto f) { f(0, tasks); },
-              [] {});
-        }
-      }
-    });
-  } else {
-    for (int64_t b = 0; b < batch; ++b) {
-      auto run = [&](int64_t tasks, auto f) {
-        if (threads > 1 && tasks > 1) {
-          parallel(tasks, f);
-        } else {
-          f(0, tasks);
-        }
-      };
-      network.features(b, memory.get(), features + b * width, run, done);
-    }
-  }
-  auto linear = [&](const ClassifierArgs& args) {
-    const int64_t panels = (args.linear.outputs + 31) / 32;
-    parallel(panels, [&](int64_t begin, int64_t end) { mobile_former_classifier(args, begin, end); });
-    done();
-  };
-  linear({&plan, plan.fc, weights, features, width, batch, 1, middle, hidden, scratch});
-  linear({&plan, plan.classifier, weights, middle, hidden, batch, 0, logits, last, scratch});
-  for (int64_t b = 0; b < batch; ++b) std::copy_n(logits + b * last, classes, out + b * classes);
-}
 
 }  // namespace
 }  // namespace mfk

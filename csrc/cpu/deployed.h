@@ -1,0 +1,41 @@
+// What all deployed networks share; mfkernels/deploy/packing.py packs their weights. Offsets count floats
+// from the start of the weights.
+#pragma once
+
+#include "../isa.h"
+#include "sizes.h"
+
+namespace mfk {
+
+struct PlanLinear {
+  int64_t inputs, outputs, weight, bias;  // outputs padded
+};
+
+enum PlanActivation : int64_t { kNoActivation = 0, kGelu = 1, kHardswish = 2 };
+
+// Always inlined: a copy of its own could be the one compiled for AVX-512.
+#define MFK_PLAN_FUNCTION static inline __attribute__((always_inline))
+
+// As MFK_DECLARE_KERNEL, with one more for networks in bfloat16: those where `bf16`, an expression of
+// `args`, is true.
+#define MFK_DECLARE_DEPLOYED_KERNEL(name, Args, bf16)                                           \
+  MFK_ON_X86(namespace avx512bf16 { void name(const Args& args, int64_t begin, int64_t end); }) \
+  MFK_DECLARE_KERNEL_AFTER(MFK_ON_X86(if (bf16) return avx512bf16::name(args, begin, end);), name, Args)
+
+// A linear layer of a whole batch.
+struct DeployedLinearArgs {
+  bool bf16;
+  PlanLinear linear;
+  PlanActivation activation;
+  const float* weights;
+  const float* in;  // (batch, in_stride)
+  int64_t in_stride, batch;
+  float* out;
+  int64_t out_stride;
+  float* (*scratch)(int64_t floats);  // working memory of the calling thread
+};
+
+// Tasks: one a panel of 32 outputs.
+MFK_DECLARE_DEPLOYED_KERNEL(deployed_linear, DeployedLinearArgs, args.bf16)
+
+}  // namespace mfk

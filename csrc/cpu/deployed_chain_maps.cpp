@@ -1,0 +1,365 @@
+#include "bridge.h"
+#include "deployed_chain.h"
+#include "depthwise.h"
+#include "map_rows.h"
+#include "modulation_attention.h"
+
+namespace mfk {
+namespace MFK_ISA {
+namespace {
+
+// The operators' kernels: there are none for bfloat16 alone.
+#if defined(__AVX512BF16__)
+namespace kernels = avx512;
+#else
+namespace kernels = MFK_ISA;
+#endif
+
+// One call: some tasks of a step, one after the other.
+struct Maps {
+  const ChainArgs& args;
+  const ChainOut& made;
+  const int64_t out_channels;  // padded
+  Bridge bridge;
+
+  explicit Maps(const ChainArgs& a)
+      : args(a),
+        made(*reinterpret_cast<const ChainOut*>(a.fields)),
+        out_channels(padded(made.channels)),
+        bridge(made.channels, out_channels, made.heads > 0 ? made.heads : 1, made.tokens, out_channels) {}
+
+  const float* at(int64_t offset) const { return args.weights + offset; }
+  Weights matrix(const PlanLinear& linear) const { return Weights{at(linear.weight), linear.outputs}; }
+  Stored* out_row(int64_t row) const {
+    return static_cast<Stored*>(args.out.data) + row * args.out.width * out_channels;
+  }
+
+  // Working memory in parts, of so many floats each; the last is for `finish`.
+  template <int kParts>
+  struct Room {
+    float* part[kParts + 1];
+    Stored* stored(int i) const { return reinterpret_cast<Stored*>(part[i]); }
+  };
+  template <int kParts>
+  Room<kParts> room(const int64_t (&floats)[kParts]) const {
+    int64_t total = made.heads > 0 ? bridge.scratch(args.group * args.out.width) : 0;
+    for (int64_t count : floats) total += round_up(count, 16);
+    Room<kParts> result;
+    float* next = args.scratch(total + 16);
+    for (int i = 0; i < kParts; ++i) {
+      result.part[i] = next;
+      next += round_up(floats[i], 16);
+    }
+    result.part[kParts] = next;
+    return result;
+  }
+
+  // Calls f(r0, r1) for each task's rows, and then does what the next steps want of them.
+  template <class F>
+  void for_tasks(int64_t begin, int64_t end, float* scratch, F f) {
+    const int64_t rows = args.out.count * args.out.height;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t r0 = task * args.group, r1 = r0 + args.group < rows ? r0 + args.group : rows;
+      f(r0, r1);
+      finish(args.records + task * chain_record_size(made), out_row(r0), (r1 - r0) * args.out.width, scratch);
+    }
+  }
+  void finish(double* record, Stored* x, int64_t positions, float* scratch) {
+    if (made.heads > 0) {
+      bridge.open(x, positions, scratch);
+      bridge.gather(args.state + made.queries, record);
+      record += made.tokens * (2 * made.heads + made.channels);
+    }
+    if (made.sums > 0) add_up(record, x, positions);
+  }
+  // Each channel's sum, and its sum of squares: in float over a run, then in double.
+  void add_up(double* sums, const Stored* x, int64_t positions) const {
+    constexpr int64_t n = kLanes<float>, kRun = 32;
+    for (int64_t c = 0; c < out_channels; c += n) {
+      WideSum<float> total, squares;
+      for (int64_t p = 0; p < positions;) {
+        const int64_t end = p + kRun < positions ? p + kRun : positions;
+        vec<float> sum{}, square{};
+        for (; p < end; ++p) {
+          const vec<float> value = load(x + p * out_channels + c);
+          sum += value;
+          square += value * value;
+        }
+        total.add(sum);
+        if (made.sums > 1) squares.add(square);
+      }
+      total.store_upto(sums + c, n);
+      if (made.sums > 1) squares.store_upto(sums + out_channels + c, n);
+    }
+  }
+
+  void image_conv(const ChainConv& step, int64_t begin, int64_t end) {
+    const int64_t k = step.kernel, runs = step.in_channels * k;
+    const int64_t line = round_up((args.out.width - 1) * step.stride + 2 * k, 2);
+    const auto space = room<1>({runs * line});
+    Stored* lines = space.stored(0);  // (channels, kernel, line)
+    memset(lines, 0, runs * line * sizeof(Stored));
+    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0; r < r1; ++r) {
+        for (int64_t i = 0; i < runs; ++i) {
+          image_line(*args.images, args.sample, i / k, r * step.stride - k / 2 + i % k,
+                     lines + i * line + k / 2);
+        }
+        convolve(step, args.out.width, Rows<Stored>{lines, step.stride, runs, k, line}, out_row(r));
+      }
+    });
+  }
+  void convolve(const ChainConv& step, int64_t positions, Rows<Stored> x, Stored* out) const {
+    const float* bias = at(step.linear.bias);
+    if (step.gelu) {
+      gemm(positions, x, matrix(step.linear), out, out_channels, AddBiasGelu{bias});
+    } else {
+      gemm(positions, x, matrix(step.linear), out, out_channels, AddBias{bias});
+    }
+  }
+
+  // The pixel (y, x) of the window that output row `r` is in; null outside of it.
+  const Stored* in_row(int64_t r, int64_t stride, int64_t offset, int64_t channels) const {
+    const int64_t y = r % args.out.height * stride + offset;
+    if (y < 0 || y >= args.in.height) return nullptr;
+    return static_cast<const Stored*>(args.in.data) +
+           (r / args.out.height * args.in.height + y) * args.in.width * channels;
+  }
+
+  // Each output's inputs side by side, then one product.
+  void dense_conv(const ChainConv& step, int64_t begin, int64_t end) {
+    const int64_t k = step.kernel, channels = step.in_channels, pixel = padded(channels);
+    const int64_t inputs = k * k * channels, patch = padded(inputs), width = args.out.width;
+    const auto space = room<1>({args.group * width * patch});
+    Stored* patches = space.stored(0);
+    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+      Stored* to = patches;
+      for (int64_t r = r0; r < r1; ++r) {
+        const Stored* rows[16];
+        for (int64_t ky = 0; ky < k; ++ky) rows[ky] = in_row(r, step.stride, ky - k / 2, pixel);
+        for (int64_t x = 0; x < width; ++x, to += patch) {
+          const int64_t left = x * step.stride - k / 2;
+          Stored* tap = to;
+          for (int64_t ky = 0; ky < k; ++ky) {
+            for (int64_t kx = 0; kx < k; ++kx, tap += channels) {
+              const bool inside = rows[ky] != nullptr && left + kx >= 0 && left + kx < args.in.width;
+              if (inside) {
+                memcpy(tap, rows[ky] + (left + kx) * pixel, channels * sizeof(Stored));
+              } else {
+                memset(tap, 0, channels * sizeof(Stored));
+              }
+            }
+          }
+          memset(tap, 0, (patch - inputs) * sizeof(Stored));
+        }
+      }
+      convolve(step, (r1 - r0) * width, Rows<Stored>{patches, patch, 1, inputs, 0}, out_row(r0));
+    });
+  }
+
+  void pointwise(const ChainPointwise& step, int64_t begin, int64_t end) {
+    const int64_t channels = padded(step.in_channels), width = args.out.width;
+    const bool changed = step.affine >= 0;
+    const auto space = room<1>({changed ? args.group * width * channels : 0});
+    const float* weights = step.mixed ? args.state + step.linear.weight : at(step.linear.weight);
+    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+      const int64_t positions = (r1 - r0) * width;
+      const Stored* x = static_cast<const Stored*>(args.in.data) + r0 * width * channels;
+      if (changed) {
+        change(step, x, positions, channels, space.stored(0));
+        x = space.stored(0);
+      }
+      const Rows<Stored> rows{x, channels, 1, step.in_channels, 0};
+      Stored* out = out_row(r0);
+      auto run = [&](auto epilogue) {
+        if (step.groups > 1) {
+          gemm_groups(positions, rows, step.groups, made.channels, weights, out, out_channels, epilogue);
+        } else {
+          gemm(positions, rows, Weights{weights, step.linear.outputs}, out, out_channels, epilogue);
+        }
+      };
+      const float* bias = at(step.linear.bias);
+      if (step.added >= 0) {
+        const auto* added = static_cast<const Stored*>(args.added.data) + r0 * width * out_channels;
+        run(AddResidual<Stored>{bias, added, out_channels});
+      } else if (step.gelu) {
+        run(AddBiasGelu{bias});
+      } else {
+        run(AddBias{bias});
+      }
+    });
+  }
+  void change(const ChainPointwise& step, const Stored* x, int64_t positions, int64_t channels,
+              Stored* out) const {
+    const float *factor = args.state + step.affine, *summand = factor + channels;
+    for (int64_t p = 0; p < positions; ++p, x += channels, out += channels) {
+      for (int64_t c = 0; c < channels; c += kLanes<float>) {
+        const vec<float> value = load(x + c) * load(factor + c) + load(summand + c);
+        store(out + c, step.affine_gelu ? gelu(value) : value);
+      }
+    }
+  }
+
+  // Row `r` of the output.
+  template <class Epilogue>
+  void depthwise_of(int64_t kernel, int64_t stride, int64_t r, int64_t channels, const float* taps,
+                    const Stored* zeros, Stored* out, Epilogue epilogue) const {
+    auto run = [&](auto size, auto step) {
+      constexpr int k = decltype(size)::value, s = decltype(step)::value;
+      const Stored* rows[k];
+      for (int ky = 0; ky < k; ++ky) {
+        rows[ky] = in_row(r, s, ky - k / 2, channels);
+        if (rows[ky] == nullptr) rows[ky] = zeros;
+      }
+      depthwise_row<k, s>(rows, args.in.width, args.out.width, channels, taps, out, epilogue, channels);
+    };
+    using One = std::integral_constant<int, 1>;
+    if (kernel == 7) {
+      run(std::integral_constant<int, 7>(), One());
+    } else if (kernel == 5) {
+      run(std::integral_constant<int, 5>(), One());
+    } else if (stride == 1) {
+      run(std::integral_constant<int, 3>(), One());
+    } else {
+      run(std::integral_constant<int, 3>(), std::integral_constant<int, 2>());
+    }
+  }
+
+  void depthwise(const ChainDepthwise& step, int64_t begin, int64_t end) {
+    const auto space = room<1>({args.in.width * out_channels});
+    memset(space.part[0], 0, args.in.width * out_channels * sizeof(Stored));
+    const float* taps = step.mixed ? args.state + step.taps : at(step.taps);
+    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0; r < r1; ++r) {
+        auto run = [&](auto epilogue) {
+          depthwise_of(step.kernel, step.stride, r, out_channels, taps, space.stored(0), out_row(r),
+                       epilogue);
+        };
+        step.gelu ? run(AddBiasGelu{at(step.bias)}) : run(AddBias{at(step.bias)});
+      }
+    });
+  }
+
+  void inverted(const ChainInverted& step, int64_t begin, int64_t end) {
+    const int64_t width = args.out.width, row = width * out_channels, hidden = step.expand.outputs;
+    const auto space = room<3>({row, step.kernel > 0 ? args.group * row : 0, args.group * width * hidden});
+    memset(space.part[0], 0, row * sizeof(Stored));
+    for_tasks(begin, end, space.part[3], [&](int64_t r0, int64_t r1) {
+      const Stored *x = static_cast<const Stored*>(args.in.data) + r0 * row, *from = x;
+      if (step.kernel > 0) {
+        for (int64_t r = r0; r < r1; ++r) {
+          depthwise_of(step.kernel, 1, r, out_channels, at(step.taps), space.stored(0),
+                       space.stored(1) + (r - r0) * row, AddBias{at(step.bias)});
+        }
+        from = space.stored(1);
+      }
+      const int64_t positions = (r1 - r0) * width;
+      gemm(positions, Rows<Stored>{from, out_channels, 1, step.expand.inputs, 0}, matrix(step.expand),
+           space.stored(2), hidden, AddBiasGelu{at(step.expand.bias)});
+      gemm(positions, Rows<Stored>{space.stored(2), hidden, 1, step.project.inputs, 0}, matrix(step.project),
+           out_row(r0), out_channels, AddResidual<Stored>{at(step.project.bias), x, out_channels});
+    });
+  }
+
+  void attention(const ChainAttention& step, int64_t begin, int64_t end) const {
+    ModulationArgs call{};
+    call.dtype = sizeof(Stored) == sizeof(float) ? Dtype::kFloat : Dtype::kBf16;
+    call.outside = step.outside;
+    call.batch = args.in.count;
+    call.depth = step.depth;
+    call.channels = made.channels;
+    call.width = call.window_w = args.in.width;
+    call.window_h = args.in.height;
+    call.windows_y = call.windows_x = 1;
+    memcpy(&call.scale, &step.scale, sizeof call.scale);
+    const int64_t pixels = args.in.height * args.in.width, depth = padded(step.depth);
+    const int64_t pixel = 2 * depth + 2 * out_channels;
+    auto part = [&](int64_t offset) {
+      AnyMap map;
+      map.data = static_cast<Stored*>(args.in.data) + offset;
+      map.stride_b = pixels * pixel;
+      map.stride_c = 1;
+      map.stride_p = pixel;
+      return map;
+    };
+    call.q = part(0);
+    call.k = part(depth);
+    call.v = part(2 * depth);
+    call.gate = part(2 * depth + out_channels);
+    call.y.data = args.out.data;
+    call.y.stride_b = pixels * out_channels;
+    call.y.stride_c = 1;
+    call.y.stride_p = out_channels;
+    kernels::modulation_attention_forward(call, begin, end);
+    // The kernel writes no padding.
+    const int64_t padding = out_channels - made.channels, tiles = blocks_of(pixels, kModulationTile);
+    for (int64_t task = begin; padding > 0 && task < end; ++task) {
+      const int64_t first = task % tiles * kModulationTile, until = first + kModulationTile;
+      for (int64_t p = first; p < (until < pixels ? until : pixels); ++p) {
+        memset(
+            static_cast<Stored*>(args.out.data) + (task / tiles * pixels + p) * out_channels + made.channels,
+            0, padding * sizeof(Stored));
+      }
+    }
+  }
+
+  // Rows of windows, or of the map that they are put together to.
+  void split(const ChainWindows& step, int64_t begin, int64_t end) {
+    const int64_t window = step.window, columns = blocks_of(args.in.width, window), pixel = out_channels;
+    const auto space = room<1>({0});
+    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0; r < r1; ++r) {
+        const int64_t index = r / window, y = index / columns * window + r % window;
+        const int64_t x = index % columns * window, rest = args.in.width - x;
+        const int64_t inside = y >= args.in.height ? 0 : (rest < window ? rest : window);
+        const auto* from = static_cast<const Stored*>(args.in.data) + (y * args.in.width + x) * pixel;
+        Stored* to = out_row(r);
+        memcpy(to, from, inside * pixel * sizeof(Stored));
+        memset(to + inside * pixel, 0, (window - inside) * pixel * sizeof(Stored));
+      }
+    });
+  }
+  void join(const ChainWindows& step, int64_t begin, int64_t end) {
+    const int64_t window = step.window, width = args.out.width, pixel = out_channels;
+    const int64_t columns = blocks_of(width, window);
+    const auto space = room<1>({0});
+    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+      for (int64_t y = r0; y < r1; ++y) {
+        for (int64_t x = 0; x < width; x += window) {
+          const int64_t row = (y / window * columns + x / window) * window + y % window;
+          const int64_t count = width - x < window ? width - x : window;
+          memcpy(out_row(y) + x * pixel, static_cast<const Stored*>(args.in.data) + row * window * pixel,
+                 count * pixel * sizeof(Stored));
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void chain_map(const ChainArgs& args, int64_t begin, int64_t end) {
+  Maps maps(args);
+  const auto* fields = args.fields;
+  switch (args.kind) {
+    case kImageConv:
+      return maps.image_conv(*reinterpret_cast<const ChainConv*>(fields), begin, end);
+    case kDenseConv:
+      return maps.dense_conv(*reinterpret_cast<const ChainConv*>(fields), begin, end);
+    case kPointwise:
+      return maps.pointwise(*reinterpret_cast<const ChainPointwise*>(fields), begin, end);
+    case kDepthwise:
+      return maps.depthwise(*reinterpret_cast<const ChainDepthwise*>(fields), begin, end);
+    case kInverted:
+      return maps.inverted(*reinterpret_cast<const ChainInverted*>(fields), begin, end);
+    case kAttention:
+      return maps.attention(*reinterpret_cast<const ChainAttention*>(fields), begin, end);
+    case kSplit:
+      return maps.split(*reinterpret_cast<const ChainWindows*>(fields), begin, end);
+    default:
+      return maps.join(*reinterpret_cast<const ChainWindows*>(fields), begin, end);
+  }
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

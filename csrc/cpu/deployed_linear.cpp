@@ -1,0 +1,26 @@
+#include "deployed.h"
+#include "tokens.h"
+
+namespace mfk {
+namespace MFK_ISA {
+
+void deployed_linear(const DeployedLinearArgs& args, int64_t begin, int64_t end) {
+  const PlanLinear& l = args.linear;
+  const int64_t o = begin * 32, until = end * 32 < l.outputs ? end * 32 : l.outputs;
+  const Weights w{args.weights + l.weight + o * weight_rows(l.inputs), until - o};
+  auto* room = reinterpret_cast<Stored*>(args.scratch(args.batch * padded(l.inputs)));
+  const Rows<Stored> rows = as_stored(args.in, args.batch, args.in_stride, l.inputs, room);
+  auto run = [&](auto epilogue) { gemm(args.batch, rows, w, args.out + o, args.out_stride, epilogue); };
+  const float* bias = args.weights + l.bias + o;
+  switch (args.activation) {
+    case kHardswish:
+      return run(AddBiasHardswish{bias});
+    case kGelu:
+      return run(AddBiasGelu{bias});
+    default:
+      return run(AddBias{bias});
+  }
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

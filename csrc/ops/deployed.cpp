@@ -1,0 +1,83 @@
+// The operators of deployed networks: their output, and the seconds that each step takes.
+#include <chrono>
+
+#include "chain_network.h"
+#include "common.h"
+#include "mobile_former_network.h"
+
+namespace mfk {
+namespace {
+
+constexpr const char* kOp = "deploy";
+
+template <class Network, class Done>
+Tensor run(const Tensor& x, const Tensor& weights, const Tensor& plan, int64_t classes, Done done) {
+  STD_TORCH_CHECK(x.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x.dim());
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, kOp, ": x must be float32");
+  STD_TORCH_CHECK(x.is_cpu() && weights.is_cpu() && plan.is_cpu(), kOp, ": x must be on the CPU");
+  const auto* words = static_cast<const int64_t*>(plan.data_ptr());
+  const bool ours = weights.scalar_type() == ScalarType::Float && weights.is_contiguous() &&
+                    plan.scalar_type() == ScalarType::Long && plan.is_contiguous() && plan.numel() > 0 &&
+                    Network::fits(words, plan.numel(), weights.numel(), classes);
+  STD_TORCH_CHECK(ours, kOp, ": weights and plan must be those that deploy made");
+  const int64_t channels = Network::in_channels(words);
+  STD_TORCH_CHECK(x.size(1) == channels, kOp, ": x must have ", channels, " channels, got ", x.size(1));
+  STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, kOp, ": x must have at least one pixel");
+  Tensor out = empty({x.size(0), classes}, ScalarType::Float, x);
+  if (x.size(0) == 0) return out;
+  const Images images{x.const_data_ptr<float>(),
+                      x.size(0),
+                      x.size(2),
+                      x.size(3),
+                      x.stride(0),
+                      x.stride(1),
+                      x.stride(2),
+                      x.stride(3)};
+  const Network network(words, weights.const_data_ptr<float>(), images);
+  STD_TORCH_CHECK(
+      !network.bf16() || bf16_supported(), kOp,
+      ": a network in bfloat16 needs a processor with AVX512-BF16, and the instruction set avx512");
+  run_network(
+      network, images.batch, classes, out.mutable_data_ptr<float>(), torch::stable::get_num_threads(),
+      [](int64_t tasks, auto f) { torch::stable::parallel_for(0, tasks, 1, f); }, done);
+  return out;
+}
+
+template <class Network>
+Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan, int64_t classes) {
+  return run<Network>(image, weights, plan, classes, [] {});
+}
+
+// Seconds, float64, that each step takes for a batch of one.
+template <class Network>
+Tensor times(const Tensor& image, const Tensor& weights, const Tensor& plan, int64_t classes) {
+  STD_TORCH_CHECK(image.dim() == 4 && image.size(0) == 1, kOp, ": x must be one image");
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> seconds;
+  auto before = Clock::now();
+  run<Network>(image, weights, plan, classes, [&] {
+    const auto now = Clock::now();
+    seconds.push_back(std::chrono::duration<double>(now - before).count());
+    before = now;
+  });
+  Tensor out = empty({static_cast<int64_t>(seconds.size())}, ScalarType::Double, image);
+  std::copy(seconds.begin(), seconds.end(), out.mutable_data_ptr<double>());
+  return out;
+}
+
+}  // namespace
+}  // namespace mfk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
+  m.def("deployed_mobile_former(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+  m.def("deployed_mobile_former_times(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+  m.def("deployed_chain(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+  m.def("deployed_chain_times(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
+  m.impl("deployed_mobile_former", TORCH_BOX(&mfk::forward<mfk::MobileFormerNetwork>));
+  m.impl("deployed_mobile_former_times", TORCH_BOX(&mfk::times<mfk::MobileFormerNetwork>));
+  m.impl("deployed_chain", TORCH_BOX(&mfk::forward<mfk::ChainNetwork>));
+  m.impl("deployed_chain_times", TORCH_BOX(&mfk::times<mfk::ChainNetwork>));
+}

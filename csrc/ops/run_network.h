@@ -1,0 +1,71 @@
+// How deployed networks run: memory and threads. No PyTorch in here, so that a sanitizer can run it on plain
+// threads (tests/sanitize).
+#pragma once
+
+#include <algorithm>
+
+#include "../cpu/deployed.h"
+#include "working_memory.h"
+
+namespace mfk {
+namespace {
+
+struct DeployedLinear {
+  PlanActivation activation;
+  PlanLinear linear;
+};
+
+// The whole network: `out` (batch, classes). `network.features` makes of a sample the inputs of the first of
+// the linear layers, which take the batch at once. `parallel(tasks, f)` calls f(begin, end) over the tasks on
+// at most `threads` threads; `done()` is called after each step on one thread.
+template <class Network, class Parallel, class Done>
+void run_network(const Network& network, int64_t batch, int64_t classes, float* out, int64_t threads,
+                 Parallel parallel, Done done) {
+  const int64_t share = padded(network.memory()), width = padded(network.linear(0).linear.inputs);
+  int64_t widest = width;
+  for (int64_t i = 0; i < network.linears(); ++i) {
+    widest = std::max(widest, network.linear(i).linear.outputs);
+  }
+  const bool by_sample = threads > 1 && batch >= threads;
+  const Memory memory((by_sample ? threads : 1) * share + 2 * batch * widest);
+  float* from = memory.get() + (by_sample ? threads : 1) * share;
+  float* to = from + batch * widest;
+  if (by_sample) {
+    parallel(threads, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t b = batch * t / threads; b < batch * (t + 1) / threads; ++b) {
+          network.features(
+              b, memory.get() + t * share, from + b * width, [](int64_t tasks, auto f) { f(0, tasks); },
+              [] {});
+        }
+      }
+    });
+  } else {
+    for (int64_t b = 0; b < batch; ++b) {
+      auto run = [&](int64_t tasks, auto f) {
+        if (threads > 1 && tasks > 1) {
+          parallel(tasks, f);
+        } else {
+          f(0, tasks);
+        }
+      };
+      network.features(b, memory.get(), from + b * width, run, done);
+    }
+  }
+  int64_t stride = width;
+  for (int64_t i = 0; i < network.linears(); ++i) {
+    const DeployedLinear layer = network.linear(i);
+    const int64_t outputs = layer.linear.outputs;
+    const DeployedLinearArgs args{
+        network.bf16(), layer.linear, layer.activation, network.weights(), from, stride, batch, to,
+        outputs,        scratch};
+    parallel((outputs + 31) / 32, [&](int64_t begin, int64_t end) { deployed_linear(args, begin, end); });
+    done();
+    std::swap(from, to);
+    stride = outputs;
+  }
+  for (int64_t b = 0; b < batch; ++b) std::copy_n(from + b * stride, classes, out + b * classes);
+}
+
+}  // namespace
+}  // namespace mfk

@@ -1,0 +1,228 @@
+"""Dynamic Mobile-Former as a chain of steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.dynamic_mobile_former import DynamicMobileFormer
+from ..nn import (
+    DMFBlock,
+    DMFFormer,
+    DMFHead,
+    DMFMobileToFormer,
+    DMFStem,
+    DropPath,
+    DynamicMobile,
+    DynamicResidualConv2d,
+    GlobalResponseNorm,
+    InvertedBottleneck,
+    InvertedResidualFFN,
+    KernelAttention,
+)
+from ..nn.conv_bn import affine
+from ..nn.dmf_tokens import _MLP, _TokenAttention
+from .chain import NO_LINEAR, Chain, Gather, Map
+from .deployed import Deployed
+from .packing import fold, padded, padded_rows, taps
+
+_KNOWN = (
+    *(DynamicMobileFormer, DMFBlock, DMFFormer, DMFHead, DMFMobileToFormer, DMFStem, DropPath, DynamicMobile),
+    *(DynamicResidualConv2d, GlobalResponseNorm, InvertedBottleneck, InvertedResidualFFN, KernelAttention),
+    *(_MLP, _TokenAttention, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.GELU, nn.GroupNorm, nn.LayerNorm),
+    *(nn.Linear, nn.ModuleList, nn.ReLU, nn.Sequential),
+)
+_GROUP_NORM, _RESPONSE_NORM, _RESPONSE_NORM_OF_CHANNELS = range(3)
+
+
+def deployed_dynamic_mobile_former(model: DynamicMobileFormer, dtype: torch.dtype) -> Deployed:
+    """What `deploy` makes of a `DynamicMobileFormer`."""
+    return _Plan(model, dtype).run()
+
+
+class _Plan(Chain):
+    def __init__(self, model: DynamicMobileFormer, dtype: torch.dtype) -> None:
+        super().__init__(model, dtype)
+        self.check_parts(_KNOWN)
+        self.model = model
+        _, self.count, self.dim = model.tokens.shape
+        self.at = self.place(self.count * padded(self.dim))
+        # What the head takes: the map's means, and the first token, which also drives the convolutions.
+        features = model.channel_conv.static_weight.shape[0]
+        self.features = self.place(padded(features) + padded(self.dim))
+        self.token = self.features + padded(features)
+        blocks: Any = model.blocks
+        bridges = [*(block.mobile2former for block in blocks), model.end_mobile2former]
+        self.queries = self.place(self.count * max(padded(bridge.channels) for bridge in bridges))
+        self.attention_at = self.place(16)
+
+    def run(self) -> Deployed:
+        model: Any = self.model
+        blocks: list[Any] = list(model.blocks)
+        bridges = [*(block.mobile2former for block in blocks), model.end_mobile2former]
+        with self.named("tokens"):
+            self.token_step(None, None, bridges[0])
+        with self.named("stem"):
+            weight, bias = fold(model.stem.conv, model.stem.bn)
+            x = self.conv(None, weight, bias, model.stem.conv.stride[0], gelu=True)
+        with self.named("lite_bottleneck"):
+            x = self.lite(x, model.lite_bottleneck, bridges[0], pooled=not self.halves(blocks[0]))
+        for i, block in enumerate(blocks):
+            with self.named(f"blocks.{i} tokens"):
+                self.token_step(block.mobile2former, block.former, bridges[i + 1])
+            with self.named(f"blocks.{i}"):
+                pooled = i + 1 == len(blocks) or not self.halves(blocks[i + 1])
+                x = self.block(x, block, bridges[i + 1], pooled)
+        with self.named("end_former"):
+            self.token_step(model.end_mobile2former, model.end_former, None)
+        with self.named("channel_conv"):
+            x = self.replaced(x, self.convolve(x, model.channel_conv, model.bn, gelu=True, sums=1))
+            self.pool(x.channels, self.features)
+        first, last = model.head.fc1, model.head.fc2
+        pooled, token = first.weight.split([x.channels, self.dim], 1)
+        weight = torch.cat([padded_rows(pooled), padded_rows(token)], 1)
+        linears: list[tuple[list[int], str | None]] = [
+            (self.pack.linear(weight, first.bias), "hardswish"),
+            (self.pack.linear(padded_rows(last.weight), last.bias), None),
+        ]
+        return self.finished(self.features, linears, model.in_channels, last.out_features)
+
+    def replaced(self, old: Map, new: Map) -> Map:
+        self.free(old)
+        return new
+
+    def halves(self, block: DMFBlock) -> bool:
+        return hasattr(block.dynamic_mobile, "downsample")
+
+    def gather(self, bridge: DMFMobileToFormer) -> Gather:
+        return Gather(bridge.num_heads, self.count, self.queries)
+
+    # --- tokens ------------------------------------------------------------------------------------------
+
+    def token_step(self, bridge: Any, former: Any, following: Any) -> None:
+        """What `bridge` and `former` do to the tokens, and the queries of the next bridge."""
+        linear = self.pack.linear
+        if bridge is None:
+            fields = [self.pack.add(padded_rows(self.model.tokens[0])), 0, 0, *NO_LINEAR]
+        else:
+            fields = [-1, bridge.channels, bridge.num_heads, *linear(bridge.fc.weight)]
+        if former is None:
+            fields += [0] * 20
+        else:
+            attention, mlp = former.token_attention, former.mlp
+            qkv = torch.cat([padded_rows(w.t()).t() for w in attention.qkv.weight.chunk(3)])
+            fields += [1, attention.num_heads, self.norm(former.norm1), *linear(qkv)]
+            fields += linear(attention.proj.weight, attention.proj.bias)
+            fields += [self.norm(former.norm2), *linear(mlp.fc1.weight), *linear(mlp.fc2.weight)]
+        fields += [self.token if former is not None else -1]
+        if following is None:
+            fields += [-1, *NO_LINEAR, 0]
+        else:
+            scale = (following.channels // following.num_heads) ** -0.5
+            query = linear(following.q.weight.double() * scale)
+            fields += [self.norm(following.norm), *query, self.queries]
+        self.tokens(self.count, self.dim, self.at, *fields)
+
+    # --- maps --------------------------------------------------------------------------------------------
+
+    def lite(self, x: Map, lite: Any, bridge: Any, pooled: bool) -> Map:
+        x = self.replaced(x, self.static(x, lite.pw_conv1, lite.bn1, gelu=True))
+        x = self.replaced(x, self.static(x, lite.dw_conv, lite.bn2, gelu=True))
+        return self.replaced(
+            x, self.static(x, lite.pw_conv2, lite.bn3, gather=self.gather(bridge), sums=int(pooled))
+        )
+
+    def block(self, x: Map, block: Any, bridge: Any, pooled: bool) -> Map:
+        mobile = block.dynamic_mobile
+        if self.halves(block):
+            halve, norm, _ = mobile.downsample
+            x = self.replaced(x, self.static(x, halve, norm, gelu=True, sums=1))
+        x = self.replaced(x, self.convolve(x, mobile.pw_conv1, mobile.bn1, gelu=True, sums=1))
+        x = self.replaced(x, self.convolve(x, mobile.dw_conv, mobile.bn2, gelu=True, sums=1))
+        x = self.replaced(x, self.convolve(x, mobile.pw_conv2, mobile.bn3, sums=2))
+        ffn, norm = block.ffn, block.norm
+        normed = self.affine(_GROUP_NORM, norm.weight, norm.bias, norm.eps)
+        hidden = self.static(x, ffn.pw_conv1, ffn.bn1, gelu=True, affine=normed)
+        hidden = self.replaced(hidden, self.shortcut(hidden, ffn.dw_conv))
+        grn = ffn.grn
+        form = _RESPONSE_NORM if grn.mean == "released" else _RESPONSE_NORM_OF_CHANNELS
+        response = self.affine(form, grn.gamma, grn.beta, grn.eps)
+        out = self.static(
+            *(hidden, ffn.pw_conv2, ffn.bn3),
+            affine=response,
+            affine_gelu=True,
+            added=x,
+            sums=int(pooled),
+            gather=self.gather(bridge),
+        )
+        self.free(hidden)
+        return self.replaced(x, out)
+
+    def static(self, x: Map, conv: nn.Conv2d, norm: nn.BatchNorm2d, **options: Any) -> Map:
+        """A convolution of one kernel, and its batch norm."""
+        weight, bias = fold(conv, norm)
+        if conv.kernel_size == (1, 1):
+            linear = self.pack.linear(weight.flatten(1), bias, groups=conv.groups)
+            return self.pointwise(x, conv.out_channels, linear, groups=conv.groups, **options)
+        offset = self.pack.depthwise(weight, bias, self.slots(conv))
+        size = conv.kernel_size[0]
+        bias_at = offset + size * size * padded(conv.out_channels)
+        return self.depthwise(x, size, offset, bias_at, stride=conv.stride[0], **options)
+
+    def slots(self, conv: Any) -> list[int]:
+        channels, size = conv.out_channels, conv.kernel_size[0]
+        fits = size in (3, 5, 7) and conv.groups == channels == conv.in_channels
+        fits = fits and conv.padding == (size // 2, size // 2)
+        self.need(fits and (conv.stride == (1, 1) or (conv.stride == (2, 2) and size == 3)), conv, "3x3")
+        return _slots(channels)
+
+    def shortcut(self, x: Map, conv: nn.Conv2d) -> Map:
+        """A depthwise convolution of its input and that input itself."""
+        weight = conv.weight.detach().double().clone()
+        size = conv.kernel_size[0]
+        weight[:, :, size // 2, size // 2] += 1
+        offset = self.pack.depthwise(weight, torch.zeros(conv.out_channels), self.slots(conv))
+        return self.depthwise(x, size, offset, offset + size * size * padded(conv.out_channels), sums=2)
+
+    def convolve(self, x: Map, conv: Any, norm: nn.BatchNorm2d, **options: Any) -> Map:
+        """A convolution of a block, dynamic or not, and its batch norm; the last step left the sums of x."""
+        if isinstance(conv, nn.Conv2d):
+            return self.static(x, conv, norm, **options)
+        kernels = self.attend(conv.Kernel_Attention)
+        scale, shift = affine(norm)
+        outputs, _, size, _ = conv.static_weight.shape
+        depthwise = conv.groups > 1 and conv.groups == outputs == x.channels
+        order: Callable[[Tensor], Tensor]
+        self.need(conv.stride == 1, conv, "dynamic convolutions of stride 1")
+        if depthwise:
+            self.need(size in (3, 5, 7), conv, "depthwise convolutions of 3x3, 5x5 or 7x7")
+            order = lambda w: taps(w, _slots(outputs))  # noqa: E731
+        else:
+            self.need(size == 1, conv, "pointwise or depthwise dynamic convolutions")
+            order = lambda w: self.pack.matrix(w.flatten(1), groups=conv.groups)  # noqa: E731
+        folded = [w.detach().double() * scale.view(-1, 1, 1, 1) for w in (conv.static_weight, *conv.weight)]
+        values = [order(folded[0]), *(order(0.1 * w) for w in folded[1:])]
+        place = self.mix(self.attention_at, kernels, values, not depthwise)
+        bias = self.pack.add(padded_rows(shift))
+        if depthwise:
+            return self.depthwise(x, size, place, bias, mixed=True, **options)
+        linear = [x.channels, padded(outputs), place, bias]
+        return self.pointwise(x, outputs, linear, groups=conv.groups, mixed=True, **options)
+
+    def attend(self, attention: KernelAttention) -> int:
+        """The weights of a dynamic convolution's kernels; how many there are."""
+        first, last = attention.net1.weight.flatten(1), attention.net2.weight.flatten(1)
+        self.need(len(last) <= 16, attention, "up to 16 kernels")
+        scale, shift = affine(attention.bn)
+        token, means = (first.double() * scale[:, None]).split([self.dim, attention.channels], 1)
+        hidden = self.pack.linear(torch.cat([padded_rows(token), padded_rows(means)], 1), shift)
+        scores = self.pack.linear(last.double() / attention.temperature)
+        softmax = int(attention.activation == "softmax")
+        fields = [*hidden, *scores, softmax, len(last), self.attention_at]
+        self.kernels(self.token, self.dim, attention.channels, *fields)
+        return len(last)
+
+
+def _slots(channels: int) -> list[int]:
+    return [*range(channels), *[-1] * (padded(channels) - channels)]

@@ -1,0 +1,31 @@
+"""What the plans of all networks begin with."""
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from .packing import Packer
+
+
+class Planner:
+    """Packs weights, and refuses what a plan cannot say by the names of the parts in `model`."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.pack = Packer(dtype)
+        self.names = {module: name for name, module in model.named_modules()}
+
+    def refuse(self, module: nn.Module, why: str) -> ValueError:
+        return ValueError(f"deploy: {self.names[module] or 'the model'} ({type(module).__name__}): {why}")
+
+    def need(self, condition: bool, module: nn.Module, what: str) -> None:
+        if not condition:
+            raise self.refuse(module, f"only {what} can be deployed")
+
+    def check_parts(self, known: Collection[type]) -> None:
+        """All modules must be of the known classes, and without hooks."""
+        for module in self.names:
+            if type(module) not in known:
+                raise self.refuse(module, "unknown to deploy")
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise self.refuse(module, "has a forward hook, which deploy would leave out")
