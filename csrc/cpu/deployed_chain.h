@@ -83,11 +83,12 @@ struct ChainInverted {
   int64_t in, kernel, taps, bias;
   PlanLinear expand, project;
 };
-// Modulation attention of each window; a pixel of `in` holds queries, keys, values and gates, each padded.
+// Modulation attention of each window; a pixel of `in` holds queries, with the logits' scale in them, keys,
+// values and gates, each padded.
 struct ChainAttention {
   ChainOut out;
-  int64_t in, depth, outside;
-  int64_t scale;  // the bits of a double
+  int64_t in, depth;
+  int64_t outside;  // 0 or 1, see WindowAttention
 };
 // Cuts a map into windows, padded with zeros; joins them again.
 struct ChainWindows {
@@ -167,9 +168,10 @@ struct ChainArgs {
   float* (*scratch)(int64_t floats);  // working memory of the calling thread
 };
 
-constexpr int64_t kMixTask = 512;  // blocks
+constexpr int64_t kMixTask = 512;       // blocks
+constexpr int64_t kAttentionTile = 28;  // queries
 
-// Tasks. A map: one a group of output rows; kAttention: one for kModulationTile queries of a window. The
+// Tasks. A map: one a group of output rows; kAttention: one for kAttentionTile queries of a window. The
 // state: one; kMix: one for kMixTask blocks.
 MFK_DECLARE_DEPLOYED_KERNEL(chain_map, ChainArgs, args.plan->bf16)
 MFK_DECLARE_DEPLOYED_KERNEL(chain_state, ChainArgs, args.plan->bf16)

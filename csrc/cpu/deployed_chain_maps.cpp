@@ -1,19 +1,12 @@
 #include "bridge.h"
+#include "deployed_attention.h"
 #include "deployed_chain.h"
 #include "depthwise.h"
 #include "map_rows.h"
-#include "modulation_attention.h"
 
 namespace mfk {
 namespace MFK_ISA {
 namespace {
-
-// The operators' kernels: there are none for bfloat16 alone.
-#if defined(__AVX512BF16__)
-namespace kernels = avx512;
-#else
-namespace kernels = MFK_ISA;
-#endif
 
 // One call: some tasks of a step, one after the other.
 struct Maps {
@@ -126,13 +119,18 @@ struct Maps {
            (r / args.out.height * args.in.height + y) * args.in.width * channels;
   }
 
+  // Whole vectors: what is too much is written over by what comes next.
+  static MFK_INLINE void copy_vectors(const Stored* from, int64_t count, Stored* to) {
+    for (int64_t c = 0; c < count; c += kLanes<float>) store(to + c, load(from + c));
+  }
   // Each output's inputs side by side, then one product.
   void dense_conv(const ChainConv& step, int64_t begin, int64_t end) {
     const int64_t k = step.kernel, channels = step.in_channels, pixel = padded(channels);
     const int64_t inputs = k * k * channels, patch = padded(inputs), width = args.out.width;
-    const auto space = room<1>({args.group * width * patch});
-    Stored* patches = space.stored(0);
-    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+    const auto space = room<2>({args.group * width * patch + 16, pixel});
+    Stored *patches = space.stored(0), *zeros = space.stored(1);
+    memset(zeros, 0, pixel * sizeof(Stored));
+    for_tasks(begin, end, space.part[2], [&](int64_t r0, int64_t r1) {
       Stored* to = patches;
       for (int64_t r = r0; r < r1; ++r) {
         const Stored* rows[16];
@@ -141,13 +139,15 @@ struct Maps {
           const int64_t left = x * step.stride - k / 2;
           Stored* tap = to;
           for (int64_t ky = 0; ky < k; ++ky) {
+            const Stored* row = rows[ky] == nullptr ? nullptr : rows[ky] + left * pixel;
+            if (row != nullptr && left >= 0 && left + k <= args.in.width && channels == pixel) {
+              copy_vectors(row, k * channels, tap);
+              tap += k * channels;
+              continue;
+            }
             for (int64_t kx = 0; kx < k; ++kx, tap += channels) {
-              const bool inside = rows[ky] != nullptr && left + kx >= 0 && left + kx < args.in.width;
-              if (inside) {
-                memcpy(tap, rows[ky] + (left + kx) * pixel, channels * sizeof(Stored));
-              } else {
-                memset(tap, 0, channels * sizeof(Stored));
-              }
+              const bool inside = row != nullptr && left + kx >= 0 && left + kx < args.in.width;
+              copy_vectors(inside ? row + kx * pixel : zeros, channels, tap);
             }
           }
           memset(tap, 0, (patch - inputs) * sizeof(Stored));
@@ -262,43 +262,22 @@ struct Maps {
   }
 
   void attention(const ChainAttention& step, int64_t begin, int64_t end) const {
-    ModulationArgs call{};
-    call.dtype = sizeof(Stored) == sizeof(float) ? Dtype::kFloat : Dtype::kBf16;
-    call.outside = step.outside;
-    call.batch = args.in.count;
-    call.depth = step.depth;
-    call.channels = made.channels;
-    call.width = call.window_w = args.in.width;
-    call.window_h = args.in.height;
-    call.windows_y = call.windows_x = 1;
-    memcpy(&call.scale, &step.scale, sizeof call.scale);
-    const int64_t pixels = args.in.height * args.in.width, depth = padded(step.depth);
-    const int64_t pixel = 2 * depth + 2 * out_channels;
-    auto part = [&](int64_t offset) {
-      AnyMap map;
-      map.data = static_cast<Stored*>(args.in.data) + offset;
-      map.stride_b = pixels * pixel;
-      map.stride_c = 1;
-      map.stride_p = pixel;
-      return map;
-    };
-    call.q = part(0);
-    call.k = part(depth);
-    call.v = part(2 * depth);
-    call.gate = part(2 * depth + out_channels);
-    call.y.data = args.out.data;
-    call.y.stride_b = pixels * out_channels;
-    call.y.stride_c = 1;
-    call.y.stride_p = out_channels;
-    kernels::modulation_attention_forward(call, begin, end);
-    // The kernel writes no padding.
-    const int64_t padding = out_channels - made.channels, tiles = blocks_of(pixels, kModulationTile);
-    for (int64_t task = begin; padding > 0 && task < end; ++task) {
-      const int64_t first = task % tiles * kModulationTile, until = first + kModulationTile;
-      for (int64_t p = first; p < (until < pixels ? until : pixels); ++p) {
-        memset(
-            static_cast<Stored*>(args.out.data) + (task / tiles * pixels + p) * out_channels + made.channels,
-            0, padding * sizeof(Stored));
+    const int64_t pixels = args.in.height * args.in.width, tiles = blocks_of(pixels, kAttentionTile);
+    const int64_t pixel = 2 * padded(step.depth) + 2 * out_channels;
+    WindowAttention window(pixels, step.depth, made.channels, step.outside);
+    const auto space = room<1>({window.scratch(kAttentionTile)});
+    int64_t open = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t index = task / tiles, first = task % tiles * kAttentionTile, rest = pixels - first;
+      const int64_t count = rest < kAttentionTile ? rest : kAttentionTile;
+      if (index != open) {
+        open = index;
+        window.open(static_cast<const Stored*>(args.in.data) + index * pixels * pixel, space.part[0]);
+      }
+      Stored* y = static_cast<Stored*>(args.out.data) + index * pixels * out_channels;
+      window.run(first, count, y);
+      for (int64_t p = first; p < first + count && made.channels < out_channels; ++p) {
+        memset(y + p * out_channels + made.channels, 0, (out_channels - made.channels) * sizeof(Stored));
       }
     }
   }

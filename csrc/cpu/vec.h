@@ -413,11 +413,38 @@ MFK_INLINE vec<float> erf(vec<float> x) {
   return size < splat(1.0f) ? x * p : (x != x ? x : signed_far);
 }
 
+// 2^x where that is a normal number, within 2 units in the last place: 2^r of the fraction r by a least-squares
+// fit; NaN for NaN.
+MFK_INLINE vec<float> exp2_normal(vec<float> x) {
+#if defined(__AVX512F__)
+  const vec<float> r =
+      reinterpret_cast<vec<float>>(_mm512_maskz_reduce_ps(0xffff, reinterpret_cast<__m512>(x), 1));
+#else
+  const vec<float> shifted = (x - 0.5f) + kExpShift, r = x - (shifted - kExpShift);
+#endif
+  vec<float> p = splat(0.00021702251877789937f);
+  p = p * r + 0.001243968887280844f;
+  p = p * r + 0.009678840882432987f;
+  p = p * r + 0.05548334204104108f;
+  p = p * r + 0.24022983626143468f;
+  p = p * r + 0.6931469838416214f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(
+      _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x)));
+#else
+  return times_power(p, shifted);
+#endif
+}
+
+MFK_INLINE vec<float> absolute(vec<float> x) {
+  return reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(x) & 0x7fffffff);
+}
+
 // x (1 + erf(x / sqrt 2)) / 2, within 1e-7 of |x|: max(x, 0) - |x| 2^Q(|x|), where 2^(Q + 1) is the
-// complementary error function; a least-squares fit up to 6, beyond which it counts as what it is there,
-// 2e-9.
+// complementary error function; a least-squares fit up to 6, beyond which it counts as what it is there, 2e-9.
 MFK_INLINE vec<float> gelu(vec<float> x) {
-  const vec<float> size = x < 0 ? -x : x, t = smaller(splat(6.0f), size);
+  const vec<float> size = absolute(x), t = smaller(splat(6.0f), size);
   vec<float> q = splat(1.712711145160651e-07f);
   q = q * t - 4.233630636644177e-06f;
   q = q * t + 4.135632997101191e-05f;
@@ -428,15 +455,7 @@ MFK_INLINE vec<float> gelu(vec<float> x) {
   q = q * t - 0.459190124993504f;
   q = q * t - 1.1511073370482021f;
   q = q * t - 0.99999995151764759f;
-  const vec<float> shifted = q + kExpShift, r = q - (shifted - kExpShift);
-  vec<float> p = splat(0.0001546973198152048f);
-  p = p * r + 0.0013400432165829137f;
-  p = p * r + 0.009618025602947586f;
-  p = p * r + 0.05550327214207754f;
-  p = p * r + 0.24022651213595086f;
-  p = p * r + 0.6931472067106216f;
-  p = p * r + 1.0f;
-  return larger(vec<float>{}, x) - size * times_power(p, shifted);
+  return larger(vec<float>{}, x) - size * exp2_normal(q);
 }
 
 template <class C>

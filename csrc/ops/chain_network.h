@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "../cpu/deployed_chain.h"
-#include "../cpu/modulation_attention.h"
 #include "run_network.h"
 
 namespace mfk {
@@ -150,7 +149,7 @@ class ChainNetwork {
     groups_[i] = std::min(std::max<int64_t>(fitting, 1), rows);
     tasks_[i] = blocks_of(rows, groups_[i]);
     if (kind == kAttention) {
-      tasks_[i] = to.count * blocks_of(to.height * to.width, kModulationTile);
+      tasks_[i] = to.count * blocks_of(to.height * to.width, kAttentionTile);
     }
     sizes_[made.map] = std::max(sizes_[made.map], pixels * padded(made.channels) / (plan_.bf16 ? 2 : 1));
     records_ = std::max(records_, tasks_[i] * chain_record_size(made));

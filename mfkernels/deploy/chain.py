@@ -141,8 +141,8 @@ class Chain(Planner):
         """Depthwise (size 0: none), pointwise, GELU, pointwise, and x."""
         return self._made(_INVERTED, x.channels, [x.number, size, taps, bias, *expand, *project], sums)
 
-    def attention(self, x: Map, channels: int, depth: int, outside: bool, scale: float) -> Map:
-        return self._made(_ATTENTION, channels, [x.number, depth, int(outside), bits(scale)])
+    def attention(self, x: Map, channels: int, depth: int, outside: bool) -> Map:
+        return self._made(_ATTENTION, channels, [x.number, depth, int(outside)])
 
     def split(self, x: Map, window: int) -> Map:
         return self._made(_SPLIT, x.channels, [x.number, window])

@@ -162,7 +162,7 @@ class _Plan(Chain):
         depth, width = mixer.q.out_channels, mixer.v_gate.out_channels // 2
         value, gate = mixer.v_gate.weight.chunk(2)
         value_bias, gate_bias = mixer.v_gate.bias.chunk(2)
-        parts = [(mixer.q.weight, mixer.q.bias), (mixer.k.weight, mixer.k.bias)]
+        parts = [(mixer.q.weight * mixer.scale, mixer.q.bias * mixer.scale), (mixer.k.weight, mixer.k.bias)]
         parts += [(value, value_bias), (gate, gate_bias)]
 
         def rows(values: Tensor) -> Tensor:
@@ -172,6 +172,6 @@ class _Plan(Chain):
         weight = torch.cat([rows(w) for w, _ in parts])
         bias = torch.cat([rows(b[:, None])[:, 0] for _, b in parts])
         made = self.pointwise(x, len(bias), self.pack.linear(weight, bias))
-        out = self.attention(made, width, depth, mixer.form == "paper", mixer.scale)
+        out = self.attention(made, width, depth, mixer.form == "paper")
         self.free(made)
         return out

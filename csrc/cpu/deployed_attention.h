@@ -1,0 +1,154 @@
+// Modulation attention of one window for deployed networks: pixels are rows, products those of gemm.h.
+#pragma once
+
+#include "gemm.h"
+#include "tile.h"
+
+namespace mfk {
+namespace MFK_ISA {
+
+MFK_INLINE vec<float> sigmoid(vec<float> x) {
+  const vec<float> small = exp_nonpositive(-absolute(x)), large = 1.0f / (1.0f + small);
+  return x < 0 ? small * large : large;
+}
+
+// A panel of a right side that is not packed yet: `row(i, j)` is a vector of the outputs from j on of input i.
+template <class F>
+MFK_INLINE void pack_panel(float* panel, int64_t width, int64_t inputs, F row) {
+  for (int64_t i = 0; i < inputs; i += kStep<Stored>, panel += width) {
+    for (int64_t j = 0; j < width; j += kLanes<float>) {
+      const vec<float> value = row(i, j);
+      if constexpr (kStep<Stored> == 1) {
+        store(panel + j, value);
+      } else {
+        bf16 pair[2][kLanes<float>];
+        store(pair[0], value);
+        store(pair[1], i + 1 < inputs ? row(i + 1, j) : vec<float>{});
+        using half = typename VectorOf<uint16_t, kLanes<float>>::type;
+        using word = typename VectorOf<uint32_t, kLanes<float>>::type;
+        half bits[2];
+        memcpy(bits, pair, sizeof bits);
+        const word both =
+            __builtin_convertvector(bits[0], word) | __builtin_convertvector(bits[1], word) << 16;
+        memcpy(panel + j, &both, sizeof both);
+      }
+    }
+  }
+}
+
+// With P = softmax(q k^T): y = (P sigmoid(v)) sigmoid(gate), or, with `outside`, sigmoid(P v) sigmoid(gate).
+class WindowAttention {
+ public:
+  // A pixel holds queries, with the logits' scale in them, keys, values and gates, each padded.
+  WindowAttention(int64_t pixels, int64_t depth, int64_t channels, bool outside)
+      : pixels_(pixels),
+        depth_(depth),
+        channels_(channels),
+        pixel_(2 * padded(depth) + 2 * padded(channels)),
+        outside_(outside) {}
+
+  // Floats of working memory for so many queries at a time.
+  int64_t scratch(int64_t queries) const {
+    return keys_size() + values_size() + 32 * padded(depth_) + queries * (2 * padded(pixels_) + 1) + 64;
+  }
+
+  // Keys and values of a window, as right sides of products.
+  void open(const Stored* x, float* scratch) {
+    x_ = x;
+    keys_ = scratch;
+    values_ = keys_ + keys_size();
+    float* tile = values_ + values_size();
+    logits_ = tile + 32 * padded(depth_);
+    const Stored *k = x + padded(depth_), *v = x + 2 * padded(depth_);
+    for (int64_t o = 0; o < padded(pixels_); o += 32) {
+      const int64_t width = padded(pixels_) - o < 32 ? padded(pixels_) - o : 32;
+      const int64_t count = pixels_ - o < width ? pixels_ - o : width;
+      const Tile<float> turned = load_tile<Stored>(FeatureMap<const Stored>{k, 0, 1, pixel_}, 0, 0, depth_,
+                                                   o, count, tile);
+      pack_panel(keys_ + o * weight_rows(depth_), width, depth_, [&](int64_t i, int64_t j) {
+        return j < turned.stride ? load(turned.data + i * turned.stride + j) : vec<float>{};
+      });
+    }
+    for (int64_t o = 0; o < padded(channels_); o += 32) {
+      const int64_t width = padded(channels_) - o < 32 ? padded(channels_) - o : 32;
+      pack_panel(values_ + o * weight_rows(pixels_), width, pixels_, [&](int64_t i, int64_t j) {
+        const vec<float> value = load(v + i * pixel_ + o + j);
+        return outside_ ? value : sigmoid(value);
+      });
+    }
+  }
+
+  // y of the queries `first` to first + count - 1. Its padding is not zero.
+  void run(int64_t first, int64_t count, Stored* y) const {
+    const int64_t width = padded(pixels_), channels = padded(channels_);
+    float* inverse = logits_ + count * width;
+    auto* weights = reinterpret_cast<Stored*>(inverse + round_up(count, 16));
+    const Stored* queries = x_ + first * pixel_;
+    gemm(count, Rows<Stored>{queries, pixel_, 1, depth_, 0}, Weights{keys_, width}, logits_, width, Plain{});
+    for (int64_t i = 0; i < count; ++i) {
+      inverse[i] = softmax(logits_ + i * width, weights + i * width);
+    }
+    const Gate gate{inverse, queries + 2 * padded(depth_) + channels, pixel_, outside_};
+    gemm(count, Rows<Stored>{weights, width, 1, pixels_, 0}, Weights{values_, channels}, y + first * channels,
+         channels, gate);
+  }
+
+ private:
+  int64_t keys_size() const { return weight_rows(depth_) * padded(pixels_); }
+  int64_t values_size() const { return weight_rows(pixels_) * padded(channels_); }
+
+  struct Plain {
+    struct At {
+      vec<float> bias;
+      MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return y; }
+    };
+    MFK_INLINE At at(int64_t) const { return {vec<float>{}}; }
+  };
+  struct Gate {
+    const float* inverse;
+    const Stored* gate;
+    int64_t pixel;
+    bool outside;
+    struct At {
+      vec<float> bias;
+      const float* inverse;
+      const Stored* gate;
+      int64_t pixel;
+      bool outside;
+      MFK_INLINE vec<float> operator()(vec<float> y, int64_t p) const {
+        const vec<float> context = y * inverse[p];
+        return (outside ? sigmoid(context) : context) * sigmoid(load(gate + p * pixel));
+      }
+    };
+    MFK_INLINE At at(int64_t o) const { return {vec<float>{}, inverse, gate + o, pixel, outside}; }
+  };
+
+  // exp(logit - largest), zero beyond the pixels; returns one over their sum.
+  float softmax(const float* logits, Stored* weights) const {
+    constexpr int64_t n = kLanes<float>;
+    vec<float> tops = splat(-__FLT_MAX__);
+    auto at = [&](int64_t p) {
+      const vec<float> value = load(logits + p);
+      return p + n <= pixels_ ? value : (first_lanes<float>(pixels_ - p) ? value : splat(-__FLT_MAX__));
+    };
+    for (int64_t p = 0; p < pixels_; p += n) tops = larger(at(p), tops);
+    const float top = max_lanes<float>(tops);
+    vec<float> sum{};
+    for (int64_t p = 0; p < padded(pixels_); p += n) {
+      vec<float> weight{};
+      if (p < pixels_) weight = exp_nonpositive(at(p) - top);
+      if (p + n > pixels_) weight = first_lanes<float>(pixels_ - p) ? weight : vec<float>{};
+      store(weights + p, weight);
+      sum += weight;
+    }
+    return static_cast<float>(1 / sum_lanes<float>(sum));
+  }
+
+  int64_t pixels_, depth_, channels_, pixel_;
+  bool outside_;
+  const Stored* x_ = nullptr;
+  float *keys_ = nullptr, *values_ = nullptr, *logits_ = nullptr;
+};
+
+}  // namespace MFK_ISA
+}  // namespace mfk
