@@ -7,13 +7,14 @@ import pickle
 import lookalikes
 import pytest
 import torch
+from lookalike_networks import DynamicMobileFormer, iFormer
 from lookalikes import DMFLike, IFormerLike, MobileFormer
 from torch import nn
 
 import mfkernels
 from mfkernels.acceleration import Unfit, adopt
 
-COUNTS = {MobileFormer: 4, DMFLike: 5, IFormerLike: 2}
+COUNTS = {MobileFormer: 4, DMFLike: 5, IFormerLike: 2, DynamicMobileFormer: 13, iFormer: 2}
 networks = pytest.mark.parametrize("network", COUNTS, ids=lambda n: n.__name__)
 
 
@@ -38,7 +39,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def originals(model: nn.Module) -> list[str]:
-    return [type(m).__name__ for m in model.modules() if type(m).__module__ == "lookalikes"]
+    return [type(m).__name__ for m in model.modules() if type(m).__module__.startswith("lookalike")]
 
 
 @networks
@@ -247,9 +248,10 @@ def test_parts_of_a_block_that_is_left_alone():
     assert inner == {f"features.2.{name}" for name in ("local_global", "global_block", "global_local")}
 
 
-def test_deploy_takes_released_networks():
-    """As published and accelerated; another one that only looks like it is an error."""
-    model = make(MobileFormer).float().eval()
+@pytest.mark.parametrize("network", [MobileFormer, DynamicMobileFormer, iFormer])
+def test_deploy_takes_released_networks(network):
+    """As published and accelerated."""
+    model = make(network).float().eval()
     expected = model(images().float())
     for fast in (False, True):
         if fast:
@@ -257,11 +259,22 @@ def test_deploy_takes_released_networks():
         before = list(model.modules())
         torch.testing.assert_close(mfkernels.deploy(model)(images().float()), expected, rtol=1e-4, atol=1e-5)
         assert list(model.modules()) == before
-    mfkernels.restore(model)
+
+
+def test_deploy_refuses_what_only_looks_so():
+    model = make(MobileFormer).float().eval()
     model.stem[0] = nn.Conv2d(3, 8, 3, 2, 0, bias=False)
     with pytest.raises(TypeError, match="model is a MobileFormer, but 0 has padding"):
         mfkernels.deploy(model.eval())
-    with pytest.raises(TypeError, match="model must be a MobileFormer, got DMFLike"):
+    model = make(DynamicMobileFormer).float().eval()
+    model.blocks[1].ffn.pw_conv1 = nn.Conv2d(12, 31, 1, bias=False)
+    with pytest.raises(TypeError, match=r"model is a DynamicMobileFormer, but .*ffn.* has the shape"):
+        mfkernels.deploy(model.eval())
+    model = make(iFormer).float().eval()
+    model.stages[0][0].block.token_channel_mixer.m[2] = nn.ReLU()
+    with pytest.raises(TypeError, match="model is a iFormer, but it computes something else"):
+        mfkernels.deploy(model.eval())
+    with pytest.raises(TypeError, match=r"model must be a MobileFormer or .*, got DMFLike"):
         mfkernels.deploy(make(DMFLike).eval())
 
 

@@ -14,6 +14,7 @@ from mfkernels.models import create_model
 
 
 def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
     model = create_model(name, num_classes=7)
     randomise(model, torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     return model.eval()
@@ -37,7 +38,8 @@ def test_networks_of_ours_pass(name):
 
 def test_deployed_and_accelerated_networks_pass():
     model = make("mobile_former_26m")
-    result = mfkernels.verify(model, mfkernels.deploy(model), images())
+    # Of several images: the error of one is luck, rounding comes back a hundred times over.
+    result = mfkernels.verify(model, mfkernels.deploy(model), images(12))
     assert result.passed and [row.block for row in result.rows] == ["output"]
     torch.manual_seed(0)
     plain = DMFLike().eval()
@@ -90,16 +92,14 @@ def test_bad_arguments():
 
 
 def test_command(capsys, tmp_path):
-    assert cli.main(["verify", "mobile_former_26m", "--deploy"]) == 0
-    assert "passed" in capsys.readouterr().out
+    for name in ("mobile_former_26m", "dmf_96"):
+        assert cli.main(["verify", name, "--deploy"]) == 0
+        assert "passed" in capsys.readouterr().out
     path = tmp_path / "weights.pth"
     torch.save(create_model("mobile_former_26m").state_dict(), path)
     with pytest.raises(SystemExit) as status:
         cli.main(["verify", "mobile_former_52m", "--checkpoint", str(path)])
     assert status.value.code == 1 and "does not fit MobileFormer" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as status:
-        cli.main(["verify", "dmf_96", "--deploy"])
-    assert status.value.code == 1 and "must be a MobileFormer" in capsys.readouterr().err
 
 
 def test_command_fails_where_a_network_does(monkeypatch, capsys):

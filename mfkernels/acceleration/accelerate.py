@@ -4,13 +4,13 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import tensors_in
-from ..models.mobile_former import MobileFormer
 from . import dynamic_mobile_former, iformer, mobile_former
 from .adopt import Unfit, give_back, hooked
 from .settings import Found, random_inputs
@@ -87,16 +87,18 @@ def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
     return report
 
 
-def as_ours(model: nn.Module) -> MobileFormer | None:
+def as_ours(model: nn.Module) -> nn.Module | None:
     """A released network, accelerated or not, as the same network of `mfkernels.models`, with copies of its
-    weights; None where it is no network that `deploy` takes. Raises Unfit if it only looks like one."""
+    weights; None where it is no such network. Raises Unfit if it only looks like one."""
     plain = copy.deepcopy(model)
     restore(plain)
-    with _recognising():
-        new = mobile_former.network(plain)
-    if new is not None:
-        _compare(plain, new, random_inputs((2, new.in_channels, 64, 64)))
-    return new
+    for family in (mobile_former, dynamic_mobile_former, iformer):
+        with _recognising():
+            new: Any = family.network(plain)
+        if new is not None:
+            _compare(plain, new, random_inputs((2, new.in_channels, 64, 64)))
+            return new
+    return None
 
 
 def restore(model: nn.Module) -> Report:

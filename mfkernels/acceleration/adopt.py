@@ -109,7 +109,8 @@ def hooked(old: nn.Module, new: nn.Module) -> Iterator[str]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return not module._modules
+    """One of PyTorch's, which is taken as it is."""
+    return not module._modules and type(module).__module__.startswith("torch.nn.")
 
 
 def _has_state(module: nn.Module) -> bool:

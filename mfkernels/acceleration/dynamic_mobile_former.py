@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..nn import DMFFormer, DMFMobileToFormer, DynamicResidualConv2d, GlobalResponseNorm
+from ..models.dynamic_mobile_former import DynamicMobileFormer
+from ..nn import DMFFormer, DMFMobileToFormer, DynamicResidualConv2d, GlobalResponseNorm, KernelAttention
 from .adopt import Unfit, adopt
 from .settings import Found, drop_path_rate, random_inputs
 
@@ -53,6 +54,44 @@ def global_response_norm(old: Any) -> Found:
     channels = old.gamma.shape[1]
     # ConvNeXt V2 has a class of this name, too, for maps with the channels last: the shapes differ.
     return adopt(GlobalResponseNorm(channels), old), lambda: random_inputs((2, channels, 5, 6))
+
+
+def network(old: Any) -> DynamicMobileFormer | None:
+    """The released network `old`, as it was published, as one of ours with the same layers; None if it is
+    something else. What it computes is not compared: that is left to the caller."""
+    if type(old).__name__ != "DynamicMobileFormer":
+        return None
+
+    def kernels(conv: Any) -> int:
+        return conv.weight.shape[0] if conv.weight.dim() == 5 else 1
+
+    rows, ratios = [], []
+    for block in old.blocks:
+        mobile, heads = block.dynamic_mobile, block.mobile2former.num_heads
+        hidden, outputs = mobile.bn1.num_features, mobile.bn3.num_features
+        stride = 2 if hasattr(mobile, "downsample") else 1
+        rows.append((hidden, outputs, stride, heads, kernels(mobile.pw_conv1), kernels(mobile.dw_conv)))
+        ratios.append(block.ffn.bn1.num_features / outputs)
+    lite, head = old.lite_bottleneck, old.head
+    new = DynamicMobileFormer(
+        rows,
+        stem_channels=old.stem.conv.out_channels,
+        lite_channels=(lite.bn1.num_features, lite.bn3.num_features),
+        features=old.bn.num_features,
+        head_features=head.fc1.out_features,
+        num_classes=head.fc2.out_features,
+        in_channels=old.stem.conv.in_channels,
+        token_num=old.tokens.shape[1],
+        token_dim=old.tokens.shape[2],
+        groups=old.blocks[0].dynamic_mobile.pw_conv1.groups,
+        # Of all blocks, whose hidden channels are rounded down.
+        ffn_ratio=max(ratios) + 1e-9,
+    )
+    adopt(new, old)
+    for path, module in new.named_modules():
+        if isinstance(module, KernelAttention):
+            module.temperature = old.get_submodule(path).temperature
+    return new.train(old.training)
 
 
 RULES = (dynamic_conv, mobile_to_former, former, global_response_norm)

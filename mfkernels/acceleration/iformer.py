@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..models.iformer import IFormer
 from ..nn import SingleHeadModulationAttention
 from .adopt import Unfit, adopt
 from .settings import Found, random_inputs
@@ -23,6 +24,57 @@ def modulation_attention(old: Any) -> Found:
     # As they are: iFormer folds its convolutions and norms itself.
     adopt(new, old, whole=("q", "k", "v_gate", "proj"))
     return new, lambda: random_inputs((2, channels, 5, 6))
+
+
+def network(old: Any) -> IFormer | None:
+    """The released network `old`, as it was published, as one of ours with the same layers; None if it is
+    something else. What it computes is not compared: that is left to the caller."""
+    if type(old).__name__ != "iFormer" or not old.use_bn:
+        return None
+    first, *halvings = old.downsample_layers
+    edge = type(first[2]).__name__ == "EdgeResidual"
+    blocks = [[_block_string(block.block) for block in stage] for stage in old.stages]
+    residuals = [m for m in old.modules() if type(m).__name__ == "Residual"]
+    new = IFormer(
+        [len(stage) for stage in blocks],
+        [first[0].c.out_channels * 2, *(layers[0].c.out_channels for layers in halvings)],
+        [block for stage in blocks for block in stage],
+        num_classes=old.classifier.classifier.l.out_features,
+        in_channels=first[0].c.in_channels,
+        kernels=[first[0].c.kernel_size[0], *(layers[0].c.kernel_size[0] for layers in halvings)],
+        stem="FusedIB" if edge else "conv_stem",
+        distillation=old.classifier.distillation,
+        last_projection=old.last_proj,
+        layer_scale=1.0 if any(residual.gamma is not None for residual in residuals) else 0.0,
+    )
+    return adopt(new, old).train(old.training)  # type: ignore[return-value]
+
+
+def _block_string(block: Any) -> str:
+    kind = type(block).__name__
+    if kind == "RepCPE":
+        return f"RepCPE_k{block.cpe.m.c.kernel_size[0]}"
+    if kind == "FFN2d":
+        first = block.channel_mixer.m[0].c
+        return f"FFN2d_r{first.out_channels // first.in_channels}"
+    if kind == "ConvBlock":
+        depthwise, first = block.token_channel_mixer.m[0], block.token_channel_mixer.m[1].c
+        ratio = first.out_channels // first.in_channels
+        if hasattr(depthwise, "conv1"):
+            return f"ConvBlock_k7_r{ratio}_reparam1"
+        return f"ConvBlock_k{depthwise.c.kernel_size[0]}_r{ratio}"
+    if kind != "SHMABlock":
+        raise Unfit(f"it has a {kind}")
+    mixer = block.token_channel_mixer.m
+    channels = mixer.q.c.in_channels
+    words = [f"r{mixer.proj.c.in_channels // channels}", f"hdrr{channels // mixer.q.c.out_channels}"]
+    words += [f"nh{1 if mixer.fused_attn else mixer.num_heads}"]
+    marks = f"_wsp{int(block.window_split)}_wre{int(block.window_reverse)}"
+    if block.window_split or block.window_reverse:
+        words.append(f"ws{block.window_size}{marks}")
+    elif mixer.window_size:
+        words.append(f"ws{mixer.window_size}")
+    return "_".join(["SHMABlock", *words])
 
 
 RULES = (modulation_attention,)

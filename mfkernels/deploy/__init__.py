@@ -30,9 +30,8 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     """A network for inference on a CPU: batch norms folded, weights packed, each block one fused step.
 
     Args:
-        model: a network of `mfkernels.models`, or a Mobile-Former of the released code as published,
-            `accelerate`d or not; in eval mode. It is left as it is; later changes of its weights do not reach
-            the result.
+        model: a network of `mfkernels.models`, or of the released code as published, `accelerate`d or not; in
+            eval mode. It is left as it is; later changes of its weights do not reach the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16 on processors that multiply it
             (AVX512-BF16). Sums are float32 in either.
 
@@ -67,7 +66,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     return _FAMILIES[type(model)](model, dtype)
 
 
-def _published(model: nn.Module) -> MobileFormer:
+def _published(model: nn.Module) -> nn.Module:
     try:
         ours = as_ours(model)
     except Unfit as reason:

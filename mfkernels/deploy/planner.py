@@ -22,10 +22,10 @@ class Planner:
         if not condition:
             raise self.refuse(module, f"only {what} can be deployed")
 
-    def check_parts(self, known: Collection[type]) -> None:
-        """All modules must be of the known classes, and without hooks."""
+    def check_parts(self, known: Collection[type[nn.Module]]) -> None:
+        """All modules must be of the known classes, or compute as these do, and without hooks."""
         for module in self.names:
-            if type(module) not in known:
+            if not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in known):
                 raise self.refuse(module, "unknown to deploy")
             if module._forward_hooks or module._forward_pre_hooks:
                 raise self.refuse(module, "has a forward hook, which deploy would leave out")
