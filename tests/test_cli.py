@@ -104,12 +104,20 @@ def test_bench_in_bfloat16(tmp_path, capsys):
     assert all(line["dtype"] == "bfloat16" and 0 <= line["difference"] < 0.3 for line in lines)
 
 
-def test_bench_profile(tmp_path, capsys):
-    assert cli.main(["bench", "--profile", "--networks", "mobile_former_26m", "--output", str(tmp_path)]) == 0
-    assert "features.8 tokens" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("mobile_former_26m", "features.8 tokens"),
+        ("dmf_96", "blocks.3 tokens"),
+        ("iformer_t", "stages.2.7"),
+    ],
+)
+def test_bench_profile(name, part, tmp_path, capsys):
+    assert cli.main(["bench", "--profile", "--networks", name, "--output", str(tmp_path)]) == 0
+    assert part in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "profile.jsonl").read_text().splitlines()]
     assert all(row["microseconds"] >= 0 and row["peak"] > 1e9 for row in rows)
-    manifest = json.loads(lzma.decompress((DATA / "manifests.json.xz").read_bytes()))["mobile_former_26m"]
+    manifest = json.loads(lzma.decompress((DATA / "manifests.json.xz").read_bytes()))[name]
     assert 0.9 < sum(row["operations"] for row in rows) / 2 / manifest["macs"] <= 1  # the rest is attention
 
 

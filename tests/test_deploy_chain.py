@@ -200,4 +200,4 @@ def test_times_name_every_part():
     model = make_small("dmf")
     times = mfkernels.deploy(model).times(torch.randn(1, 3, 64, 64))
     assert all(seconds > 0 for seconds in times.values())
-    assert {f"blocks.{i}" for i in range(4)} | {"stem", "blocks.0 tokens", "classifier"} <= set(times)
+    assert {f"blocks.{i}" for i in range(4)} | {"stem", "blocks.0 tokens", "head.fc2"} <= set(times)

@@ -1,6 +1,7 @@
 """Our modules against numbers that the released implementations made: see tests/data/README.md."""
 
 import dataclasses
+import importlib.util
 import json
 import lzma
 
@@ -17,7 +18,7 @@ FOLDERS = ("ops_mobileformer", "ops_dmf", "ops_iformer", "derived")
 OPERATORS = [path for path in paths(*FOLDERS) if not path.name.startswith("if_fuse")]
 FUSED = [path for path in paths("ops_iformer") if path.name.startswith("if_fuse")]
 MODELS, TINY = paths("models"), paths("tiny")
-BACKENDS = ("reference", "cpu")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # A float64 run of ours meets a float64 run of theirs that was rounded to float32. Whole networks: their image
 # and cotangent were rounded, too, and that comes back a few times over.
@@ -49,7 +50,7 @@ def _check_float64(case: Case, runner, backend: str, roundings: float) -> None:
     assert count > 0
 
 
-def _check_float32(case: Case, runner) -> None:
+def _check_float32(case: Case, runner, backend: str = "cpu") -> None:
     """Outputs under the one tolerance. Gradients are checked in float64, and operator by operator: through a
     whole block in float32 a single activation on the other side of its kink changes them at will. Where norms
     over few numbers amplify rounding, one run of the reference may be lucky: then up to eight of them count,
@@ -62,7 +63,7 @@ def _check_float32(case: Case, runner) -> None:
                 errors.reference(ours, theirs)
 
     add_reference(case)
-    for name, ours, theirs in _run_all(case, runner, torch.float32, "cpu"):
+    for name, ours, theirs in _run_all(case, runner, torch.float32, backend):
         if ".out." in name or ".tap." in name:
             errors.kernel(ours, theirs)
     for seed in range(8):
@@ -80,6 +81,13 @@ def test_operator_reference(path):
 def test_operator_cpu(path, instruction_set):
     _check_float64(read(path), _run_operator, "cpu", 2)
     _check_float32(read(path), _run_operator)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("path", OPERATORS, ids=_ids)
+def test_operator_triton(path):
+    """Interpreted, where there is no GPU."""
+    _check_float32(read(path), _run_operator, "triton")
 
 
 @pytest.mark.parametrize("path", FUSED, ids=_ids)
@@ -102,6 +110,14 @@ def test_fuse(path):
 @pytest.mark.parametrize("path", MODELS, ids=_ids)
 def test_model_reference(path):
     _check_float64(read(path), run_model, "reference", 8)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("path", [*MODELS, *TINY], ids=_ids)
+def test_model_triton(path):
+    """Interpreted, where there is no GPU; in eval mode."""
+    case = dataclasses.replace(read(path), modes=("eval",))
+    _check_float32(case, run_tiny if path in TINY else run_model, "triton")
 
 
 @pytest.mark.parametrize("path", MODELS, ids=_ids)

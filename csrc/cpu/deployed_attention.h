@@ -12,7 +12,8 @@ MFK_INLINE vec<float> sigmoid(vec<float> x) {
   return x < 0 ? small * large : large;
 }
 
-// A panel of a right side that is not packed yet: `row(i, j)` is a vector of the outputs from j on of input i.
+// A panel of a right side that is not packed yet: `row(i, j)` is a vector of the outputs from j on of input
+// i.
 template <class F>
 MFK_INLINE void pack_panel(float* panel, int64_t width, int64_t inputs, F row) {
   for (int64_t i = 0; i < inputs; i += kStep<Stored>, panel += width) {
@@ -28,8 +29,8 @@ MFK_INLINE void pack_panel(float* panel, int64_t width, int64_t inputs, F row) {
         using word = typename VectorOf<uint32_t, kLanes<float>>::type;
         half bits[2];
         memcpy(bits, pair, sizeof bits);
-        const word both =
-            __builtin_convertvector(bits[0], word) | __builtin_convertvector(bits[1], word) << 16;
+        const word both = __builtin_convertvector(bits[0], word) | __builtin_convertvector(bits[1], word)
+                                                                       << 16;
         memcpy(panel + j, &both, sizeof both);
       }
     }
@@ -63,8 +64,8 @@ class WindowAttention {
     for (int64_t o = 0; o < padded(pixels_); o += 32) {
       const int64_t width = padded(pixels_) - o < 32 ? padded(pixels_) - o : 32;
       const int64_t count = pixels_ - o < width ? pixels_ - o : width;
-      const Tile<float> turned = load_tile<Stored>(FeatureMap<const Stored>{k, 0, 1, pixel_}, 0, 0, depth_,
-                                                   o, count, tile);
+      const Tile<float> turned =
+          load_tile<Stored>(FeatureMap<const Stored>{k, 0, 1, pixel_}, 0, 0, depth_, o, count, tile);
       pack_panel(keys_ + o * weight_rows(depth_), width, depth_, [&](int64_t i, int64_t j) {
         return j < turned.stride ? load(turned.data + i * turned.stride + j) : vec<float>{};
       });

@@ -413,8 +413,8 @@ MFK_INLINE vec<float> erf(vec<float> x) {
   return size < splat(1.0f) ? x * p : (x != x ? x : signed_far);
 }
 
-// 2^x where that is a normal number, within 2 units in the last place: 2^r of the fraction r by a least-squares
-// fit; NaN for NaN.
+// 2^x where that is a normal number, within 2 units in the last place: 2^r of the fraction r by a
+// least-squares fit; NaN for NaN.
 MFK_INLINE vec<float> exp2_normal(vec<float> x) {
 #if defined(__AVX512F__)
   const vec<float> r =
@@ -442,7 +442,8 @@ MFK_INLINE vec<float> absolute(vec<float> x) {
 }
 
 // x (1 + erf(x / sqrt 2)) / 2, within 1e-7 of |x|: max(x, 0) - |x| 2^Q(|x|), where 2^(Q + 1) is the
-// complementary error function; a least-squares fit up to 6, beyond which it counts as what it is there, 2e-9.
+// complementary error function; a least-squares fit up to 6, beyond which it counts as what it is there,
+// 2e-9.
 MFK_INLINE vec<float> gelu(vec<float> x) {
   const vec<float> size = absolute(x), t = smaller(splat(6.0f), size);
   vec<float> q = splat(1.712711145160651e-07f);

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from .. import _C, __version__, native, progress
 from ..backends import use_backend
+from ..checks import tensors_in
 from ..deploy import deploy
 from ..info import cpu_name
 from ..models import create_model, list_models
+from ..nn import DynamicResidualConv2d
 from .runtimes import RUNTIMES, Call, Skipped, result_of
 
 UNTIMED, TIMED = 2, 4  # calls of a network in each round
@@ -213,7 +215,7 @@ def profile(name: str, size: int, rounds: int = 50) -> list[dict[str, Any]]:
     deployed: Any = deploy(model)
     with pinned(1), torch.inference_mode():
         runs = [deployed.times(x) for _ in range(rounds)]
-        costs = _costs(model, x)
+        costs = _costs(model, x, list(runs[0]))
     rows = []
     for part in runs[0]:
         operations, moved = costs.get(part, (0, 0))
@@ -222,30 +224,31 @@ def profile(name: str, size: int, rounds: int = 50) -> list[dict[str, Any]]:
     return rows
 
 
-def _costs(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int]]:
+def _costs(model: nn.Module, x: Tensor, parts: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Operations and bytes by part, counted while the plain network runs."""
-    costs: dict[str, tuple[int, int]] = {}
+    costs = dict.fromkeys(parts, (0, 0))
+
+    def add(part: str, operations: int, values: int) -> None:
+        before = costs[part]
+        costs[part] = (before[0] + operations, before[1] + 4 * values)
 
     def count(part: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        operations, moved = costs.get(part, (0, 0))
         weight: Any = module.weight
-        per_output = weight.numel() // weight.shape[0]
-        costs[part] = (operations + 2 * output.numel() * per_output, moved + 4 * weight.numel())
+        kernel: Any = getattr(module, "static_weight", weight)
+        mixed = 0 if kernel is weight else weight.numel()  # kernels that are mixed to one
+        per_output = kernel.numel() // kernel.shape[0]
+        add(part, 2 * output.numel() * per_output + 2 * mixed, kernel.numel() + mixed)
 
     def maps(part: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        operations, moved = costs.get(part, (0, 0))
-        tensors = [
-            v for group in (*inputs, output) for v in (group if isinstance(group, tuple) else (group,))
-        ]
-        costs[part] = (operations, moved + 4 * sum(t.numel() for t in tensors if t.dim() == 4))
+        add(part, 0, sum(t.numel() for t in tensors_in((inputs, output)) if t.dim() == 4))
 
     handles = []
     for name, module in model.named_modules():
-        part = _part(name)
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        part = _part(name, parts)
+        if part and isinstance(module, nn.Conv2d | nn.Linear | DynamicResidualConv2d):
             handles.append(module.register_forward_hook(functools.partial(count, part)))
-        elif name == "stem" or (name.count(".") == 1 and name.startswith("features")):
-            handles.append(module.register_forward_hook(functools.partial(maps, part)))
+        elif name in parts:
+            handles.append(module.register_forward_hook(functools.partial(maps, name)))
     with use_backend("reference"):
         model(x)
     for handle in handles:
@@ -253,17 +256,18 @@ def _costs(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int]]:
     return costs
 
 
-def _part(name: str) -> str:
-    """The part of `DeployedMobileFormer.times` to which a module belongs."""
+_OF_TOKENS = ("local_global", "global_block", "global_local", "hyper", "former", "mobile2former")
+
+
+def _part(name: str, parts: Sequence[str]) -> str:
+    """The part, of those that a deployed network names, to which a module belongs: the longest name above its
+    own. Modules that work on tokens belong to the parts with " tokens" behind them, where there are such."""
     words = name.split(".")
-    if words[0] == "features" and len(words) > 2:
-        former = words[2].startswith(("local_global", "global", "hyper"))
-        return f"{words[0]}.{words[1]}" + (" tokens" if former else "")
-    if words[0] == "stem":
-        return "stem"
-    if words[0] == "classifier":
-        return f"classifier.{words[1]}" if len(words) > 1 else ""
-    return "local_global" if words[0] == "local_global" else name
+    found = [".".join(words[:count]) for count in range(len(words), 0, -1)]
+    above = next((part for part in found if part in parts), "")
+    tokens = f"{above} tokens"
+    inner = any(word.startswith(_OF_TOKENS) for word in words)
+    return tokens if inner and tokens in parts else above
 
 
 @contextmanager

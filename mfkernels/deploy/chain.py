@@ -182,13 +182,19 @@ class Chain(Planner):
         return self.pack.add(torch.cat([padded_rows(norm.weight), padded_rows(norm.bias)]))
 
     def finished(
-        self, features: int, linears: Sequence[tuple[list[int], str | None]], in_channels: int, classes: int
+        self,
+        features: int,
+        linears: Sequence[tuple[list[int], str | None]],
+        names: Sequence[str],
+        in_channels: int,
+        classes: int,
     ) -> Deployed:
         """The network.
 
         Args:
             features: the place of the inputs of the first linear layer.
-            linears: (as `Packer.linear` gives it, activation) of all.
+            linears: (as `Packer.linear` gives it, activation) of all; what they give is the result.
+            names: of their parts.
         """
         layers = [number for linear, act in linears for number in (ACTIVATIONS[act], *linear)]
         count = len(self.parts)
@@ -200,5 +206,5 @@ class Chain(Planner):
             dtype=self.pack.dtype,
             in_channels=in_channels,
             classes=classes,
-            parts=[*self.parts, *["classifier"] * len(linears)],
+            parts=[*self.parts, *names],
         )

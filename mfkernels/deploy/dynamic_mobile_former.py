@@ -86,7 +86,8 @@ class _Plan(Chain):
             (self.pack.linear(weight, first.bias), "hardswish"),
             (self.pack.linear(padded_rows(last.weight), last.bias), None),
         ]
-        return self.finished(self.features, linears, model.in_channels, last.out_features)
+        names = ["head.fc1", "head.fc2"]
+        return self.finished(self.features, linears, names, model.in_channels, last.out_features)
 
     def replaced(self, old: Map, new: Map) -> Map:
         self.free(old)

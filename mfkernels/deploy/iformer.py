@@ -68,7 +68,8 @@ class _Plan(Chain):
             linears.append((self.pack.linear(model.proj.weight, model.proj.bias), "gelu"))
         last = model.classifier
         linears.append((self.pack.linear(last.weight, last.bias), None))
-        return self.finished(features, linears, model.in_channels, last.out_features)
+        names = ["proj", "classifier"][-len(linears) :]
+        return self.finished(features, linears, names, model.in_channels, last.out_features)
 
     def stem(self, layers: Any) -> Map:
         first, _, second = layers

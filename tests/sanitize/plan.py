@@ -1,12 +1,14 @@
-"""Writes the plan and the weights of a small deployed network for threads.cpp: plan.py PLAN WEIGHTS"""
+"""Writes the plans and the weights of small deployed networks for threads.cpp: plan.py FOLDER"""
 
 import sys
+from pathlib import Path
 
 import mfkernels
 from mfkernels.bench.run import randomise
 
-model = mfkernels.models.create_model("mobile_former_26m", num_classes=10)
-randomise(model)
-deployed = mfkernels.deploy(model.eval())
-deployed.plan.numpy().tofile(sys.argv[1])
-deployed.weights.numpy().tofile(sys.argv[2])
+for name in ("mobile_former_26m", "dmf_96"):
+    model = mfkernels.models.create_model(name, num_classes=10)
+    randomise(model)
+    deployed = mfkernels.deploy(model.eval())
+    deployed.plan.numpy().tofile(Path(sys.argv[1]) / f"{name}.plan")
+    deployed.weights.numpy().tofile(Path(sys.argv[1]) / f"{name}.weights")

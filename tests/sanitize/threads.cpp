@@ -1,16 +1,18 @@
-// A deployed network on plain threads, for the thread sanitizer: several calls at a time, each on several
+// Deployed networks on plain threads, for the thread sanitizer: several calls at a time, each on several
 // threads, must give the bits of one call on one thread.
-//   threads PLAN WEIGHTS: files of 64-bit integers and of floats, written by tests/sanitize/plan.py
-#include "../../csrc/ops/mobile_former_network.h"
-
+//   threads FOLDER: of files of 64-bit integers and of floats, written by tests/sanitize/plan.py
 #include <cstdio>
 #include <fstream>
+#include <string>
 #include <thread>
+
+#include "../../csrc/ops/chain_network.h"
+#include "../../csrc/ops/mobile_former_network.h"
 
 namespace {
 
 template <class T>
-std::vector<T> read(const char* path) {
+std::vector<T> read(const std::string& path) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   std::vector<T> values(file.tellg() / sizeof(T));
   file.seekg(0);
@@ -18,6 +20,7 @@ std::vector<T> read(const char* path) {
   return values;
 }
 
+template <class Network>
 std::vector<float> call(const std::vector<int64_t>& plan, const std::vector<float>& weights, int64_t batch,
                         int64_t side, int64_t threads) {
   std::vector<float> x(batch * 3 * side * side), out(batch * 10);
@@ -35,29 +38,38 @@ std::vector<float> call(const std::vector<int64_t>& plan, const std::vector<floa
     }
     for (std::thread& worker : workers) worker.join();
   };
-  const mfk::MobileFormerNetwork network(plan.data(), weights.data(), images);
+  const Network network(plan.data(), weights.data(), images);
   mfk::run_network(network, batch, 10, out.data(), threads, parallel, [] {});
   return out;
 }
 
-}  // namespace
-
-int main(int, char** argv) {
-  const auto plan = read<int64_t>(argv[1]);
-  const auto weights = read<float>(argv[2]);
-  int wrong = 0;
+// How many results differ.
+template <class Network>
+int compare(const std::string& name) {
+  const auto plan = read<int64_t>(name + ".plan");
+  const auto weights = read<float>(name + ".weights");
+  int wrong = !Network::fits(plan.data(), plan.size(), weights.size(), 10);
   for (const int64_t batch : {1, 5}) {
-    const auto expected = call(plan, weights, batch, 96, 1);
+    const auto expected = call<Network>(plan, weights, batch, 96, 1);
     std::vector<std::vector<float>> results(4);
     std::vector<std::thread> callers;
     for (auto& result : results) {
       callers.emplace_back([&] {
-        for (int i = 0; i < 3; ++i) result = call(plan, weights, batch, 96, 3);
+        for (int i = 0; i < 3; ++i) result = call<Network>(plan, weights, batch, 96, 3);
       });
     }
     for (std::thread& caller : callers) caller.join();
     for (const auto& result : results) wrong += result != expected;
   }
+  return wrong;
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  const std::string folder = argv[1];
+  const int wrong = compare<mfk::MobileFormerNetwork>(folder + "/mobile_former_26m") +
+                    compare<mfk::ChainNetwork>(folder + "/dmf_96");
   std::printf(wrong == 0 ? "the same bits on all threads\n" : "%d results differ\n", wrong);
   return wrong != 0;
 }
