@@ -30,7 +30,7 @@ sanitize: .venv/installed
 	.venv/bin/python tests/sanitize/plan.py $(SANITIZED)
 	$(SANITIZED)/threads $(SANITIZED)
 
-# Breaks each kernel and checks that the tests notice (a quarter of an hour).
+# Breaks each kernel and checks that the tests notice (half an hour).
 mutate: .venv/installed
 	.venv/bin/python tests/mutate.py build/mutate
 

@@ -2,8 +2,8 @@
 
     python tests/mutate.py FOLDER [NAME ...]
 
-works in FOLDER, on a copy of the sources. Each mutation is built and takes a minute or two; names choose
-some. Fails if the tests of a mutated kernel pass.
+works in FOLDER, on a copy of the sources. Mutations of C++ are built and take two minutes each, those of
+Triton kernels run interpreted; names choose some. Fails if the tests of a mutated kernel pass.
 """
 
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # Name: file, what stands there once, what is put in its place, and the tests that must fail.
 MUTATIONS = {
-    "dynamic_relu": ("csrc/cpu/dynamic_relu.cpp", "g * C(0.5)", "g * C(0.25)", "dynamic_relu"),
+    "dynamic_relu": ("csrc/cpu/dynamic_relu.cpp", "share = g / ties", "share = g", "dynamic_relu"),
     "mobile_to_former_attention": (
         "csrc/ops/mobile_to_former_attention.cpp",
         "1 / std::sqrt(static_cast<double>(",
@@ -49,39 +49,88 @@ MUTATIONS = {
     ),
     "former_block": ("csrc/cpu/former_block.cpp", "C(0.39894228040143267794)", "C(0.3989)", "former_block"),
     "token_hyper": ("csrc/cpu/token_hyper.cpp", "splat(C(-3))", "splat(C(-2))", "token_hyper"),
-    "deploy": (
-        "csrc/cpu/mobile_former_tokens.cpp",
+    "deployed_mobile_former": (
+        "csrc/cpu/tokens.h",
         "variance + 1e-5",
         "variance + 1e-3",
-        "test_same_numbers",
+        "test_deploy.py and test_same_numbers",
+    ),
+    "deployed_chain": (
+        "csrc/cpu/deployed_chain_state.cpp",
+        "1 + gamma[c] * response",
+        "1 - gamma[c] * response",
+        "test_deploy_chain.py and test_variants",
+    ),
+    "deployed_attention": (
+        "csrc/cpu/deployed_attention.h",
+        "y * inverse[p]",
+        "y * inverse[0]",
+        "test_deploy_chain.py and test_variants",
     ),
 }
+# The same in each operator's triton.py.
+TRITON = {
+    "dynamic_relu": ("total += slope * part", "total += slope"),
+    "mobile_to_former_attention": ("rescale = tl.exp(top - higher)", "rescale = tl.exp(higher - top)"),
+    "former_to_mobile_attention": ("- mean[None, :]) * scale", "+ mean[None, :]) * scale"),
+    "dynamic_conv2d": ("return value + scale * others", "return value + others"),
+    "global_response_norm": ("scale = 1 + gamma", "scale = gamma"),
+    "modulation_attention": ("rescale = tl.exp(top - higher)", "rescale = tl.exp(higher - top)"),
+    "former_block": ("0.3989422804014327", "0.3989"),
+    "token_hyper": ("(y > -3) & (y < 3)", "(y > -2) & (y < 3)"),
+}
+MUTATIONS |= {
+    f"{op} in Triton": (
+        f"mfkernels/operators/{op}/triton.py",
+        old,
+        new,
+        f"test_triton.py and interpreted and {op}",
+    )
+    for op, (old, new) in TRITON.items()
+}
+FILES = ("test_contract.py", "test_deploy.py", "test_deploy_chain.py", "test_triton.py")
 
 
 def survives(folder: Path, file: str, old: str, new: str, tests: str) -> bool:
     source, target = folder / "source", folder / "built"
-    for place in (source, target):
-        shutil.rmtree(place, ignore_errors=True)
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in names.splitlines():
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, source / name)
-    text = (source / file).read_text()
-    assert text.count(old) == 1, f"{file}: {old!r} stands there {text.count(old)} times"
-    (source / file).write_text(text.replace(old, new))
-    quiet = ["-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
-    pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", target, source]
-    subprocess.run(pip, check=True)
+    # Python sources are mutated where they were built.
+    python = file.endswith(".py")
+    if not (python and target.is_dir()):
+        for place in (source, target):
+            shutil.rmtree(place, ignore_errors=True)
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in names.splitlines():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+        if not python:
+            (source / file).write_text(mutated(file, old, new))
+        quiet = ["-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
+        pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", target, source]
+        subprocess.run(pip, check=True)
+    if python:
+        (target / file).write_text(mutated(file, old, new))
     environment = os.environ | {"PYTHONPATH": str(target)}
     run = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-c", source / "pyproject.toml", "-k", tests]
-    run += [source / "tests" / "test_contract.py", source / "tests" / "test_deploy.py"]
+    run += [source / "tests" / name for name in FILES]
     done = subprocess.run([sys.executable, *run], cwd=target, env=environment, capture_output=True, text=True)
+    if python:
+        shutil.copy(ROOT / file, target / file)
+    else:
+        shutil.rmtree(target)
     assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
     return done.returncode == 0
 
 
+def mutated(file: str, old: str, new: str) -> str:
+    text = (ROOT / file).read_text()
+    assert text.count(old) == 1, f"{file}: {old!r} stands there {text.count(old)} times"
+    return text.replace(old, new)
+
+
 def main() -> None:
     folder, *names = sys.argv[1:]
+    shutil.rmtree(Path(folder) / "built", ignore_errors=True)  # of another time
     alive = []
     for name, mutation in MUTATIONS.items():
         if names and name not in names:

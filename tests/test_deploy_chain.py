@@ -189,6 +189,31 @@ def test_what_is_not_known_is_named(make_model, message):
         mfkernels.deploy(make_model().eval())
 
 
+def test_settings_are_checked():
+    """Of layers that are of a known class."""
+
+    def layers(model):
+        return model.stages[0][0].block.token_channel_mixer.m
+
+    for change, message in (
+        (lambda m: setattr(layers(m)[2], "approximate", "tanh"), "GELU"),
+        (lambda m: setattr(m.downsample_layers[1][0].c, "dilation", (2, 2)), "without dilation"),
+        (lambda m: setattr(m.downsample_layers[1][0].c, "padding", (0, 0)), "padded by half"),
+        (
+            lambda m: setattr(m.stages[0][0].block.token_channel_mixer.m[0].c, "stride", (3, 3)),
+            "keep the size",
+        ),
+    ):
+        model = small_iformer().eval()
+        change(model)
+        with pytest.raises(ValueError, match=f"deploy: [a-z_0-9.]+ .*only .*{message}"):
+            mfkernels.deploy(model)
+    model = small_dmf().eval()
+    model.blocks[1].norm.num_groups = 2
+    with pytest.raises(ValueError, match=r"deploy: blocks\.1\.norm .*only group norms of one group"):
+        mfkernels.deploy(model)
+
+
 def test_hooks_are_named():
     model = create_model("dmf_96").eval()
     model.blocks[3].former.register_forward_hook(lambda *_: None)

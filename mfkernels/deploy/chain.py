@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .deployed import Deployed
-from .packing import padded, padded_rows
+from .packing import padded, padded_rows, padded_slots
 from .planner import Planner
 
 (
@@ -18,6 +18,7 @@ from .planner import Planner
     _TOKENS, _KERNELS, _MIX, _AFFINE, _POOL,
 ) = range(13)  # fmt: skip
 NO_LINEAR = [0, 0, 0, 0]
+MOST_STEPS, MOST_SIZE = 1024, 16  # of a chain; of a dense convolution's kernel, less one
 ACTIVATIONS = {None: 0, "gelu": 1, "hardswish": 2}
 
 
@@ -67,6 +68,11 @@ class Chain(Planner):
     def free(self, used: Map) -> None:
         self.living.remove(used.number)
 
+    def replaced(self, old: Map, new: Map) -> Map:
+        """`new`, after which nobody reads `old`."""
+        self.free(old)
+        return new
+
     def _step(self, kind: int, *fields: int) -> None:
         self.parts.append(self.part)
         self.steps += [kind, len(fields), *fields]
@@ -83,15 +89,18 @@ class Chain(Planner):
 
     # --- steps that make a map ---------------------------------------------------------------------------
 
-    def conv(self, x: Map | None, weight: Tensor, bias: Tensor, stride: int, gelu: bool) -> Map:
-        """A dense convolution, padded by half its kernel; of the image where x is None."""
+    def dense(self, x: Map | None, conv: nn.Conv2d, weight: Tensor, bias: Tensor, gelu: bool) -> Map:
+        """A dense convolution, folded to this weight and bias; of the image where x is None."""
         outputs, inputs, size, _ = weight.shape
+        fits = conv.groups == 1 and conv.kernel_size == (size, size) and size % 2 == 1 and size < MOST_SIZE
+        fits = fits and conv.padding == (size // 2, size // 2) and conv.stride in ((1, 1), (2, 2))
+        self.need(fits, conv, "dense convolutions of odd squares, padded by half of them, of stride 1 or 2")
         if x is None:
             linear = self.pack.linear(weight.flatten(1), bias, runs=inputs * size)
         else:
             linear = self.pack.linear(weight.permute(0, 2, 3, 1).flatten(1), bias)
         kind, number = (_IMAGE_CONV, -1) if x is None else (_DENSE_CONV, x.number)
-        return self._made(kind, outputs, [number, inputs, size, stride, int(gelu), *linear])
+        return self._made(kind, outputs, [number, inputs, size, conv.stride[0], int(gelu), *linear])
 
     def pointwise(
         self,
@@ -112,6 +121,20 @@ class Chain(Planner):
         other = -1 if added is None else added.number
         fields = [x.number, x.channels, affine, affine_gelu, other, groups, gelu, mixed, *linear]
         return self._made(_POINTWISE, outputs, [int(field) for field in fields], sums, gather)
+
+    def depthwise_weights(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> tuple[int, int, int]:
+        """Of a depthwise convolution, folded to this weight and bias: its size, where taps and biases are."""
+        size, channels = conv.kernel_size[0], conv.out_channels
+        fits = size in (3, 5, 7) and conv.groups == channels == conv.in_channels
+        fits = fits and conv.padding == (size // 2, size // 2)
+        self.need(fits, conv, "depthwise convolutions of 3x3, 5x5 or 7x7")
+        self.need(
+            conv.stride == (1, 1) or (conv.stride == (2, 2) and size == 3),
+            conv,
+            "depthwise convolutions of stride 1, and of stride 2 those of 3x3",
+        )
+        offset = self.pack.depthwise(weight, bias, padded_slots(channels))
+        return size, offset, offset + size * size * padded(channels)
 
     def depthwise(
         self,
@@ -198,6 +221,8 @@ class Chain(Planner):
         """
         layers = [number for linear, act in linears for number in (ACTIVATIONS[act], *linear)]
         count = len(self.parts)
+        if count > MOST_STEPS:
+            raise ValueError(f"deploy: at most {MOST_STEPS} steps can be deployed, got {count}")
         header = [self.pack.size, int(self.pack.dtype == torch.bfloat16), in_channels, self.maps, self.state]
         return Deployed(
             "deployed_chain",

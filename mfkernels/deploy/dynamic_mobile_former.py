@@ -25,7 +25,7 @@ from ..nn.conv_bn import affine
 from ..nn.dmf_tokens import _MLP, _TokenAttention
 from .chain import NO_LINEAR, Chain, Gather, Map
 from .deployed import Deployed
-from .packing import fold, padded, padded_rows, taps
+from .packing import fold, padded, padded_rows, padded_slots, taps
 
 _KNOWN = (
     *(DynamicMobileFormer, DMFBlock, DMFFormer, DMFHead, DMFMobileToFormer, DMFStem, DropPath, DynamicMobile),
@@ -65,7 +65,7 @@ class _Plan(Chain):
             self.token_step(None, None, bridges[0])
         with self.named("stem"):
             weight, bias = fold(model.stem.conv, model.stem.bn)
-            x = self.conv(None, weight, bias, model.stem.conv.stride[0], gelu=True)
+            x = self.dense(None, model.stem.conv, weight, bias, gelu=True)
         with self.named("lite_bottleneck"):
             x = self.lite(x, model.lite_bottleneck, bridges[0], pooled=not self.halves(blocks[0]))
         for i, block in enumerate(blocks):
@@ -88,10 +88,6 @@ class _Plan(Chain):
         ]
         names = ["head.fc1", "head.fc2"]
         return self.finished(self.features, linears, names, model.in_channels, last.out_features)
-
-    def replaced(self, old: Map, new: Map) -> Map:
-        self.free(old)
-        return new
 
     def halves(self, block: DMFBlock) -> bool:
         return hasattr(block.dynamic_mobile, "downsample")
@@ -143,6 +139,7 @@ class _Plan(Chain):
         x = self.replaced(x, self.convolve(x, mobile.dw_conv, mobile.bn2, gelu=True, sums=1))
         x = self.replaced(x, self.convolve(x, mobile.pw_conv2, mobile.bn3, sums=2))
         ffn, norm = block.ffn, block.norm
+        self.need(norm.num_groups == 1, norm, "group norms of one group")
         normed = self.affine(_GROUP_NORM, norm.weight, norm.bias, norm.eps)
         hidden = self.static(x, ffn.pw_conv1, ffn.bn1, gelu=True, affine=normed)
         hidden = self.replaced(hidden, self.shortcut(hidden, ffn.dw_conv))
@@ -166,25 +163,16 @@ class _Plan(Chain):
         if conv.kernel_size == (1, 1):
             linear = self.pack.linear(weight.flatten(1), bias, groups=conv.groups)
             return self.pointwise(x, conv.out_channels, linear, groups=conv.groups, **options)
-        offset = self.pack.depthwise(weight, bias, self.slots(conv))
-        size = conv.kernel_size[0]
-        bias_at = offset + size * size * padded(conv.out_channels)
-        return self.depthwise(x, size, offset, bias_at, stride=conv.stride[0], **options)
-
-    def slots(self, conv: Any) -> list[int]:
-        channels, size = conv.out_channels, conv.kernel_size[0]
-        fits = size in (3, 5, 7) and conv.groups == channels == conv.in_channels
-        fits = fits and conv.padding == (size // 2, size // 2)
-        self.need(fits and (conv.stride == (1, 1) or (conv.stride == (2, 2) and size == 3)), conv, "3x3")
-        return _slots(channels)
+        places = self.depthwise_weights(conv, weight, bias)
+        return self.depthwise(x, *places, stride=conv.stride[0], **options)
 
     def shortcut(self, x: Map, conv: nn.Conv2d) -> Map:
         """A depthwise convolution of its input and that input itself."""
         weight = conv.weight.detach().double().clone()
         size = conv.kernel_size[0]
         weight[:, :, size // 2, size // 2] += 1
-        offset = self.pack.depthwise(weight, torch.zeros(conv.out_channels), self.slots(conv))
-        return self.depthwise(x, size, offset, offset + size * size * padded(conv.out_channels), sums=2)
+        places = self.depthwise_weights(conv, weight, torch.zeros(conv.out_channels))
+        return self.depthwise(x, *places, sums=2)
 
     def convolve(self, x: Map, conv: Any, norm: nn.BatchNorm2d, **options: Any) -> Map:
         """A convolution of a block, dynamic or not, and its batch norm; the last step left the sums of x."""
@@ -198,7 +186,7 @@ class _Plan(Chain):
         self.need(conv.stride == 1, conv, "dynamic convolutions of stride 1")
         if depthwise:
             self.need(size in (3, 5, 7), conv, "depthwise convolutions of 3x3, 5x5 or 7x7")
-            order = lambda w: taps(w, _slots(outputs))  # noqa: E731
+            order = lambda w: taps(w, padded_slots(outputs))  # noqa: E731
         else:
             self.need(size == 1, conv, "pointwise or depthwise dynamic convolutions")
             order = lambda w: self.pack.matrix(w.flatten(1), groups=conv.groups)  # noqa: E731
@@ -223,7 +211,3 @@ class _Plan(Chain):
         fields = [*hidden, *scores, softmax, len(last), self.attention_at]
         self.kernels(self.token, self.dim, attention.channels, *fields)
         return len(last)
-
-
-def _slots(channels: int) -> list[int]:
-    return [*range(channels), *[-1] * (padded(channels) - channels)]

@@ -73,28 +73,17 @@ class _Plan(Chain):
 
     def stem(self, layers: Any) -> Map:
         first, _, second = layers
-        x = self.dense(None, first, gelu=True)
+        x = self.conv(None, first, gelu=True)
         if not isinstance(second, FusedInvertedBottleneck):
-            return self.replaced(x, self.dense(x, second))
-        hidden = self.replaced(x, self.dense(x, second.conv_exp_bn1, gelu=True))
+            return self.replaced(x, self.conv(x, second))
+        hidden = self.replaced(x, self.conv(x, second.conv_exp_bn1, gelu=True))
         return self.replaced(hidden, self.point(hidden, second.conv_pwl_bn2))
 
     def halve(self, x: Map, layers: Any) -> Map:
-        return x if isinstance(layers, nn.Identity) else self.replaced(x, self.dense(x, layers[0]))
+        return x if isinstance(layers, nn.Identity) else self.replaced(x, self.conv(x, layers[0]))
 
-    def replaced(self, old: Map, new: Map) -> Map:
-        self.free(old)
-        return new
-
-    def dense(self, x: Map | None, conv: Any, gelu: bool = False) -> Map:
-        size, stride = conv.kernel_size[0], conv.stride[0]
-        self.need(
-            conv.groups == 1 and conv.padding == (size // 2, size // 2) and size < 16,
-            conv,
-            "dense convolutions padded by half their kernel",
-        )
-        assert conv.bias is not None
-        return self.conv(x, conv.weight, conv.bias, stride, gelu)
+    def conv(self, x: Map | None, conv: Any, gelu: bool = False) -> Map:
+        return self.dense(x, conv, conv.weight, conv.bias, gelu)
 
     def point(self, x: Map, conv: Any, **options: Any) -> Map:
         linear = self.pack.linear(conv.weight.flatten(1), conv.bias)
@@ -116,25 +105,16 @@ class _Plan(Chain):
             self.windows, x = False, self.replaced(x, self.join(x, block.join, sums))
         return x
 
-    def taps(self, conv: nn.Conv2d) -> tuple[int, int, int]:
-        """Size, and the offsets of taps and bias."""
-        size, channels = conv.kernel_size[0], conv.out_channels
-        self.need(
-            size in (3, 5, 7) and conv.stride == (1, 1) and conv.groups == channels == conv.in_channels,
-            conv,
-            "depthwise convolutions of 3x3, 5x5 or 7x7",
-        )
-        slots = [*range(channels), *[-1] * (padded(channels) - channels)]
-        assert conv.bias is not None
-        offset = self.pack.depthwise(conv.weight, conv.bias, slots)
-        return size, offset, offset + size * size * len(slots)
-
     def depth(self, x: Map, conv: Any, sums: int) -> Map:
-        return self.depthwise(x, *self.taps(conv), sums=sums)
+        return self.depthwise(x, *self.depthwise_weights(conv, conv.weight, conv.bias), sums=sums)
 
     def mixed_channels(self, x: Map, residual: Any, sums: int) -> Map:
         *before, expand, _, project = residual.m
-        size, taps, bias = self.taps(before[0]) if before else (0, 0, 0)
+        size, taps, bias = 0, 0, 0
+        if before:
+            conv = before[0]
+            self.need(conv.stride == (1, 1), conv, "blocks that keep the size of a map")
+            size, taps, bias = self.depthwise_weights(conv, conv.weight, conv.bias)
         linear = self.pack.linear(expand.weight.flatten(1), expand.bias)
         return self.inverted(x, size, taps, bias, linear, self.scaled(residual, project), sums)
 

@@ -1,7 +1,6 @@
 """Mobile-Former as a plan for the kernels in csrc/cpu/deployed_mobile_former.h, whose fields it writes in
 their order."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ..nn import (
 )
 from ..nn.conv_bn import affine
 from .deployed import Deployed
-from .packing import dense, fold, padded, padded_rows, shuffled, spread
+from .packing import dense, fold, padded, padded_rows, padded_slots, shuffled, spread
 from .planner import Planner
 
 MOST_BLOCKS = 255
@@ -148,7 +147,7 @@ class _Planner(Planner):
         self.need(conv.stride == (1, 1), block, "blocks with stride 1")
         channels = conv.out_channels
         linear1 = self.pointwise(point1, norm1, range(point1.in_channels), shuffle1)
-        depthwise = self.pack.depthwise(*fold(conv, norm), _slots(channels, range(channels)))
+        depthwise = self.pack.depthwise(*fold(conv, norm), padded_slots(channels))
         linear2 = self.pointwise(point2, norm2, range(channels), shuffle2)
         sizes = [_BLOCK, point1.in_channels, point2.out_channels, 1, int(block.skip)]
         return [*sizes, padded(channels), 0, depthwise, 0, *linear1, *linear2]
@@ -191,7 +190,7 @@ class _Planner(Planner):
         the numbers, after the shuffle, of its outputs in the order of memory."""
         self.check_depthwise(block, conv)
         inputs, times = conv.in_channels, conv.out_channels // conv.in_channels
-        offset = self.pack.depthwise(*fold(conv, norm), _slots(inputs, _made(conv)))
+        offset = self.pack.depthwise(*fold(conv, norm), padded_slots(inputs, _made(conv)))
         return offset, times * padded(inputs), _numbers(conv, shuffle)
 
     def pointwise(
@@ -213,11 +212,11 @@ class _Planner(Planner):
             conv: Any = block.conv2[0]
             channels = conv.out_channels
             modules = [block.hyper1, block.hyper2]
-            slots = 2 * [_slots(channels, range(channels))]
+            slots = 2 * [padded_slots(channels)]
         else:
             modules = [block.hyper1, block.hyper3]
             convs = [(layers[0], layers[2]) for layers in (block.conv1, block.conv3)]
-            slots = [_slots(conv.in_channels, _numbers(conv, shuffle)) for conv, shuffle in convs]
+            slots = [padded_slots(conv.in_channels, _numbers(conv, shuffle)) for conv, shuffle in convs]
         fields = self.side_by_side([(module.hyper[0], 1.0) for module in modules])
         for module, places in zip(modules, slots, strict=True):
             layer = module.hyper[2]
@@ -318,13 +317,6 @@ class _Planner(Planner):
         fields += self.pack.linear(weight, linear.bias.double() * scale + shift)
         last = head.classifier[1]
         return fields + self.pack.linear(padded_rows(last.weight), last.bias)
-
-
-def _slots(inputs: int, numbers: Sequence[int]) -> list[int]:
-    """`numbers`, by groups of `inputs`, with -1 where channels are padded."""
-    gap = [-1] * (padded(inputs) - inputs)
-    groups = [numbers[i : i + inputs] for i in range(0, len(numbers), inputs)]
-    return [slot for group in groups for slot in (*group, *gap)]
 
 
 def _made(conv: nn.Conv2d) -> list[int]:

@@ -112,6 +112,14 @@ def _in_pairs(rows: Tensor) -> Tensor:
     return even.view(-1, 2, outputs).transpose(1, 2)
 
 
+def padded_slots(inputs: int, numbers: Sequence[int] | None = None) -> list[int]:
+    """`numbers` (or all inputs), by groups of `inputs`, with -1 where channels are padded."""
+    numbers = range(inputs) if numbers is None else numbers
+    gap = [-1] * (padded(inputs) - inputs)
+    groups = [numbers[i : i + inputs] for i in range(0, len(numbers), inputs)]
+    return [slot for group in groups for slot in (*group, *gap)]
+
+
 def spread(values: Tensor, slots: Sequence[int]) -> Tensor:
     """Row i is row slots[i] of `values`, zero where that is -1."""
     index = torch.tensor(slots)
