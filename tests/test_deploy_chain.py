@@ -95,6 +95,21 @@ def test_variants(name, instruction_set):
         assert (deployed(x) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("shift", [10.0, 1000.0])
+def test_group_norms_of_maps_far_from_zero(shift):
+    """Their variance must not be a small difference of large sums."""
+    model = make_small("dmf")
+    for block in model.blocks:
+        block.dynamic_mobile.bn3.bias.data += shift
+    deployed, errors = mfkernels.deploy(model), Errors()
+    for seed in range(8):
+        x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+        expected = truth(model, x)
+        errors.reference(plain(model, x), expected)
+        errors.kernel(deployed(x), expected)
+    errors.check(f"shifted by {shift}")
+
+
 @BF16
 @pytest.mark.parametrize("name", SMALL)
 def test_bfloat16(name):

@@ -65,21 +65,27 @@ struct Maps {
     }
     if (made.sums > 0) add_up(record, x, positions);
   }
-  // Each channel's sum, and its sum of squares: in float over a run, then in double.
+  // Each channel's sum, and its sum of squares, of runs whose lengths are powers of two: of each run the mean
+  // m and the squares of what is off it in float, all else in double. So variances keep their digits where
+  // means are large: they take these m as they are.
   void add_up(double* sums, const Stored* x, int64_t positions) const {
-    constexpr int64_t n = kLanes<float>, kRun = 32;
+    constexpr int64_t n = kLanes<float>;
     for (int64_t c = 0; c < out_channels; c += n) {
       WideSum<float> total, squares;
-      for (int64_t p = 0; p < positions;) {
-        const int64_t end = p + kRun < positions ? p + kRun : positions;
-        vec<float> sum{}, square{};
-        for (; p < end; ++p) {
-          const vec<float> value = load(x + p * out_channels + c);
-          sum += value;
-          square += value * value;
-        }
+      for (int64_t p = 0, run = 32; p < positions; p += run) {
+        while (run > positions - p) run /= 2;
+        const Stored* first = x + p * out_channels + c;
+        vec<float> sum{}, off{};
+        for (int64_t i = 0; i < run; ++i) sum += load(first + i * out_channels);
         total.add(sum);
-        if (made.sums > 1) squares.add(square);
+        if (made.sums < 2) continue;
+        const vec<float> mean = sum * (1.0f / run);
+        for (int64_t i = 0; i < run; ++i) {
+          const vec<float> value = load(first + i * out_channels) - mean;
+          off += value * value;
+        }
+        squares.add(off);
+        squares.add_square(mean, run);
       }
       total.store_upto(sums + c, n);
       if (made.sums > 1) squares.store_upto(sums + out_channels + c, n);

@@ -134,7 +134,7 @@ struct State {
       const double scale = 1 / __builtin_sqrt((variance > 0 ? variance : 0) + eps);
       for (int64_t c = 0; c < channels; ++c) {
         factor[c] = static_cast<float>(scale * gamma[c]);
-        summand[c] = static_cast<float>(beta[c] - mean * scale * gamma[c]);
+        summand[c] = static_cast<float>(beta[c] - mean * factor[c]);  // which it must cancel as rounded
       }
       return;
     }

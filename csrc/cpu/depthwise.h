@@ -18,8 +18,7 @@ void depthwise_run(const In* const (&rows)[kSize], int64_t pixel, const float* w
   for (int64_t c = 0, in = 0; c < channels; c += n, in += n) {
     if (in == pixel) in = 0;
     const auto finish = epilogue.at(c);
-    vec<float> acc[kOutputs];
-    for (int i = 0; i < kOutputs; ++i) acc[i] = finish.bias;
+    vec<float> acc[kOutputs] = {};
 #pragma GCC unroll 3
     for (int ky = 0; ky < kSize; ++ky) {
       vec<float> taps[kSize];
@@ -34,7 +33,7 @@ void depthwise_run(const In* const (&rows)[kSize], int64_t pixel, const float* w
         }
       }
     }
-    for (int i = 0; i < kOutputs; ++i) store(out + i * channels + c, finish.activate(acc[i]));
+    for (int i = 0; i < kOutputs; ++i) store(out + i * channels + c, finish.activate(acc[i] + finish.bias));
   }
 }
 

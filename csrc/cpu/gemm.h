@@ -55,8 +55,9 @@ struct Weights {
 };
 MFK_INLINE int64_t weight_rows(int64_t inputs) { return blocks_of(inputs, kStep<Stored>); }
 
-// What is done to a sum before it is stored. `at(o)` loads what depends on the output alone: the bias, with
-// which the sum begins, and what its operator, called with the whole sum, needs.
+// What is done to a sum before it is stored. `at(o)` loads what depends on the output alone: the bias, which
+// is added last (a large one would round every product), and what its operator, called with the whole sum,
+// needs.
 struct AddBias {
   const float* bias;
   struct At {
@@ -166,10 +167,6 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
   out += first * out_stride + o;
   for (; tiles > 0; --tiles, first += P, x.data += P * s, out += P * out_stride) {
     vec<float> acc[kSums][P][V] = {};
-    for (int v = 0; v < V; ++v) {
-      const vec<float> bias = epilogue.at(o + v * n).bias;
-      for (int p = 0; p < P; ++p) acc[0][p][v] = bias;
-    }
     vec<float> total[P][V];  // of the chains before this one, once there is one
     int64_t chains = 0;
     for (int64_t r = 0, length = 0; r < x.runs; ++r) {
@@ -214,7 +211,7 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
         vec<float> sum = acc[0][p][v];
         if (chains > 0) sum += total[p][v];
         for (int k = 1; k < kSums; ++k) sum += acc[k][p][v];
-        store(out + p * out_stride + v * n, finish(sum, first + p));
+        store(out + p * out_stride + v * n, finish(sum + finish.bias, first + p));
       }
     }
   }

@@ -245,6 +245,14 @@ struct WideSum<float> {
     low += __builtin_convertvector(half[0], vec<double>);
     high += __builtin_convertvector(half[1], vec<double>);
   }
+  MFK_INLINE void add_square(vec<float> v, double times) {
+    typename VectorOf<float, kLanes<double>>::type half[2];
+    memcpy(half, &v, sizeof v);
+    const vec<double> first = __builtin_convertvector(half[0], vec<double>);
+    const vec<double> second = __builtin_convertvector(half[1], vec<double>);
+    low += times * first * first;
+    high += times * second * second;
+  }
   MFK_INLINE void store_upto(double* p, int64_t n) const;
   MFK_INLINE vec<double> folded() const { return low + high; }
 };
