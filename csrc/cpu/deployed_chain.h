@@ -159,9 +159,9 @@ struct ChainArgs {
   const int64_t* fields;  // of the step
   const Images* images;
   int64_t sample;
-  ChainMap in, added, out, whole;  // whole: what windows were cut out of
-  int64_t group;                   // rows of a task
-  double* records;                 // for each task: what a Mobile -> Former gathers, sums, sums of squares
+  ChainMap in, added, out;
+  int64_t group;    // rows of a task
+  double* records;  // for each task: what a Mobile -> Former gathers, sums, sums of squares
   // For steps that write the state: the step whose records they read, how many, and of how many pixels.
   const ChainOut* last;
   int64_t tasks, pixels;

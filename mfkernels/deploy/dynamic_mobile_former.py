@@ -53,14 +53,13 @@ class _Plan(Chain):
         self.features = self.place(padded(features) + padded(self.dim))
         self.token = self.features + padded(features)
         blocks: Any = model.blocks
-        bridges = [*(block.mobile2former for block in blocks), model.end_mobile2former]
-        self.queries = self.place(self.count * max(padded(bridge.channels) for bridge in bridges))
+        self.bridges = [*(block.mobile2former for block in blocks), model.end_mobile2former]
+        self.queries = self.place(self.count * max(padded(bridge.channels) for bridge in self.bridges))
         self.attention_at = self.place(16)
 
     def run(self) -> Deployed:
         model: Any = self.model
-        blocks: list[Any] = list(model.blocks)
-        bridges = [*(block.mobile2former for block in blocks), model.end_mobile2former]
+        blocks, bridges = list(model.blocks), self.bridges
         with self.named("tokens"):
             self.token_step(None, None, bridges[0])
         with self.named("stem"):
