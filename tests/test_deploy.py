@@ -35,20 +35,23 @@ def truth(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return plain(copy.deepcopy(model).double(), x.double())
 
 
-@pytest.mark.parametrize("name", mobile_former.NAMES)
-def test_same_numbers(name, instruction_set):
-    """Under the one tolerance, all images together (the error of one image is luck: rounding comes back a
-    hundred times over); and within 1e-4 of the largest logit, as promised."""
-    model = make(name, num_classes=101)
+def check_numbers(model: torch.nn.Module, sizes, what: str) -> None:
     deployed = mfkernels.deploy(model)
     errors = Errors()
-    for seed, (batch, height, width) in enumerate(SIZES):
+    for seed, (batch, height, width) in enumerate(sizes):
         x = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
         expected, got = truth(model, x), deployed(x)
         errors.reference(plain(model, x), expected)
         errors.kernel(got, expected)
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
-    errors.check(name)
+    errors.check(what)
+
+
+@pytest.mark.parametrize("name", mobile_former.NAMES)
+def test_same_numbers(name, instruction_set):
+    """Under the one tolerance, all images together (the error of one image is luck: rounding comes back a
+    hundred times over); and within 1e-4 of the largest logit, as promised."""
+    check_numbers(make(name, num_classes=101), SIZES, name)
 
 
 BF16 = pytest.mark.skipif(not _C.bf16_supported(), reason="this processor does not multiply bfloat16")

@@ -5,8 +5,7 @@ import pickle
 
 import pytest
 import torch
-from test_deploy import BF16, make, plain, truth
-from tolerance import Errors
+from test_deploy import BF16, check_numbers, make, plain, truth
 
 import mfkernels
 from mfkernels.bench.run import randomise
@@ -19,16 +18,7 @@ NAMES = ("dmf_96", "dmf_xxs", "dmf_s", "iformer_t", "iformer_m", "iformer_m_fast
 @pytest.mark.parametrize("name", NAMES)
 def test_same_numbers(name):
     """Under the one tolerance, all images together, and within 1e-4 of the largest logit."""
-    model = make(name, num_classes=101)
-    deployed = mfkernels.deploy(model)
-    errors = Errors()
-    for seed, (batch, height, width) in enumerate(SIZES):
-        x = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
-        expected, got = truth(model, x), deployed(x)
-        errors.reference(plain(model, x), expected)
-        errors.kernel(got, expected)
-        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
-    errors.check(name)
+    check_numbers(make(name, num_classes=101), SIZES, name)
 
 
 def small_dmf(**options) -> DynamicMobileFormer:
@@ -101,13 +91,7 @@ def test_group_norms_of_maps_far_from_zero(shift):
     model = make_small("dmf")
     for block in model.blocks:
         block.dynamic_mobile.bn3.bias.data += shift
-    deployed, errors = mfkernels.deploy(model), Errors()
-    for seed in range(8):
-        x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
-        expected = truth(model, x)
-        errors.reference(plain(model, x), expected)
-        errors.kernel(deployed(x), expected)
-    errors.check(f"shifted by {shift}")
+    check_numbers(model, [(2, 64, 64)] * 8, f"shifted by {shift}")
 
 
 @BF16

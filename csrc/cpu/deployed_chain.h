@@ -39,6 +39,7 @@ struct ChainOut {
 };
 
 enum ChainKind : int64_t {
+  // write a map
   kImageConv,
   kDenseConv,
   kPointwise,
@@ -46,12 +47,13 @@ enum ChainKind : int64_t {
   kInverted,
   kAttention,
   kSplit,
-  kJoin,  // write a map
+  kJoin,
+  // write the state
   kTokens,
   kKernels,
   kMix,
   kAffine,
-  kPool  // write the state
+  kPool,
 };
 constexpr int64_t kFirstOfState = kTokens;
 
@@ -96,8 +98,8 @@ struct ChainWindows {
   int64_t in, window;
 };
 
-// What Dynamic Mobile-Former does to its tokens, (tokens, padded dim) at the place `at`. Matrices have the
-// layer norms' numbers before them: gamma, then beta.
+// What Dynamic Mobile-Former does to its tokens, (tokens, padded dim) at the place `at`. Layer norms:
+// gamma, then beta, padded.
 struct ChainTokens {
   int64_t tokens, dim, at;
   int64_t first;            // -1, or the weights that they begin as

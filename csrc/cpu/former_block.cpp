@@ -1,5 +1,6 @@
 #include "former_block.h"
 
+#include "elementary.h"
 #include "token_rows.h"
 
 namespace mfk {

@@ -1,8 +1,8 @@
 // Products of a run of positions (pixels or tokens; channels in the lanes) with weights; sums in float.
 #pragma once
 
+#include "elementary.h"
 #include "sizes.h"
-#include "vec.h"
 
 namespace mfk {
 namespace MFK_ISA {

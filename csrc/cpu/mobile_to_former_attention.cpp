@@ -1,5 +1,6 @@
 #include "mobile_to_former_attention.h"
 
+#include "elementary.h"
 #include "head_task.h"
 #include "tile.h"
 #include "tile_gemm.h"

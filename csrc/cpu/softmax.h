@@ -2,7 +2,7 @@
 // in the lanes, tokens or other pixels down the rows.
 #pragma once
 
-#include "vec.h"
+#include "elementary.h"
 
 namespace mfk {
 namespace MFK_ISA {

@@ -120,7 +120,8 @@ class ChainNetwork {
     const auto& made = fields<ChainOut>(i);
     const ChainMap from = in < 0 ? ChainMap{nullptr, 1, images_.height, images_.width} : maps[in];
     ChainMap to = from;
-    int64_t floats = padded(made.channels), most = 122880, stride = 1;  // of a position's working memory
+    int64_t floats = padded(made.channels), most = kSecondCache,
+            stride = 1;  // of a position's working memory
     if (kind == kImageConv || kind == kDenseConv) {
       const auto& step = fields<ChainConv>(i);
       stride = step.stride;
@@ -142,11 +143,7 @@ class ChainNetwork {
     in_[i] = from;
     maps[made.map] = out_[i] = to;
     const int64_t rows = to.count * to.height, pixels = rows * to.width;
-    // Enough positions to use weights well while they are in the first cache, few enough that what lies
-    // between two products stays in the second; at least four tasks for the threads, where there is enough.
-    const int64_t positions = std::min<int64_t>(std::max<int64_t>(pixels / 4, 224), 896);
-    const int64_t fitting = std::min(blocks_of(positions, to.width), most / (to.width * floats));
-    groups_[i] = std::min(std::max<int64_t>(fitting, 1), rows);
+    groups_[i] = task_rows(rows, to.width, floats, most);
     tasks_[i] = blocks_of(rows, groups_[i]);
     if (kind == kAttention) {
       tasks_[i] = to.count * blocks_of(to.height * to.width, kAttentionTile);

@@ -10,16 +10,6 @@
 namespace mfk {
 namespace {
 
-// Rows of a task: enough positions to use weights well while they are in the first cache, few enough that
-// the rows between two convolutions stay in the second.
-int64_t group_rows(const PlanPass& pass, int64_t height, int64_t width) {
-  const int64_t row = width * std::max({pass.hidden1, pass.hidden2, int64_t{16}}) * 2;
-  // At least four tasks for the threads, where the map is large enough.
-  const int64_t positions = std::min<int64_t>(std::max<int64_t>(height * width / 4, 224), 896);
-  const int64_t rows = std::min((positions + width - 1) / width, 122880 / row);
-  return std::min(std::max<int64_t>(rows, 1), height);
-}
-
 constexpr int64_t kMostPasses = 256;
 
 class MobileFormerNetwork {
@@ -45,7 +35,8 @@ class MobileFormerNetwork {
       const PlanPass& pass = passes[i];
       shapes_[i] = shape;
       shape = {(shape.height + pass.stride - 1) / pass.stride, (shape.width + pass.stride - 1) / pass.stride};
-      const int64_t group = group_rows(pass, shape.height, shape.width);
+      const int64_t floats = 2 * std::max({pass.hidden1, pass.hidden2, int64_t{16}});
+      const int64_t group = task_rows(shape.height, shape.width, floats, kSecondCache);
       groups_[i] = group;
       tasks_[i] = (shape.height + group - 1) / group;
       map_ = std::max(map_, shape.height * shape.width * padded(pass.out_channels) / (plan.bf16 ? 2 : 1));

@@ -10,6 +10,16 @@
 namespace mfk {
 namespace {
 
+// Rows of a task, of a map of so many rows and columns: enough positions to use weights well while they are
+// in the first cache, few enough that what lies between two products, so many floats a position, stays in the
+// second, `most` in all; at least four tasks for the threads, where the map is large enough.
+inline int64_t task_rows(int64_t rows, int64_t width, int64_t floats, int64_t most) {
+  const int64_t positions = std::min<int64_t>(std::max<int64_t>(rows * width / 4, 224), 896);
+  const int64_t fitting = std::min(blocks_of(positions, width), most / (width * floats));
+  return std::min(std::max<int64_t>(fitting, 1), rows);
+}
+constexpr int64_t kSecondCache = 122880;  // floats
+
 struct DeployedLinear {
   PlanActivation activation;
   PlanLinear linear;

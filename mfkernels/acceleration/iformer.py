@@ -69,9 +69,9 @@ def _block_string(block: Any) -> str:
     channels = mixer.q.c.in_channels
     words = [f"r{mixer.proj.c.in_channels // channels}", f"hdrr{channels // mixer.q.c.out_channels}"]
     words += [f"nh{1 if mixer.fused_attn else mixer.num_heads}"]
-    marks = f"_wsp{int(block.window_split)}_wre{int(block.window_reverse)}"
     if block.window_split or block.window_reverse:
-        words.append(f"ws{block.window_size}{marks}")
+        marks = f"wsp{int(block.window_split)}_wre{int(block.window_reverse)}"
+        words += [f"ws{block.window_size}", marks]
     elif mixer.window_size:
         words.append(f"ws{mixer.window_size}")
     return "_".join(["SHMABlock", *words])

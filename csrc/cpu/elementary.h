@@ -1,0 +1,175 @@
+// Elementary functions of vectors.
+#pragma once
+
+#include "vec.h"
+
+namespace mfk {
+namespace MFK_ISA {
+
+// x = n ln 2 + r, |r| <= ln(2)/2; exp(r) by its Taylor series, 2^n by its exponent bits.
+constexpr float kExpShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+struct ExpParts {
+  vec<float> shifted, r;  // n + kExpShift, and r
+};
+MFK_INLINE ExpParts exp_parts(vec<float> x) {
+  const vec<float> shifted = x * 1.44269504f + kExpShift, whole = shifted - kExpShift;
+  const vec<float> r = x - whole * 0.693145752f;
+  return {shifted, r - whole * 1.42860682e-6f};
+}
+// The series up to r^5, and `sixth` r^6.
+MFK_INLINE vec<float> exp_series(vec<float> sixth, vec<float> r) {
+  vec<float> p = sixth * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// exp(x), within 2 units in the last place; 0 where the result would be denormal, NaN for NaN.
+MFK_INLINE vec<float> exp(vec<float> x) {
+  const vec<float> low = splat(-87.336544f), high = splat(88.72283f);
+  vec<float> t = x < low ? low : x;
+  t = t > high ? high : t;
+  const ExpParts parts = exp_parts(t);
+  const mask<float> n = reinterpret_cast<mask<float>>(parts.shifted) - 0x4b400000;
+  const vec<float> p = exp_series(splat(1.0f / 5040) * parts.r + 1.0f / 720, parts.r);
+  // In two steps, since 2^128 has no exponent bits.
+  mask<float> half = n >> 1;
+  vec<float> y = p * reinterpret_cast<vec<float>>((half + 127) << 23);
+  y = y * reinterpret_cast<vec<float>>((n - half + 127) << 23);
+  y = x < low ? vec<float>{} : y;
+  y = x > high ? splat(__builtin_inff()) : y;
+  return x != x ? x : y;
+}
+MFK_INLINE vec<double> exp(vec<double> x) {
+  const vec<double> low = splat(-708.3964185322641), high = splat(709.782712893384);
+  vec<double> t = x < low ? low : x;
+  t = t > high ? high : t;
+  const double shift = 6755399441055744.0;  // 1.5 * 2^52
+  vec<double> shifted = t * 1.4426950408889634 + shift;
+  mask<double> n = reinterpret_cast<mask<double>>(shifted) - 0x4338000000000000;
+  vec<double> whole = shifted - shift;
+  vec<double> r = t - whole * 0.6931471803691238;
+  r = r - whole * 1.9082149292705877e-10;
+  vec<double> p = splat(1.0 / 6227020800);
+  p = p * r + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  mask<double> half = n >> 1;
+  vec<double> y = p * reinterpret_cast<vec<double>>((half + 1023) << 52);
+  y = y * reinterpret_cast<vec<double>>((n - half + 1023) << 52);
+  y = x < low ? vec<double>{} : y;
+  y = x > high ? splat(__builtin_inf()) : y;
+  return x != x ? x : y;
+}
+// p 2^n, n being shifted - kExpShift, for results that are normal numbers; NaN for NaN.
+MFK_INLINE vec<float> times_power(vec<float> p, vec<float> shifted) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p),
+                                                             reinterpret_cast<__m512>(shifted - kExpShift)));
+#else
+  // n onto the exponent bits.
+  const vec<float> y = reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(p) +
+                                                    (reinterpret_cast<mask<float>>(shifted) << 23));
+  return p != p ? p : y;
+#endif
+}
+// exp(x) for x <= 0, in half the steps of exp, within 2 units in the last place; where the result would be
+// denormal, the smallest normal number.
+MFK_INLINE vec<float> exp_nonpositive(vec<float> x) {
+  const vec<float> low = splat(-87.336544f);
+  const ExpParts parts = exp_parts(larger(low, x));
+  const vec<float> p = exp_series(splat(1.0f / 720), parts.r);
+  return times_power(p, parts.shifted);
+}
+
+// erf(x), within 4 units in the last place: up to |x| = 1 by x P(x^2), beyond by 1 - exp(Q(|x|)); both
+// polynomials are least-squares fits.
+MFK_INLINE vec<float> erf(vec<float> x) {
+  const vec<float> size = x < 0 ? -x : x, square = x * x, four = splat(4.0f);
+  vec<float> p = splat(7.93335062902652e-05f);
+  p = p * square - 0.0008034804940723289f;
+  p = p * square + 0.005191213773664126f;
+  p = p * square - 0.02685539705939762f;
+  p = p * square + 0.11283625666263332f;
+  p = p * square - 0.3761262987174192f;
+  p = p * square + 1.1283791665915905f;
+  const vec<float> t = size < four ? size : four;
+  vec<float> q = splat(1.6102231134002226e-06f);
+  q = q * t - 4.551243929714129e-05f;
+  q = q * t + 0.0005920900170007739f;
+  q = q * t - 0.004736938114877774f;
+  q = q * t + 0.02635508618202407f;
+  q = q * t - 0.10996074014251322f;
+  q = q * t - 0.6319563027235389f;
+  q = q * t - 1.1301550665403572f;
+  q = q * t + 0.0003002603876414156f;
+  const vec<float> far = 1.0f - exp(q);
+  const vec<float> signed_far = x < 0 ? -far : far;
+  return size < splat(1.0f) ? x * p : (x != x ? x : signed_far);
+}
+
+// 2^x where that is a normal number, within 2 units in the last place: 2^r of the fraction r by a
+// least-squares fit; NaN for NaN.
+MFK_INLINE vec<float> exp2_normal(vec<float> x) {
+#if defined(__AVX512F__)
+  const vec<float> r =
+      reinterpret_cast<vec<float>>(_mm512_maskz_reduce_ps(0xffff, reinterpret_cast<__m512>(x), 1));
+#else
+  const vec<float> shifted = (x - 0.5f) + kExpShift, r = x - (shifted - kExpShift);
+#endif
+  vec<float> p = splat(0.00021702251877789937f);
+  p = p * r + 0.001243968887280844f;
+  p = p * r + 0.009678840882432987f;
+  p = p * r + 0.05548334204104108f;
+  p = p * r + 0.24022983626143468f;
+  p = p * r + 0.6931469838416214f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(
+      _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x)));
+#else
+  return times_power(p, shifted);
+#endif
+}
+
+MFK_INLINE vec<float> absolute(vec<float> x) {
+  return reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(x) & 0x7fffffff);
+}
+
+// x (1 + erf(x / sqrt 2)) / 2, within 1e-7 of |x|: max(x, 0) - |x| 2^Q(|x|), where 2^(Q + 1) is the
+// complementary error function; a least-squares fit up to 6, beyond which it counts as what it is there,
+// 2e-9.
+MFK_INLINE vec<float> gelu(vec<float> x) {
+  const vec<float> size = absolute(x), t = smaller(splat(6.0f), size);
+  vec<float> q = splat(1.712711145160651e-07f);
+  q = q * t - 4.233630636644177e-06f;
+  q = q * t + 4.135632997101191e-05f;
+  q = q * t - 0.000173816186781161f;
+  q = q * t - 0.0001886815067959212f;
+  q = q * t + 0.007142367765854111f;
+  q = q * t - 0.05255240726119546f;
+  q = q * t - 0.459190124993504f;
+  q = q * t - 1.1511073370482021f;
+  q = q * t - 0.99999995151764759f;
+  return larger(vec<float>{}, x) - size * exp2_normal(q);
+}
+
+template <class C>
+MFK_INLINE C exp_scalar(C x) {
+  return exp(splat(x))[0];
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk
