@@ -64,12 +64,17 @@ class _Way:
         out = self.function(*self.arguments)
         return out if isinstance(out, tuple) else (out,)
 
+    def backward(self, outputs: tuple) -> None:
+        pairs = [pair for pair in zip(outputs, self.grads, strict=True) if pair[0].requires_grad]
+        outputs, grads = zip(*pairs, strict=True)
+        torch.autograd.grad(outputs, self.inputs, grads)
+
     def __call__(self) -> None:
         with torch.set_grad_enabled(self.train):
             for _ in range(self.calls):
                 out = self.outputs()
                 if self.train:
-                    torch.autograd.grad(out, self.inputs, self.grads)
+                    self.backward(out)
 
     def once(self) -> float:
         start = time.perf_counter()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .operators.batch_norm.reference import batch_norm_reference
 from .operators.dynamic_conv2d.reference import Pair, add_biases, mix, output_size
 from .operators.dynamic_relu.reference import dynamic_relu_reference
 from .operators.former_block.reference import former_block_reference
@@ -27,6 +28,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
     ops = torch.ops.mfkernels
     return {
+        ops.batch_norm.default: _batch_norm,
         ops.dynamic_relu.default: dynamic_relu_reference,
         ops.former_block.default: former_block_reference,
         ops.former_to_mobile_attention.default: former_to_mobile_attention_reference,
@@ -36,6 +38,23 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         ops.token_hyper.default: _token_hyper,
         ops.dynamic_conv2d.default: _dynamic_conv2d,
     }
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor, Tensor]:
+    if mean is None or variance is None:
+        return batch_norm_reference(x, weight, bias, None, None, eps, activation)
+    # PyTorch's own, which runtimes fold into the convolution before it.
+    y = torch.nn.functional.batch_norm(x, mean, variance, weight, bias, eps=eps)
+    y = torch.nn.functional.gelu(y) if activation == "gelu" else y
+    return y, weight.new_empty(0), weight.new_empty(0)
 
 
 def _mobile_to_former_attention(

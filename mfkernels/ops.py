@@ -1,5 +1,6 @@
 """The operators. Each is also registered as `torch.ops.mfkernels.<same name>`."""
 
+from .operators.batch_norm import batch_norm
 from .operators.dynamic_conv2d import dynamic_conv2d
 from .operators.dynamic_relu import dynamic_relu
 from .operators.former_block import former_block
@@ -10,6 +11,7 @@ from .operators.modulation_attention import modulation_attention
 from .operators.token_hyper import token_hyper
 
 __all__ = [
+    "batch_norm",
     "dynamic_conv2d",
     "dynamic_relu",
     "former_block",

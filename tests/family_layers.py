@@ -4,10 +4,12 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from torch.nn import BatchNorm1d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mfkernels
 from mfkernels.models import create_model, list_models
+from mfkernels.nn import KernelAttention
 
 Layer = tuple  # an operator's arguments, ("tensor", *shape) in the place of tensors
 
@@ -34,12 +36,16 @@ def _plain(value):
 
 @functools.cache
 def layers(batch: int = 1, networks: Sequence[str] | None = None) -> dict[str, list[Layer]]:
-    """Of every network, or of these, on images of 224x224. Made from the networks' configurations: nothing is
-    computed, on the meta device."""
+    """Of every network, or of these, in train mode, on images of 224x224. Made from the networks'
+    configurations: nothing is computed, on the meta device."""
     names = networks or [name for name in list_models() if not name.endswith("_faster")]
     with Recorder() as recorder, mfkernels.use_backend("cpu"), torch.device("meta"), torch.no_grad():
         for name in names:
-            create_model(name).eval()(torch.empty(batch, 3, 224, 224))
+            model = create_model(name).train()
+            for module in model.modules():
+                if isinstance(module, BatchNorm1d | KernelAttention):
+                    module.eval()  # in a batch of one they have one number to measure
+            model(torch.empty(batch, 3, 224, 224))
     return {name: sorted(found, key=repr) for name, found in recorder.layers.items()}
 
 

@@ -47,7 +47,13 @@ MUTATIONS = {
         "grad * out * (s * (one + s))",
         "modulation_attention",
     ),
-    "former_block": ("csrc/cpu/former_block.cpp", "C(0.39894228040143267794)", "C(0.3989)", "former_block"),
+    "batch_norm": ("csrc/cpu/batch_norm.cpp", "* factor(c);", "* -factor(c);", "batch_norm"),
+    "former_block": (
+        "csrc/cpu/elementary.h",
+        "t * 0.39894228040143267794f",
+        "t * 0.3989f",
+        "former_block or batch_norm",
+    ),
     "token_hyper": ("csrc/cpu/token_hyper.cpp", "splat(C(-3))", "splat(C(-2))", "token_hyper"),
     "deployed_mobile_former": (
         "csrc/cpu/tokens.h",
@@ -70,6 +76,7 @@ MUTATIONS = {
 }
 # The same in each operator's triton.py.
 TRITON = {
+    "batch_norm": ("squares + spread", "squares"),
     "dynamic_relu": ("total += slope * part", "total += slope"),
     "mobile_to_former_attention": ("rescale = tl.exp(top - higher)", "rescale = tl.exp(higher - top)"),
     "former_to_mobile_attention": ("- mean[None, :]) * scale", "+ mean[None, :]) * scale"),

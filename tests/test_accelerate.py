@@ -14,7 +14,7 @@ from torch import nn
 import mfkernels
 from mfkernels.acceleration import Unfit, adopt
 
-COUNTS = {MobileFormer: 4, DMFLike: 5, IFormerLike: 2, DynamicMobileFormer: 13, iFormer: 2}
+COUNTS = {MobileFormer: 7, DMFLike: 6, IFormerLike: 3, DynamicMobileFormer: 13, iFormer: 20}
 networks = pytest.mark.parametrize("network", COUNTS, ids=lambda n: n.__name__)
 
 
@@ -245,7 +245,8 @@ def test_parts_of_a_block_that_is_left_alone():
     report = mfkernels.accelerate(model)
     assert [entry.path for entry in report.left] == ["features.2"]
     inner = {entry.path for entry in report.replaced if entry.path.startswith("features.2")}
-    assert inner == {f"features.2.{name}" for name in ("local_global", "global_block", "global_local")}
+    names = ("local_global", "global_block", "global_local", "conv1", "conv2", "conv3")
+    assert inner == {f"features.2.{name}" for name in names}
 
 
 @pytest.mark.parametrize("network", [MobileFormer, DynamicMobileFormer, iFormer])

@@ -42,6 +42,11 @@ def respond(x=X, gamma=None, beta=None, **others):
     return ops.global_response_norm(x, gamma, beta, **others)
 
 
+def normalise(x=X, weight=None, bias=None, **others):
+    weight, bias = ones(8) if weight is None else weight, ones(8) if bias is None else bias
+    return ops.batch_norm(x, weight, bias, **others)
+
+
 def form(tokens=None, **others):
     square, row = ones(8, 8), ones(8)
     given = dict(
@@ -145,6 +150,33 @@ CALLS = {
         ValueError,
         "mean must be 'channels' or 'released', got 'pixels'",
     ),
+    # batch_norm
+    "normalise weight": (
+        lambda: normalise(weight=ones(7)),
+        ValueError,
+        "weight must have shape (C) = (8,)",
+    ),
+    "normalise bias": (
+        lambda: normalise(bias=ones(8).double()),
+        TypeError,
+        "bias must have the dtype of x, torch.float32, got torch.float64",
+    ),
+    "normalise half a statistic": (
+        lambda: normalise(mean=ones(8)),
+        ValueError,
+        "variance is None and mean is given, expected both or none",
+    ),
+    "normalise half precision": (
+        lambda: normalise(X.bfloat16(), ones(8), ones(8).half()),
+        TypeError,
+        "bias must have the dtype of x, torch.bfloat16 or torch.float32, got torch.float16",
+    ),
+    "normalise activation": (
+        lambda: normalise(activation="relu"),
+        ValueError,
+        "activation must be 'none' or 'gelu', got 'relu'",
+    ),
+    "normalise vectors": (lambda: normalise(ones(2, 8)), ValueError, "x must have 4 dimensions (B, C, H, W)"),
     # former_block
     "form tokens": (lambda: form(tokens=ones(3, 8)), ValueError, "tokens must have 3 dimensions (B, T, d)"),
     "form heads": (
@@ -383,6 +415,9 @@ def test_registered_operators_check_too():
         lambda: call.mobile_to_former_attention_backward(None, None, X, ones(2, 3, 8), ones(2, 2, 3, 3), 2),
         lambda: call.former_to_mobile_attention(X, ones(2, 3, 8), ones(2, 4, 8), 2),
         lambda: call.former_to_mobile_attention_backward(X[:1], X, ones(2, 3, 8), ones(2, 3, 8), 2),
+        lambda: call.batch_norm(X, ones(8), ones(7)),
+        lambda: call.batch_norm(X, ones(8), ones(8), ones(8), None),
+        lambda: call.batch_norm_backward(X[:1], None, None, X, *[ones(8)] * 4, True),
     ):
-        with pytest.raises(RuntimeError, match=r"dynamic_relu|_attention"):
+        with pytest.raises(RuntimeError, match=r"dynamic_relu|_attention|batch_norm"):
             wrong()

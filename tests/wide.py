@@ -101,6 +101,8 @@ _FUNCTIONS = {
     aten.sub: np.subtract,
     aten.div: np.divide,
     aten.neg: np.negative,
+    aten.pow: np.power,
+    aten.sqrt: np.sqrt,
     aten.eq: lambda a, b: (a == b).astype(np.longdouble),
     aten.bmm: np.matmul,
     aten.mm: np.matmul,

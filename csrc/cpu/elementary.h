@@ -94,32 +94,6 @@ MFK_INLINE vec<float> exp_nonpositive(vec<float> x) {
   return times_power(p, parts.shifted);
 }
 
-// erf(x), within 4 units in the last place: up to |x| = 1 by x P(x^2), beyond by 1 - exp(Q(|x|)); both
-// polynomials are least-squares fits.
-MFK_INLINE vec<float> erf(vec<float> x) {
-  const vec<float> size = x < 0 ? -x : x, square = x * x, four = splat(4.0f);
-  vec<float> p = splat(7.93335062902652e-05f);
-  p = p * square - 0.0008034804940723289f;
-  p = p * square + 0.005191213773664126f;
-  p = p * square - 0.02685539705939762f;
-  p = p * square + 0.11283625666263332f;
-  p = p * square - 0.3761262987174192f;
-  p = p * square + 1.1283791665915905f;
-  const vec<float> t = size < four ? size : four;
-  vec<float> q = splat(1.6102231134002226e-06f);
-  q = q * t - 4.551243929714129e-05f;
-  q = q * t + 0.0005920900170007739f;
-  q = q * t - 0.004736938114877774f;
-  q = q * t + 0.02635508618202407f;
-  q = q * t - 0.10996074014251322f;
-  q = q * t - 0.6319563027235389f;
-  q = q * t - 1.1301550665403572f;
-  q = q * t + 0.0003002603876414156f;
-  const vec<float> far = 1.0f - exp(q);
-  const vec<float> signed_far = x < 0 ? -far : far;
-  return size < splat(1.0f) ? x * p : (x != x ? x : signed_far);
-}
-
 // 2^x where that is a normal number, within 2 units in the last place: 2^r of the fraction r by a
 // least-squares fit; NaN for NaN.
 MFK_INLINE vec<float> exp2_normal(vec<float> x) {
@@ -148,11 +122,10 @@ MFK_INLINE vec<float> absolute(vec<float> x) {
   return reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(x) & 0x7fffffff);
 }
 
-// x (1 + erf(x / sqrt 2)) / 2, within 1e-7 of |x|: max(x, 0) - |x| 2^Q(|x|), where 2^(Q + 1) is the
-// complementary error function; a least-squares fit up to 6, beyond which it counts as what it is there,
-// 2e-9.
-MFK_INLINE vec<float> gelu(vec<float> x) {
-  const vec<float> size = absolute(x), t = smaller(splat(6.0f), size);
+// The share of the normal distribution beyond `size`, erfc(size / sqrt 2) / 2, within 6e-8: 2^Q(size), a
+// least-squares fit up to 6, beyond which it counts as what it is there, 1e-9.
+MFK_INLINE vec<float> normal_tail(vec<float> size) {
+  const vec<float> t = smaller(splat(6.0f), size);
   vec<float> q = splat(1.712711145160651e-07f);
   q = q * t - 4.233630636644177e-06f;
   q = q * t + 4.135632997101191e-05f;
@@ -163,7 +136,38 @@ MFK_INLINE vec<float> gelu(vec<float> x) {
   q = q * t - 0.459190124993504f;
   q = q * t - 1.1511073370482021f;
   q = q * t - 0.99999995151764759f;
-  return larger(vec<float>{}, x) - size * exp2_normal(q);
+  return exp2_normal(q);
+}
+
+// x Phi(x), Phi being the share of the normal distribution below x, within 1e-7 of |x|: max(x, 0) - |x| (1 -
+// Phi(|x|)). Of minus infinity it is that, where the product is NaN.
+MFK_INLINE vec<float> gelu(vec<float> x) {
+  const vec<float> size = absolute(x);
+  return larger(vec<float>{}, x) - size * normal_tail(size);
+}
+// Likewise, but for infinities what the product is, too: infinity and NaN.
+MFK_INLINE vec<float> strict_gelu(vec<float> x) {
+  const vec<float> size = absolute(x);
+  const vec<float> tail = size > 6.0f ? vec<float>{} : normal_tail(size);
+  return x * (x < 0 ? tail : 1.0f - tail);
+}
+// Its derivative, Phi(x) + x phi(x), phi being the normal distribution's density; NaN for infinities.
+MFK_INLINE vec<float> gelu_slope(vec<float> x) {
+  const vec<float> size = absolute(x), tail = normal_tail(size);
+  const vec<float> t = smaller(splat(12.0f), size);  // beyond it the density is zero beside the rest
+  const vec<float> bump = t * 0.39894228040143267794f * exp2_normal(t * t * -0.72134752044448170368f);
+  return (x < 0 ? tail - bump : 1.0f - tail + bump) + (x - x);
+}
+
+// In double by the C library's error function, a lane after the other.
+MFK_INLINE vec<double> below(vec<double> x) {
+  vec<double> y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = 0.5 * __builtin_erfc(-0.70710678118654752440 * x[i]);
+  return y;
+}
+MFK_INLINE vec<double> strict_gelu(vec<double> x) { return x * below(x); }
+MFK_INLINE vec<double> gelu_slope(vec<double> x) {
+  return below(x) + x * exp(x * x * -0.5) * 0.39894228040143267794;
 }
 
 template <class C>

@@ -30,22 +30,6 @@ void add_weighted(const C* weights, int64_t step, const C* rows, int64_t stride,
   }
 }
 
-// GELU, x Phi(x), and its derivative, Phi(x) + x phi(x).
-MFK_INLINE vec<float> erf_of(vec<float> x) { return erf(x); }
-MFK_INLINE vec<double> erf_of(vec<double> x) {
-  vec<double> y;
-  for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_erf(x[i]);
-  return y;
-}
-template <class C>
-MFK_INLINE vec<C> phi(vec<C> x) {
-  return C(0.5) * (C(1) + erf_of(x * C(0.70710678118654752440)));
-}
-template <class C>
-MFK_INLINE vec<C> gelu_slope(vec<C> x) {
-  return phi<C>(x) + x * exp(x * x * C(-0.5)) * C(0.39894228040143267794);
-}
-
 // Some samples' tokens, and all that is made of them.
 template <class T>
 struct Former {
@@ -165,7 +149,7 @@ struct Former {
     linear_forward(fc1(), at(kMiddle), hidden);
     for (int64_t i = 0; i < hidden.count * hidden.stride; i += kLanes<C>) {
       const vec<C> x = load(hidden.data + i);
-      store(active.data + i, x * phi<C>(x));
+      store(active.data + i, strict_gelu(x));
     }
     linear_forward(fc2(), active, at(kSecond));
   }
@@ -174,7 +158,7 @@ struct Former {
     const TokenRows<C> hidden = at(kHidden), grad = at(kGradHidden);
     linear_backward(fc2(), at(g), static_cast<const C*>(nullptr), grad);
     for (int64_t i = 0; i < hidden.count * hidden.stride; i += kLanes<C>) {
-      store(grad.data + i, load(grad.data + i) * gelu_slope<C>(load(hidden.data + i)));
+      store(grad.data + i, load(grad.data + i) * gelu_slope(load(hidden.data + i)));
     }
     linear_backward(fc1(), grad, start, at(kGradMiddle));
   }

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import tensors_in
-from . import dynamic_mobile_former, iformer, mobile_former
+from . import dynamic_mobile_former, iformer, mobile_former, sequential
 from .adopt import Unfit, give_back, hooked
 from .settings import Found, random_inputs
 
@@ -22,6 +22,7 @@ _KNOWN: tuple[Callable[[nn.Module], Found], ...] = (
     *mobile_former.RULES,
     *dynamic_mobile_former.RULES,
     *iformer.RULES,
+    *sequential.RULES,
 )
 _ORIGINAL = "_mfkernels_original"
 
@@ -148,6 +149,7 @@ def _visit(
         new.__dict__[_ORIGINAL] = child  # not as a submodule: it must not appear in the state
         module._modules[name] = new
         report.replaced.append(Replaced(path, type(child).__name__, type(new).__name__))
+        _visit(new, f"{path}.", rules, report, done)  # what it took over as it was
 
 
 def _replacement(old: nn.Module, rules: Sequence[Rule]) -> nn.Module | None:
@@ -156,6 +158,8 @@ def _replacement(old: nn.Module, rules: Sequence[Rule]) -> nn.Module | None:
         if new is not None:
             _check_parameters(rule, old, new)
             return new
+    if type(old).__module__.startswith(f"{__package__.split('.')[0]}."):
+        return None  # one of ours
     for known in _KNOWN:
         with _recognising():
             found = known(old)

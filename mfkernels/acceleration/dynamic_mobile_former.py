@@ -3,7 +3,17 @@
 from typing import Any
 
 from ..models.dynamic_mobile_former import DynamicMobileFormer
-from ..nn import DMFFormer, DMFMobileToFormer, DynamicResidualConv2d, GlobalResponseNorm, KernelAttention
+from ..nn import (
+    DMFFormer,
+    DMFMobileToFormer,
+    DMFStem,
+    DynamicMobile,
+    DynamicResidualConv2d,
+    GlobalResponseNorm,
+    InvertedBottleneck,
+    InvertedResidualFFN,
+    KernelAttention,
+)
 from .adopt import Unfit, adopt
 from .settings import Found, drop_path_rate, random_inputs
 
@@ -56,21 +66,75 @@ def global_response_norm(old: Any) -> Found:
     return adopt(GlobalResponseNorm(channels), old), lambda: random_inputs((2, channels, 5, 6))
 
 
+def stem(old: Any) -> Found:
+    if type(old).__name__ != "Stem" or not hasattr(old, "bn"):
+        return None
+    conv = old.conv
+    new = DMFStem(conv.in_channels, conv.out_channels, conv.kernel_size[0])
+    return adopt(new, old), lambda: random_inputs((2, conv.in_channels, 12, 13))
+
+
+def bottleneck(old: Any) -> Found:
+    if type(old).__name__ != "BottleNeck" or not hasattr(old, "pw_conv1"):
+        return None
+    first, middle, last = old.pw_conv1, old.dw_conv, old.pw_conv2
+    new: Any
+    if hasattr(old, "grn"):
+        new = InvertedResidualFFN(first.in_channels, first.out_channels)
+    else:
+        new = InvertedBottleneck(
+            first.in_channels,
+            first.out_channels,
+            last.out_channels,
+            stride=middle.stride[0],
+            kernel_size=middle.kernel_size[0],
+            groups=first.groups,
+        )
+    return adopt(new, old), lambda: random_inputs((2, first.in_channels, 5, 6))
+
+
+def dynamic_mobile(old: Any) -> Found:
+    if type(old).__name__ != "DynamicMobile":
+        return None
+    convs = dict(pw_conv1=old.pw_conv1, dw_conv=old.dw_conv, pw_conv2=old.pw_conv2)
+    dynamic = [conv for conv in convs.values() if type(conv).__name__ == "CondConv"]
+    if not dynamic:
+        raise Unfit("none of its convolutions is dynamic")
+    for conv in dynamic:
+        dynamic_conv(conv)  # has none of the settings that ours does not have
+    channels, width = old.pw_conv1.in_channels, dynamic[0].Kernel_Attention.net1.out_channels
+    new = DynamicMobile(
+        channels,
+        old.bn1.num_features,
+        old.bn3.num_features,
+        token_dim=width,
+        stride=2 if hasattr(old, "downsample") else 1,
+        kernel_size=old.dw_conv.weight.shape[-1],
+        groups=old.pw_conv1.groups,
+        pointwise_kernels=_kernels(old.pw_conv1),
+        depthwise_kernels=_kernels(old.dw_conv),
+    )
+    # As it is: its temperature is set from outside.
+    adopt(new, old, whole=[f"{conv}.Kernel_Attention" for conv in convs])
+    return new, lambda: random_inputs((2, channels, 5, 6), (2, width))
+
+
+def _kernels(conv: Any) -> int:
+    return conv.weight.shape[0] if conv.weight.dim() == 5 else 1
+
+
 def network(old: Any) -> DynamicMobileFormer | None:
     """The released network `old`, as it was published, as one of ours with the same layers; None if it is
     something else. What it computes is not compared: that is left to the caller."""
     if type(old).__name__ != "DynamicMobileFormer":
         return None
 
-    def kernels(conv: Any) -> int:
-        return conv.weight.shape[0] if conv.weight.dim() == 5 else 1
-
     rows, ratios = [], []
     for block in old.blocks:
         mobile, heads = block.dynamic_mobile, block.mobile2former.num_heads
         hidden, outputs = mobile.bn1.num_features, mobile.bn3.num_features
         stride = 2 if hasattr(mobile, "downsample") else 1
-        rows.append((hidden, outputs, stride, heads, kernels(mobile.pw_conv1), kernels(mobile.dw_conv)))
+        rows.append((hidden, outputs, stride, heads, _kernels(mobile.pw_conv1), _kernels(mobile.dw_conv)))
         ratios.append(block.ffn.bn1.num_features / outputs)
     lite, head = old.lite_bottleneck, old.head
     new = DynamicMobileFormer(
@@ -94,4 +158,4 @@ def network(old: Any) -> DynamicMobileFormer | None:
     return new.train(old.training)
 
 
-RULES = (dynamic_conv, mobile_to_former, former, global_response_norm)
+RULES = (dynamic_mobile, dynamic_conv, mobile_to_former, former, bottleneck, global_response_norm, stem)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..models.iformer import IFormer
-from ..nn import SingleHeadModulationAttention
+from ..nn import ConvBN, FusedInvertedBottleneck, SingleHeadModulationAttention
 from .adopt import Unfit, adopt
 from .settings import Found, random_inputs
 
@@ -21,9 +21,29 @@ def modulation_attention(old: Any) -> Found:
         num_heads=1 if old.fused_attn else old.num_heads,
         window_size=old.window_size or None,
     )
-    # As they are: iFormer folds its convolutions and norms itself.
-    adopt(new, old, whole=("q", "k", "v_gate", "proj"))
-    return new, lambda: random_inputs((2, channels, 5, 6))
+    return adopt(new, old), lambda: random_inputs((2, channels, 5, 6))
+
+
+def conv_bn(old: Any) -> Found:
+    if type(old).__name__ != "Conv2d_BN":
+        return None
+    c = old.c
+    new = ConvBN(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0], c.groups)
+    return adopt(new, old), lambda: random_inputs((2, c.in_channels, 12, 13))
+
+
+def edge_residual(old: Any) -> Found:
+    if type(old).__name__ != "EdgeResidual":
+        return None
+    first, last = old.conv_exp_bn1.c, old.conv_pwl_bn2.c
+    new = FusedInvertedBottleneck(
+        first.in_channels,
+        last.out_channels,
+        first.kernel_size[0],
+        first.stride[0],
+        expansion=first.out_channels // first.in_channels,
+    )
+    return adopt(new, old), lambda: random_inputs((2, first.in_channels, 12, 13))
 
 
 def network(old: Any) -> IFormer | None:
@@ -77,4 +97,4 @@ def _block_string(block: Any) -> str:
     return "_".join(["SHMABlock", *words])
 
 
-RULES = (modulation_attention,)
+RULES = (modulation_attention, edge_residual, conv_bn)

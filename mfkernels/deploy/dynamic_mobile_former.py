@@ -16,6 +16,7 @@ from ..nn import (
     DropPath,
     DynamicMobile,
     DynamicResidualConv2d,
+    FusedSequential,
     GlobalResponseNorm,
     InvertedBottleneck,
     InvertedResidualFFN,
@@ -31,7 +32,7 @@ _KNOWN = (
     *(DynamicMobileFormer, DMFBlock, DMFFormer, DMFHead, DMFMobileToFormer, DMFStem, DropPath, DynamicMobile),
     *(DynamicResidualConv2d, GlobalResponseNorm, InvertedBottleneck, InvertedResidualFFN, KernelAttention),
     *(_MLP, _TokenAttention, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.GELU, nn.GroupNorm, nn.LayerNorm),
-    *(nn.Linear, nn.ModuleList, nn.ReLU, nn.Sequential),
+    *(nn.Linear, nn.ModuleList, nn.ReLU, nn.Sequential, FusedSequential),
 )
 _GROUP_NORM, _RESPONSE_NORM, _RESPONSE_NORM_OF_CHANNELS = range(3)
 

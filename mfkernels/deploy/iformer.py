@@ -14,6 +14,7 @@ from ..nn import (
     DropPath,
     FFN2d,
     FusedInvertedBottleneck,
+    FusedSequential,
     IFormerBlock,
     IFormerClassifier,
     IFormerStage,
@@ -31,7 +32,7 @@ _KNOWN = (
     *(IFormer, BNLinear, ConvBlock, ConvBN, DropPath, FFN2d, FusedInvertedBottleneck, IFormerBlock),
     *(IFormerClassifier, IFormerStage, RepCPE, ReparameterizedDepthwise, Residual, SHMABlock),
     *(SingleHeadModulationAttention, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.GELU, nn.Identity),
-    *(nn.Linear, nn.ModuleList, nn.Sequential),
+    *(nn.Linear, nn.ModuleList, nn.Sequential, FusedSequential),
 )
 
 

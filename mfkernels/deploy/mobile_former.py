@@ -13,6 +13,7 @@ from ..nn import (
     DynamicReLU,
     Former,
     FormerToMobile,
+    FusedSequential,
     HyperNetwork,
     LiteBottleneck,
     MobileFormerBlock,
@@ -39,7 +40,17 @@ _KNOWN = (
         MobileToFormer,
     ),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.ChannelShuffle, nn.Conv2d, nn.Dropout, nn.Embedding, nn.GELU),
-    *(nn.Hardsigmoid, nn.Hardswish, nn.Identity, nn.LayerNorm, nn.Linear, nn.ReLU, nn.ReLU6, nn.Sequential),
+    *(
+        nn.Hardsigmoid,
+        nn.Hardswish,
+        nn.Identity,
+        nn.LayerNorm,
+        nn.Linear,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.Sequential,
+        FusedSequential,
+    ),
 )
 
 _STEM, _LITE, _BLOCK, _DOWN = range(4)

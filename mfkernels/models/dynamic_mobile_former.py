@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..checks import check_tensor
 from ..nn import (
@@ -18,6 +17,7 @@ from ..nn import (
     InvertedBottleneck,
     KernelAttention,
 )
+from ..nn.batch_norm import normalize
 from ..nn.drop_path import growing_rates
 from ..nn.inputs import check_channels
 from .features import last_of_each_size
@@ -154,7 +154,7 @@ class DynamicMobileFormer(Network):
     def forward(self, x: Tensor) -> Tensor:
         x, tokens, _ = self._blocks(x)
         tokens = self.end_former(self.end_mobile2former(x, tokens))
-        x = F.gelu(self.bn(self.channel_conv(x, tokens[:, 0])))
+        x = normalize(self.bn, self.channel_conv(x, tokens[:, 0]), "gelu")
         return self.head(x, tokens)
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:

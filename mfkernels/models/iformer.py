@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_tensor
-from ..nn import BNLinear, ConvBN, FusedInvertedBottleneck, IFormerClassifier, IFormerStage, LayerNorm2d
+from ..nn import (
+    BNLinear,
+    ConvBN,
+    FusedInvertedBottleneck,
+    FusedSequential,
+    IFormerClassifier,
+    IFormerStage,
+    LayerNorm2d,
+)
 from ..nn.drop_path import growing_rates
 from ..nn.inputs import check_channels
 from .network import Network, Stage
@@ -207,9 +215,9 @@ def _stem(kind: str, inputs: int, outputs: int, kernel: int) -> nn.Module:
     half = outputs // 2
     first = ConvBN(inputs, half, kernel, 2, kernel // 2)
     if kind == "FusedIB":
-        return nn.Sequential(first, nn.GELU(), FusedInvertedBottleneck(half, outputs, kernel, 2))
+        return FusedSequential(first, nn.GELU(), FusedInvertedBottleneck(half, outputs, kernel, 2))
     if kind == "conv_stem":
-        return nn.Sequential(first, nn.GELU(), ConvBN(half, outputs, kernel, 2, kernel // 2))
+        return FusedSequential(first, nn.GELU(), ConvBN(half, outputs, kernel, 2, kernel // 2))
     if kind == "ConvNeXt":
         return nn.Sequential(nn.Conv2d(inputs, outputs, 4, 4), LayerNorm2d(outputs))
     raise ValueError(f"IFormer: stem must be 'FusedIB', 'conv_stem' or 'ConvNeXt', got {kind!r}")

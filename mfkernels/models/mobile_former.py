@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..checks import check_tensor
 from ..nn import (
     ClassifierHead,
+    FusedSequential,
     LiteBottleneck,
     MobileFormerBlock,
     MobileFormerDownsample,
@@ -84,7 +85,7 @@ class MobileFormer(Network):
         self.in_channels = in_channels
         tokens: dict[str, Any] = dict(token_dim=token_dim, token_num=token_num)
         self.tokens = nn.Embedding(token_num, token_dim)
-        self.stem = nn.Sequential(
+        self.stem = FusedSequential(
             nn.Conv2d(in_channels, stem_channels, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(stem_channels),
             nn.ReLU6(),

@@ -9,6 +9,7 @@ from torch.nn import ChannelShuffle
 
 from .adapt_position import AdaptPosition
 from .attention2d import Attention2d, PreNormModulationAttention
+from .batch_norm import normalize
 from .classifier_head import ClassifierHead
 from .conv_bn import BNConv, BNLinear, ConvBN
 from .dmf_block import DMFBlock, DynamicMobile
@@ -20,6 +21,7 @@ from .dynamic_relu import DynamicReLU
 from .former_block import Former
 from .former_to_mobile_attention import FormerToMobile
 from .fused_inverted_bottleneck import FusedInvertedBottleneck
+from .fused_sequential import FusedSequential
 from .global_response_norm import GlobalResponseNorm
 from .iformer_block import ConvBlock, FFN2d, IFormerBlock, IFormerStage, RepCPE, SHMABlock
 from .iformer_classifier import IFormerClassifier
@@ -58,6 +60,7 @@ __all__ = [
     "Former",
     "FormerToMobile",
     "FusedInvertedBottleneck",
+    "FusedSequential",
     "GlobalResponseNorm",
     "HyperNetwork",
     "IFormerBlock",
@@ -77,4 +80,5 @@ __all__ = [
     "Residual",
     "SHMABlock",
     "SingleHeadModulationAttention",
+    "normalize",
 ]

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from .depthwise import pointwise_layers
 from .dynamic_relu import DynamicReLU
+from .fused_sequential import FusedSequential
 from .inputs import Pair, check_channels, map_and_tokens
 from .token_hyper import HyperNetwork
 
@@ -68,7 +69,7 @@ class ClassifierHead(nn.Module):
         self.channels, self.token_dim = channels, token_dim
         self.class_tokens, self.drop_branch = class_tokens, tuple(drop_branch)
         shuffle = nn.ChannelShuffle(groups) if groups > 1 else nn.Identity()
-        self.conv = nn.Sequential(shuffle, *pointwise_layers(channels, hidden, groups))
+        self.conv = FusedSequential(shuffle, *pointwise_layers(channels, hidden, groups))
         dynamic = activation == "dynamic_relu"
         self.act = DynamicReLU(2 if dynamic else 0)
         if dynamic:

@@ -1,12 +1,17 @@
 import torch
 from torch import Tensor, nn
 
+from .batch_norm import normalize
+
 
 class ConvBN(nn.Module):
     """A convolution without bias and its batch norm, under the names of the released iFormer: `c` and `bn`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, groups: as of `nn.Conv2d`.
+
+    Inputs:
+        x (B, C, H, W), and the activation after the batch norm: "none" or "gelu".
     """
 
     def __init__(
@@ -22,8 +27,8 @@ class ConvBN(nn.Module):
         self.c = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.c(x))
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        return normalize(self.bn, self.c(x), activation)
 
     def fuse(self) -> nn.Conv2d:
         """One convolution with bias that does the work of both in eval mode."""
@@ -45,7 +50,7 @@ class BNConv(nn.Module):
         self.c = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(self.bn(x))
+        return self.c(normalize(self.bn, x))
 
     def fuse(self) -> nn.Conv2d:
         """One convolution with bias that does the work of both in eval mode."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .fused_sequential import FusedSequential
+
 
 def depthwise_layers(inputs: int, outputs: int, kernel: int, stride: int, kind: str) -> list[nn.Module]:
     """Depthwise convolution(s) and batch norm(s); output o reads input floor(o * inputs / outputs).
@@ -36,9 +38,9 @@ class MaxDepthwise(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
 
-        def branch(kernel: tuple[int, int], padding: tuple[int, int]) -> nn.Sequential:
+        def branch(kernel: tuple[int, int], padding: tuple[int, int]) -> FusedSequential:
             conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=inputs, bias=False)
-            return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+            return FusedSequential(conv, nn.BatchNorm2d(outputs))
 
         self.conv1 = branch((3, 1), (1, 0))
         self.conv2 = branch((1, 3), (0, 1))

@@ -1,12 +1,13 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..checks import check_shape, check_tensor
+from .batch_norm import normalize
 from .dmf_tokens import DMFFormer, DMFMobileToFormer
 from .drop_path import DropPath
 from .dynamic_conv2d import DynamicResidualConv2d
+from .fused_sequential import FusedSequential
 from .inputs import check_channels
 from .inverted_residual_ffn import InvertedResidualFFN
 
@@ -58,7 +59,7 @@ class DynamicMobile(nn.Module):
         hidden, padding = hidden_channels, kernel_size // 2
         if stride == 2:
             halve = nn.Conv2d(in_channels, in_channels, kernel_size, 2, padding, groups=in_channels)
-            self.downsample = nn.Sequential(halve, nn.BatchNorm2d(in_channels), nn.GELU())
+            self.downsample = FusedSequential(halve, nn.BatchNorm2d(in_channels), nn.GELU())
 
         def conv(inputs: int, outputs: int, size: int, groups: int, kernels: int) -> nn.Module:
             if kernels <= 1:
@@ -85,9 +86,9 @@ class DynamicMobile(nn.Module):
 
         if hasattr(self, "downsample"):
             x = self.downsample(x)
-        x = F.gelu(self.bn1(convolve(self.pw_conv1, x)))
-        x = F.gelu(self.bn2(convolve(self.dw_conv, x)))
-        return self.bn3(convolve(self.pw_conv2, x))
+        x = normalize(self.bn1, convolve(self.pw_conv1, x), "gelu")
+        x = normalize(self.bn2, convolve(self.dw_conv, x), "gelu")
+        return normalize(self.bn3, convolve(self.pw_conv2, x))
 
 
 class DMFBlock(nn.Module):

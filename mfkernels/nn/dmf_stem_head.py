@@ -3,6 +3,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_shape, check_tensor
+from .batch_norm import normalize
 from .inputs import check_channels
 
 
@@ -32,7 +33,7 @@ class DMFStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("DMFStem", "x", x, "B C H W")
         check_channels("DMFStem", x, self.conv.in_channels)
-        return F.gelu(self.bn(self.conv(x)))
+        return normalize(self.bn, self.conv(x), "gelu")
 
 
 class DMFHead(nn.Module):

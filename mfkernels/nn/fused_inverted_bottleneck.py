@@ -1,7 +1,7 @@
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .conv_bn import ConvBN
+from .fused_sequential import run_layers
 
 
 class FusedInvertedBottleneck(nn.Module):
@@ -34,7 +34,8 @@ class FusedInvertedBottleneck(nn.Module):
         super().__init__()
         hidden = expansion * in_channels
         self.conv_exp_bn1 = ConvBN(in_channels, hidden, kernel_size, stride, kernel_size // 2)
+        self.act = nn.GELU()
         self.conv_pwl_bn2 = ConvBN(hidden, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_pwl_bn2(F.gelu(self.conv_exp_bn1(x)))
+        return run_layers(x, self.conv_exp_bn1, self.act, self.conv_pwl_bn2)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..checks import check_tensor
 from .conv_bn import ConvBN
+from .fused_sequential import FusedSequential
 from .modulation_attention import SingleHeadModulationAttention
 from .reparameterized_depthwise import ReparameterizedDepthwise
 from .residual import Residual
@@ -42,7 +43,7 @@ class ConvBlock(nn.Module):
             else ConvBN(channels, channels, kernel_size, 1, kernel_size // 2, groups=channels)
         )
         hidden = ratio * channels
-        layers = nn.Sequential(depthwise, ConvBN(channels, hidden), nn.GELU(), ConvBN(hidden, channels))
+        layers = FusedSequential(depthwise, ConvBN(channels, hidden), nn.GELU(), ConvBN(hidden, channels))
         self.token_channel_mixer = Residual(layers, channels=channels, **residual)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class FFN2d(nn.Module):
 
     def __init__(self, channels: int, *, ratio: int = 4, **residual: Any) -> None:
         super().__init__()
-        layers = nn.Sequential(
+        layers = FusedSequential(
             ConvBN(channels, ratio * channels), nn.GELU(), ConvBN(ratio * channels, channels)
         )
         self.channel_mixer = Residual(layers, channels=channels, **residual)

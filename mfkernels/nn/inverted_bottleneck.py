@@ -1,7 +1,7 @@
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..checks import check_tensor
+from .batch_norm import normalize
 from .inputs import check_channels
 
 
@@ -50,6 +50,6 @@ class InvertedBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("InvertedBottleneck", "x", x, "B C H W")
         check_channels("InvertedBottleneck", x, self.in_channels)
-        x = F.gelu(self.bn1(self.pw_conv1(x)))
-        x = F.gelu(self.bn2(self.dw_conv(x)))
-        return self.bn3(self.pw_conv2(x))
+        x = normalize(self.bn1, self.pw_conv1(x), "gelu")
+        x = normalize(self.bn2, self.dw_conv(x), "gelu")
+        return normalize(self.bn3, self.pw_conv2(x))

@@ -2,6 +2,7 @@ from torch import Tensor, nn
 
 from ..checks import check_tensor
 from .depthwise import depthwise_layers, pointwise_layers
+from .fused_sequential import FusedSequential
 from .inputs import Pair, check_channels
 
 
@@ -40,7 +41,7 @@ class LiteBottleneck(nn.Module):
         hidden = in_channels * expansion
         self.in_channels = in_channels
         self.skip = stride == 1 and in_channels == out_channels
-        self.conv = nn.Sequential(
+        self.conv = FusedSequential(
             *depthwise_layers(in_channels, hidden, 3, stride, depthwise),
             nn.ReLU6(),
             nn.ChannelShuffle(in_channels) if groups > 1 else nn.Identity(),

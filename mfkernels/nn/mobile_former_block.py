@@ -14,6 +14,7 @@ from .drop_path import DropPath
 from .dynamic_relu import DynamicReLU
 from .former_block import Former
 from .former_to_mobile_attention import FormerToMobile
+from .fused_sequential import FusedSequential
 from .inputs import Pair, check_channels, map_and_tokens, parameters_of
 from .mobile_to_former_attention import MobileToFormer
 from .token_hyper import HyperNetwork
@@ -179,13 +180,15 @@ class MobileFormerBlock(_TokenBlock):
         def shuffle():
             return nn.ChannelShuffle(groups) if groups > 1 else nn.Identity()
 
-        self.conv1 = nn.Sequential(*pointwise_layers(inputs, hidden, groups), shuffle())
+        self.conv1 = FusedSequential(*pointwise_layers(inputs, hidden, groups), shuffle())
         self.act1 = DynamicReLU(se_flag[0])
         self.hyper1 = self._hyper(hidden, se_flag[0])
-        self.conv2 = nn.Sequential(*depthwise_layers(hidden, hidden, kernel_size[0], self.stride, depthwise))
+        self.conv2 = FusedSequential(
+            *depthwise_layers(hidden, hidden, kernel_size[0], self.stride, depthwise)
+        )
         self.act2 = DynamicReLU(se_flag[2])
         self.hyper2 = self._hyper(hidden, se_flag[2])
-        self.conv3 = nn.Sequential(*pointwise_layers(hidden, outputs, groups), shuffle())
+        self.conv3 = FusedSequential(*pointwise_layers(hidden, outputs, groups), shuffle())
         self.act3 = DynamicReLU(1 if se_flag[3] else -1, relu6_first=False)
         self.hyper3 = self._hyper(outputs, se_flag[3])
 
@@ -228,20 +231,20 @@ class MobileFormerDownsample(_TokenBlock):
 
         # The maxima of two convolutions are shuffled otherwise: in `groups`, and only the first.
         max_kind = depthwise == "maxdw"
-        self.conv1 = nn.Sequential(
+        self.conv1 = FusedSequential(
             *depthwise_layers(inputs, hidden1, kernel_size[0], self.stride, depthwise),
             shuffle(groups if max_kind else inputs),
         )
         self.act1 = DynamicReLU(se_flag[0])
         self.hyper1 = self._hyper(hidden1, se_flag[0])
-        self.conv2 = nn.Sequential(*pointwise_layers(hidden1, outputs, groups))
-        self.conv3 = nn.Sequential(
+        self.conv2 = FusedSequential(*pointwise_layers(hidden1, outputs, groups))
+        self.conv3 = FusedSequential(
             *depthwise_layers(outputs, hidden2, kernel_size[1], 1, depthwise),
             nn.Identity() if max_kind else shuffle(outputs),
         )
         self.act3 = DynamicReLU(se_flag[2])
         self.hyper3 = self._hyper(hidden2, se_flag[2])
-        self.conv4 = nn.Sequential(*pointwise_layers(hidden2, outputs, groups))
+        self.conv4 = FusedSequential(*pointwise_layers(hidden2, outputs, groups))
         self.act4 = DynamicReLU(1 if se_flag[3] else -1, relu6_first=False)
         self.hyper4 = self._hyper(outputs, se_flag[3])
 

@@ -2,6 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .batch_norm import normalize
 from .conv_bn import ConvBN, affine, conv_like
 
 
@@ -30,7 +31,7 @@ class ReparameterizedDepthwise(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x) + self.conv1(x) + self.conv2(x) + x)
+        return normalize(self.bn, self.conv(x) + self.conv1(x) + self.conv2(x) + x)
 
     def fuse(self) -> nn.Conv2d:
         """One 7x7 convolution with bias that does the work of all in eval mode."""

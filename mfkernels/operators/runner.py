@@ -27,6 +27,7 @@ class Runner:
         library: PyTorch's own operators in the place of the kernels, by default, where `by_library` says that
             on a CPU they are the faster way: given whether gradients are asked for, and the arguments, which
             are not checked yet. Not asked while compiling, which fixes no sizes.
+        mixed: arguments may be of several dtypes, which autocast then leaves as they are.
 
     These functions take the operator's arguments, all of them, in order.
     """
@@ -41,9 +42,10 @@ class Runner:
         result: Callable[..., Any] | None = None,
         library: Callable[..., Any] | None = None,
         by_library: Callable[..., bool] | None = None,
+        mixed: bool = False,
     ) -> None:
         self._op, self._reference, self._check, self._result = op, reference, check, result
-        self._library, self._by_library = library, by_library
+        self._library, self._by_library, self._mixed = library, by_library, mixed
         self._kernel = getattr(torch.ops.mfkernels, op).default
         self._backward_kernel = getattr(torch.ops.mfkernels, f"{op}_backward").default
 
@@ -60,7 +62,7 @@ class Runner:
         register_triton(op)
 
     def __call__(self, *args: Any) -> Any:
-        args = match_autocast(*args)
+        args = args if self._mixed else match_autocast(*args)
         x, refused = args[0], None
         if self._library is not None and self._is_library_faster(args):
             self._check(*args)

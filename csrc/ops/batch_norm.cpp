@@ -1,0 +1,165 @@
+#include "../cpu/batch_norm.h"
+
+#include "common.h"
+
+namespace mfk {
+namespace {
+
+constexpr const char* kOp = "batch_norm";
+
+struct Call {
+  int64_t batch, channels, pixels;
+  bool channels_last, gelu;
+  Dtype dtype;
+  Tensor holder;
+  AnyMap x;
+  std::vector<double> weight, bias;
+
+  Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, const std::string& activation) {
+    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
+    STD_TORCH_CHECK(activation == "none" || activation == "gelu", kOp,
+                    ": activation must be 'none' or 'gelu', got '", activation, "'");
+    dtype = dtype_of(kOp, x_in);
+    batch = x_in.size(0);
+    channels = x_in.size(1);
+    pixels = x_in.size(2) * x_in.size(3);
+    weight = numbers("weight", weight_in, x_in);
+    bias = numbers("bias", bias_in, x_in);
+    gelu = activation == "gelu";
+    channels_last = is_channels_last(x_in);
+    x = map_of(x_in, channels_last, holder);
+  }
+  // A number for each channel, in x's dtype or, beside half precision, in float32.
+  std::vector<double> numbers(const char* name, const Tensor& t, const Tensor& like) const {
+    STD_TORCH_CHECK(shape_of(t) == std::vector<int64_t>{channels}, kOp, ": ", name, " must have shape ",
+                    shape_text({channels}), ", got ", shape_text(shape_of(t)));
+    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() || t.scalar_type() == compute_type(like), kOp, ": ",
+                    name, " must have the dtype of x, or float32 beside half precision");
+    STD_TORCH_CHECK(t.is_cpu(), kOp, ": ", name, " must be on the CPU, as x is");
+    std::vector<double> values(channels);
+    if (t.scalar_type() == ScalarType::Float) {
+      const Tensor dense = torch::stable::contiguous(t);
+      std::copy_n(dense.const_data_ptr<float>(), channels, values.begin());
+    } else {
+      const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
+      std::copy_n(wide.const_data_ptr<double>(), channels, values.begin());
+    }
+    return values;
+  }
+  template <class F>
+  void run(bool apart, F f) const {
+    const int64_t size = norm_channels(x), groups = blocks_of(channels, size);
+    const int64_t tasks = apart ? batch * groups : groups, samples = apart ? 1 : batch;
+    torch::stable::parallel_for(0, tasks, grain(samples * pixels * size / 4), f);
+  }
+};
+
+// (C) numbers in this dtype.
+Tensor by_channel(const std::vector<double>& values, ScalarType type, const Tensor& x) {
+  const bool is_float = type == ScalarType::Float;
+  Tensor out =
+      empty({static_cast<int64_t>(values.size())}, is_float ? ScalarType::Float : ScalarType::Double, x);
+  if (is_float) {
+    std::copy(values.begin(), values.end(), out.mutable_data_ptr<float>());
+    return out;
+  }
+  std::copy(values.begin(), values.end(), out.mutable_data_ptr<double>());
+  return type == ScalarType::Double ? out : torch::stable::to(out, type);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                           const std::optional<Tensor>& mean,
+                                           const std::optional<Tensor>& variance, double eps,
+                                           std::string activation) {
+  const Call call(x, weight, bias, activation);
+  STD_TORCH_CHECK(mean.has_value() == variance.has_value(), kOp,
+                  ": mean and variance must both be given or both be left out");
+  const bool measure = !mean.has_value();
+  std::vector<double> means(call.channels), variances(call.channels);
+  if (!measure) {
+    means = call.numbers("mean", *mean, x);
+    variances = call.numbers("variance", *variance, x);
+  }
+  Tensor y = empty_map(x), holder;
+  const BatchNormArgs args{call.dtype,
+                           call.batch,
+                           call.channels,
+                           call.pixels,
+                           call.x,
+                           map_of(y, call.channels_last, holder),
+                           measure,
+                           call.gelu,
+                           eps,
+                           call.weight.data(),
+                           call.bias.data(),
+                           means.data(),
+                           variances.data()};
+  call.run(!measure, [&](int64_t begin, int64_t end) { batch_norm(args, begin, end); });
+  if (!measure) return {y, empty({0}, compute_type(x), x), empty({0}, compute_type(x), x)};
+  return {y, by_channel(means, compute_type(x), x), by_channel(variances, compute_type(x), x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_y, const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_variance,
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& variance,
+    bool measured, double eps, std::string activation) {
+  const Call call(x, weight, bias, activation);
+  check_argument(kOp, "grad_y", grad_y, x, shape_of(x));
+  const int64_t channels = call.channels;
+  const auto means = call.numbers("mean", mean, x), variances = call.numbers("variance", variance, x);
+  auto given = [&](const char* name, const std::optional<Tensor>& grad) {
+    return grad.has_value() ? call.numbers(name, *grad, x) : std::vector<double>(channels);
+  };
+  const auto mean_grads = given("grad_mean", grad_mean),
+             variance_grads = given("grad_variance", grad_variance);
+  std::vector<double> sums(channels), products(channels);
+  Tensor grad_x = empty_map(x), holder_g, holder_x;
+  const BatchNormBackwardArgs args{call.dtype,
+                                   call.batch,
+                                   channels,
+                                   call.pixels,
+                                   call.x,
+                                   map_of(grad_y, call.channels_last, holder_g),
+                                   map_of(grad_x, call.channels_last, holder_x),
+                                   measured,
+                                   call.gelu,
+                                   eps,
+                                   call.weight.data(),
+                                   call.bias.data(),
+                                   means.data(),
+                                   variances.data(),
+                                   mean_grads.data(),
+                                   variance_grads.data(),
+                                   sums.data(),
+                                   products.data()};
+  call.run(false, [&](int64_t begin, int64_t end) { batch_norm_backward(args, begin, end); });
+  // With s^2 = variance + eps; of statistics that were given: dmean = -weight sum(d) / s, dvariance = -weight
+  // sum(d (x - mean)) / (2 s^3).
+  std::vector<double> grad_weight(channels), to_mean(channels), to_variance(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double square = variances[c] + eps, deviation = std::sqrt(square);
+    grad_weight[c] = products[c] / deviation;
+    to_mean[c] = -call.weight[c] * sums[c] / deviation;
+    to_variance[c] = -0.5 * call.weight[c] * products[c] / (deviation * square);
+  }
+  return {grad_x, by_channel(grad_weight, weight.scalar_type(), x), by_channel(sums, bias.scalar_type(), x),
+          by_channel(to_mean, mean.scalar_type(), x), by_channel(to_variance, variance.scalar_type(), x)};
+}
+
+}  // namespace
+}  // namespace mfk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
+  m.def(
+      "batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor? mean=None, Tensor? variance=None, "
+      "float eps=1e-5, str activation=\"none\") -> (Tensor y, Tensor mean, Tensor variance)");
+  m.def(
+      "batch_norm_backward(Tensor grad_y, Tensor? grad_mean, Tensor? grad_variance, Tensor x, Tensor weight, "
+      "Tensor bias, Tensor mean, Tensor variance, bool measured, float eps=1e-5, str activation=\"none\") -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_mean, Tensor grad_variance)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
+  m.impl("batch_norm", TORCH_BOX(&mfk::forward));
+  m.impl("batch_norm_backward", TORCH_BOX(&mfk::backward));
+}

@@ -1,0 +1,68 @@
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import backends, ops
+
+
+def normalize(norm: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
+    """A batch norm layer and the activation after it, in one kernel: `gelu(norm(x))`.
+
+    It takes the layer's parameters, and in train mode measures and updates its running statistics, as the
+    layer itself does. Layers that are no plain `nn.BatchNorm2d` with an affine part, and such with hooks, are
+    called.
+
+    Args:
+        norm: an `nn.BatchNorm2d`, in train or in eval mode, or whatever stands in its place.
+        x: (B, C, H, W).
+        activation: "none" or "gelu".
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: `activation` is neither, or in train mode a channel of `x` has one number.
+    """
+    layer: Any = norm
+    if not _is_plain(layer, x) or (activation == "none" and not layer.training):
+        # PyTorch's inference without an activation is as fast as it can be.
+        if activation not in ("none", "gelu"):
+            raise ValueError(f"normalize: activation must be 'none' or 'gelu', got {activation!r}")
+        return F.gelu(layer(x)) if activation == "gelu" else layer(x)
+    parameters = (layer.weight, layer.bias)
+    if not layer.training:
+        return ops.batch_norm(
+            x, *parameters, layer.running_mean, layer.running_var, layer.eps, activation=activation
+        )[0]
+    y, mean, variance = ops.batch_norm(x, *parameters, eps=layer.eps, activation=activation)
+    with torch.no_grad():
+        count = x.numel() / x.shape[1]
+        layer.num_batches_tracked.add_(1)
+        for running, measured in (
+            (layer.running_mean, mean),
+            (layer.running_var, variance * (count / (count - 1))),
+        ):
+            running.lerp_(measured.to(running.dtype), layer.momentum)
+    return y
+
+
+def _is_plain(layer: Any, x: Tensor) -> bool:
+    return (
+        type(layer) is nn.BatchNorm2d
+        and layer.affine
+        and layer.track_running_stats
+        and layer.momentum is not None
+        and not hooked(layer)
+        and x.dim() == 4
+        and (not layer.training or x.numel() > x.shape[1])  # else it raises the right error
+        and backends.use_kernels("batch_norm", x)
+    )
+
+
+def hooked(layer: nn.Module) -> bool:
+    """Whether somebody waits for its calls."""
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
