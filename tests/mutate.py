@@ -35,6 +35,12 @@ MUTATIONS = {
         "first * args.stride_h",
         "dynamic_conv2d",
     ),
+    "dynamic_conv2d, depthwise": (
+        "csrc/cpu/dynamic_depthwise.cpp",
+        "ky = y - r;",
+        "ky = y - r - 1;",
+        "dynamic_conv2d",
+    ),
     "global_response_norm": (
         "csrc/ops/global_response_norm.cpp",
         "through_mean -= ",
@@ -47,7 +53,7 @@ MUTATIONS = {
         "grad * out * (s * (one + s))",
         "modulation_attention",
     ),
-    "batch_norm": ("csrc/cpu/batch_norm.cpp", "* factor(c);", "* -factor(c);", "batch_norm"),
+    "batch_norm": ("csrc/cpu/batch_norm.cpp", "* args.factor[c];", "* -args.factor[c];", "batch_norm"),
     "former_block": (
         "csrc/cpu/elementary.h",
         "t * 0.39894228040143267794f",

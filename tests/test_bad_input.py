@@ -71,10 +71,10 @@ CALLS = {
         "weight must have shape (O, C/groups, kh, kw) = (6, 4, 3, 3), got (6, 8, 3, 3)",
     ),
     "conv basis": (lambda: convolve(basis=ones(5, 6, 4, 3, 1)), ValueError, "basis must have shape"),
-    "conv no basis": (
-        lambda: convolve(basis=ones(0, 6, 4, 3, 3), attention=ones(2, 0)),
+    "conv attention of a basis": (
+        lambda: convolve(basis=ones(0, 6, 4, 3, 3)),
         ValueError,
-        "basis must hold at least one kernel (K >= 1), got K = 0",
+        "attention must have shape (B, K) = (2, 0), got (2, 5)",
     ),
     "conv attention": (
         lambda: convolve(attention=ones(5, 2)),

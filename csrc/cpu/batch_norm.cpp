@@ -83,11 +83,10 @@ struct Normal {
 
   template <class Args, class G>
   MFK_INLINE Normal(const Args& args, const G& group) {
-    auto factor = [&](int64_t c) { return args.weight[c] / __builtin_sqrt(args.variance[c] + args.eps); };
     mean = group.lanes([&](int64_t c) { return args.mean[c]; });
-    scale = group.lanes(factor);
+    scale = group.lanes([&](int64_t c) { return args.factor[c]; });
     shift = group.lanes([&](int64_t c) {
-      const double rounded = (static_cast<C>(args.mean[c]) - args.mean[c]) * factor(c);
+      const double rounded = (static_cast<C>(args.mean[c]) - args.mean[c]) * args.factor[c];
       return __builtin_isfinite(rounded) ? args.bias[c] + rounded : args.bias[c];
     });
   }
@@ -115,6 +114,7 @@ MFK_INLINE void measure(const BatchNormArgs& args, const G& group) {
   for (int64_t i = 0; i < group.channels; ++i) {
     const double off = mean[i] - static_cast<C>(mean[i]);  // the distances are from the rounded mean
     variance[i] = variance[i] / count - off * off;
+    args.factor[group.c + i] = args.weight[group.c + i] / __builtin_sqrt(variance[i] + args.eps);
   }
 }
 
@@ -155,16 +155,15 @@ MFK_INLINE void backward(const BatchNormBackwardArgs& args, const G& group) {
   group.store_sums(product, products);
 
   const double count = static_cast<double>(args.batch * args.pixels);
-  auto scale = [&](int64_t c) { return args.weight[c] / __builtin_sqrt(args.variance[c] + args.eps); };
   auto slope = [&](int64_t c) {
     if (!args.measured) return 0.0;
-    const double through = scale(c) / (args.variance[c] + args.eps) * args.products[c];
+    const double through = args.factor[c] / (args.variance[c] + args.eps) * args.products[c];
     return (2 * args.grad_variance[c] - through) / count;
   };
   const vec<C> by_distance = group.lanes(slope);
   const vec<C> constant = group.lanes([&](int64_t c) {
     if (!args.measured) return 0.0;
-    return (args.grad_mean[c] - scale(c) * args.sums[c]) / count;
+    return (args.grad_mean[c] - args.factor[c] * args.sums[c]) / count;
   });
   const auto d = kGelu ? args.grad_x.as<const T>() : grad;
   group.each(args, [&](int64_t b, int64_t p, int64_t lanes) __attribute__((always_inline)) {

@@ -16,7 +16,8 @@ struct BatchNormArgs {
   bool measure, gelu;
   double eps;
   const double *weight, *bias;
-  double *mean, *variance;  // written where `measure`, else given
+  // Written where `measure`, else given; the factor is weight / sqrt(variance + eps).
+  double *mean, *variance, *factor;
 };
 
 struct BatchNormBackwardArgs {
@@ -25,7 +26,7 @@ struct BatchNormBackwardArgs {
   AnyMap x, grad_y, grad_x;
   bool measured, gelu;  // whether the statistics are those of x
   double eps;
-  const double *weight, *bias, *mean, *variance;
+  const double *bias, *mean, *variance, *factor;
   const double *grad_mean, *grad_variance;  // of the statistics as results; read where `measured`
   // Of d, the gradient before the activation: sums of d and of d (x - mean).
   double *sums, *products;

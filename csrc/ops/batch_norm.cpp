@@ -38,12 +38,18 @@ struct Call {
     STD_TORCH_CHECK(t.is_cpu(), kOp, ": ", name, " must be on the CPU, as x is");
     std::vector<double> values(channels);
     if (t.scalar_type() == ScalarType::Float) {
-      const Tensor dense = torch::stable::contiguous(t);
-      std::copy_n(dense.const_data_ptr<float>(), channels, values.begin());
+      const float* from = t.const_data_ptr<float>();
+      for (int64_t c = 0, step = t.stride(0); c < channels; ++c) values[c] = from[c * step];
     } else {
       const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
       std::copy_n(wide.const_data_ptr<double>(), channels, values.begin());
     }
+    return values;
+  }
+  // What the distances from the means are multiplied by.
+  std::vector<double> factors(const std::vector<double>& variance, double eps) const {
+    std::vector<double> values(channels);
+    for (int64_t c = 0; c < channels; ++c) values[c] = weight[c] / std::sqrt(variance[c] + eps);
     return values;
   }
   template <class F>
@@ -75,10 +81,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   STD_TORCH_CHECK(mean.has_value() == variance.has_value(), kOp,
                   ": mean and variance must both be given or both be left out");
   const bool measure = !mean.has_value();
-  std::vector<double> means(call.channels), variances(call.channels);
+  std::vector<double> means(call.channels), variances(call.channels), factors(call.channels);
   if (!measure) {
     means = call.numbers("mean", *mean, x);
     variances = call.numbers("variance", *variance, x);
+    factors = call.factors(variances, eps);
   }
   Tensor y = empty_map(x), holder;
   const BatchNormArgs args{call.dtype,
@@ -93,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
                            call.weight.data(),
                            call.bias.data(),
                            means.data(),
-                           variances.data()};
+                           variances.data(),
+                           factors.data()};
   call.run(!measure, [&](int64_t begin, int64_t end) { batch_norm(args, begin, end); });
   if (!measure) return {y, empty({0}, compute_type(x), x), empty({0}, compute_type(x), x)};
   return {y, by_channel(means, compute_type(x), x), by_channel(variances, compute_type(x), x)};
@@ -112,6 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   };
   const auto mean_grads = given("grad_mean", grad_mean),
              variance_grads = given("grad_variance", grad_variance);
+  const auto factors = call.factors(variances, eps);
   std::vector<double> sums(channels), products(channels);
   Tensor grad_x = empty_map(x), holder_g, holder_x;
   const BatchNormBackwardArgs args{call.dtype,
@@ -124,10 +133,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                    measured,
                                    call.gelu,
                                    eps,
-                                   call.weight.data(),
                                    call.bias.data(),
                                    means.data(),
                                    variances.data(),
+                                   factors.data(),
                                    mean_grads.data(),
                                    variance_grads.data(),
                                    sums.data(),

@@ -45,12 +45,11 @@ struct Call {
     check_argument(kOp, "weight", weight_in, x_in, shape);
     check_argument(kOp, "basis", basis_in, x_in, {args.kernels, shape[0], shape[1], shape[2], shape[3]});
     check_argument(kOp, "attention", attention_in, x_in, {args.batch, args.kernels});
-    const bool positive = *std::min_element(shape.begin(), shape.end()) >= 1 && args.kernels >= 1 &&
+    const bool positive = *std::min_element(shape.begin(), shape.end()) >= 1 &&
                           std::min(stride[0], stride[1]) >= 1 && std::min(padding[0], padding[1]) >= 0 &&
                           std::min(dilation[0], dilation[1]) >= 1;
-    STD_TORCH_CHECK(
-        positive, kOp,
-        ": weight and basis must not be empty, stride and dilation positive, padding not negative");
+    STD_TORCH_CHECK(positive, kOp,
+                    ": weight must not be empty, stride and dilation positive, padding not negative");
     args.out_height = (args.height + 2 * padding[0] - dilation[0] * (args.kernel_h - 1) - 1) / stride[0] + 1;
     args.out_width = (args.width + 2 * padding[1] - dilation[1] * (args.kernel_w - 1) - 1) / stride[1] + 1;
     const bool fits = args.height + 2 * padding[0] > dilation[0] * (args.kernel_h - 1) &&

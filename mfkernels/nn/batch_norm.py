@@ -26,8 +26,9 @@ def normalize(norm: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
         ValueError: `activation` is neither, or in train mode a channel of `x` has one number.
     """
     layer: Any = norm
-    if not _is_plain(layer, x) or (activation == "none" and not layer.training):
-        # PyTorch's inference without an activation is as fast as it can be.
+    if activation == "none" and not layer.training:
+        return layer(x)  # which PyTorch does as fast as can be
+    if not _is_plain(layer, x):
         if activation not in ("none", "gelu"):
             raise ValueError(f"normalize: activation must be 'none' or 'gelu', got {activation!r}")
         return F.gelu(layer(x)) if activation == "gelu" else layer(x)

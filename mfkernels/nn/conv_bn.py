@@ -2,6 +2,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch_norm import normalize
+from .large_depthwise import convolve
 
 
 class ConvBN(nn.Module):
@@ -28,7 +29,7 @@ class ConvBN(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
-        return normalize(self.bn, self.c(x), activation)
+        return normalize(self.bn, convolve(self.c, x), activation)
 
     def fuse(self) -> nn.Conv2d:
         """One convolution with bias that does the work of both in eval mode."""

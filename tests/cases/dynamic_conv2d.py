@@ -13,7 +13,10 @@ CHOSEN = [
     dict(B=1, C=96, H=7, W=7, O=144, K=8, k=1, groups=4),
     dict(B=2, C=72, H=14, W=14, O=72, K=4, k=3, groups=72, padding=1),
     dict(B=1, C=24, H=28, W=28, O=24, K=8, k=3, groups=24, padding=1),
+    dict(B=2, C=48, H=14, W=14, O=48, K=0, k=7, groups=48, padding=3),
     # edges
+    dict(B=2, C=7, H=9, W=20, O=7, K=2, k=5, groups=7, padding=1, biases=True),
+    dict(B=1, C=5, H=30, W=35, O=5, K=2, k=7, groups=5, padding=6),
     dict(B=0, C=4, H=3, W=3, O=6, K=2, k=3, groups=2),
     dict(B=1, C=1, H=1, W=1, O=1, K=1, k=1, groups=1),
     dict(B=1, C=12, H=1, W=1, O=8, K=3, k=3, groups=4, padding=1),
@@ -28,11 +31,13 @@ CHOSEN = [
 def random_shape(rng: random.Random) -> dict:
     """Not the smallest: among a handful of weights the reference is often exact by luck."""
     groups = rng.choice([1, 1, 2, 3, 17])
-    per_group = 1 if groups == 17 else rng.randint(4, 9)
+    depthwise = groups == 17
+    per_group, least = (1, 9) if depthwise else (rng.randint(4, 9), 1)
     return dict(
-        B=rng.choice([2, 3]), C=groups * per_group, H=rng.randint(1, 12), W=rng.randint(1, 12),
-        O=groups * (rng.randint(1, 2) if groups == 17 else rng.randint(4, 9)), K=rng.choice([4, 8]),
-        k=rng.choice([1, 1, 3, (2, 3)]), groups=groups, stride=rng.choice([1, 1, 2, (3, 1)]),
+        B=rng.choice([2, 3]), C=groups * per_group, H=rng.randint(least, 13), W=rng.randint(least, 13),
+        O=groups * (rng.randint(1, 2) if depthwise else rng.randint(4, 9)), K=rng.choice([4, 8]),
+        k=rng.choice([3, 5, 7, (2, 3)] if depthwise else [1, 1, 3, (2, 3)]), groups=groups,
+        stride=rng.choice([1, 1, 2, (3, 1)]),
         padding=rng.choice([2, (2, 3)]), dilation=rng.choice([1, 1, (1, 2)]), biases=rng.random() < 0.4,
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ def dynamic_conv2d(
     Args:
         x: (B, C, H, W), any strides.
         weight: (O, C / groups, kh, kw).
-        basis: (K, O, C / groups, kh, kw), K >= 1.
+        basis: (K, O, C / groups, kh, kw). With K = 0 it is a plain convolution.
         attention: (B, K). Need not sum to one.
         bias: None, or (O,).
         basis_bias: None, or (K, O); not scaled by `basis_scale`.
@@ -88,8 +88,6 @@ def _check(
     check_like(OP, "basis", basis, "x", x)
     kernels = basis.shape[0]
     check_shape(OP, "basis", basis, "K O C/groups kh kw", (kernels, *shape))
-    if kernels < 1:
-        raise ValueError(f"{OP}: basis must hold at least one kernel (K >= 1), got K = 0")
     check_argument(OP, "attention", attention, "B K", (batch, kernels), "x", x)
     if bias is not None:
         check_argument(OP, "bias", bias, "O", (outputs,), "x", x)
