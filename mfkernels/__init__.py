@@ -8,6 +8,7 @@ from .acceleration import accelerate, restore
 from .backends import current_backend, use_backend
 from .deploy import deploy
 from .export import decompositions
+from .streams import use_streams
 from .verification import verify
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ops",
     "restore",
     "use_backend",
+    "use_streams",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import check_shape, check_tensor
+from ..streams import side_by_side
 from .batch_norm import normalize
 from .dmf_tokens import DMFFormer, DMFMobileToFormer
 from .drop_path import DropPath
@@ -10,6 +11,7 @@ from .dynamic_conv2d import DynamicResidualConv2d
 from .fused_sequential import FusedSequential
 from .inputs import check_channels
 from .inverted_residual_ffn import InvertedResidualFFN
+from .kernel_attention import KernelAttention
 
 
 class DynamicMobile(nn.Module):
@@ -76,17 +78,26 @@ class DynamicMobile(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor, token: Tensor) -> Tensor:
+        return self.finish(*self.begin(x), token)
+
+    def begin(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What needs nothing of the token: the halved map and, for the kernels' attention, its mean."""
         check_tensor("DynamicMobile", "x", x, "B C H W")
         check_channels("DynamicMobile", x, self.in_channels)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        attention = getattr(self.pw_conv1, "Kernel_Attention", None)  # may be one of somebody else's
+        return x, (x.mean((2, 3), keepdim=True),) if isinstance(attention, KernelAttention) else ()
+
+    def finish(self, x: Tensor, mean: tuple[Tensor, ...], token: Tensor) -> Tensor:
+        """The rest."""
         check_tensor("DynamicMobile", "token", token, "B d")
         check_shape("DynamicMobile", "token", token, "B d", (x.shape[0], self.token_dim))
 
-        def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-            return conv(x) if isinstance(conv, nn.Conv2d) else conv(x, token)
+        def convolve(conv: nn.Module, x: Tensor, *mean: Tensor) -> Tensor:
+            return conv(x) if isinstance(conv, nn.Conv2d) else conv(x, token, *mean)
 
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        x = normalize(self.bn1, convolve(self.pw_conv1, x), "gelu")
+        x = normalize(self.bn1, convolve(self.pw_conv1, x, *mean), "gelu")
         x = normalize(self.bn2, convolve(self.dw_conv, x), "gelu")
         return normalize(self.bn3, convolve(self.pw_conv2, x))
 
@@ -145,6 +156,9 @@ class DMFBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.former(self.mobile2former(x, tokens))
-        x = self.dynamic_mobile(x, tokens[:, 0])
-        return x + self.drop_path(self.ffn(self.norm(x))), tokens
+        def former() -> Tensor:
+            return self.former(self.mobile2former(x, tokens))
+
+        new, begun = side_by_side(former, lambda: self.dynamic_mobile.begin(x), x, tokens)
+        x = self.dynamic_mobile.finish(*begun, new[:, 0])
+        return x + self.drop_path(self.ffn(self.norm(x))), new

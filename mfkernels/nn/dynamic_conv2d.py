@@ -68,8 +68,8 @@ class DynamicResidualConv2d(nn.Module):
             for kernel in self.weight:
                 nn.init.kaiming_uniform_(kernel)
 
-    def forward(self, x: Tensor, token: Tensor) -> Tensor:
-        attention = self.Kernel_Attention(x, token)
+    def forward(self, x: Tensor, token: Tensor, *mean: Tensor) -> Tensor:
+        attention = self.Kernel_Attention(x, token, *mean)
         return ops.dynamic_conv2d(
             *(x, self.static_weight, self.weight, attention),
             stride=self.stride,

@@ -18,7 +18,7 @@ class KernelAttention(nn.Module):
         activation: "sigmoid", as released, or "softmax".
 
     Inputs:
-        x (B, C, H, W) and token (B, d).
+        x (B, C, H, W) and token (B, d); x's mean (B, C, 1, 1), where it has been made.
 
     Returns:
         (B, K).
@@ -52,12 +52,13 @@ class KernelAttention(nn.Module):
         self.relu = nn.ReLU()
         self.net2 = nn.Conv2d(token_dim, num_kernels, 1, bias=False)
 
-    def forward(self, x: Tensor, token: Tensor) -> Tensor:
+    def forward(self, x: Tensor, token: Tensor, mean: Tensor | None = None) -> Tensor:
         check_tensor("KernelAttention", "x", x, "B C H W")
         check_channels("KernelAttention", x, self.channels)
         check_tensor("KernelAttention", "token", token, "B d")
         check_shape("KernelAttention", "token", token, "B d", (x.shape[0], self.token_dim))
-        both = torch.cat([token[..., None, None], x.mean((2, 3), keepdim=True)], 1)
+        mean = x.mean((2, 3), keepdim=True) if mean is None else mean
+        both = torch.cat([token[..., None, None], mean], 1)
         scores = self.net2(self.relu(self.bn(self.net1(both)))).flatten(1) / self.temperature
         return torch.sigmoid(scores) if self.activation == "sigmoid" else torch.softmax(scores, 1)
 

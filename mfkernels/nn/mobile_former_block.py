@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..streams import side_by_side
 from .depthwise import depthwise_layers, pointwise_layers
 from .drop_path import DropPath
 from .dynamic_relu import DynamicReLU
@@ -22,6 +23,8 @@ from .token_hyper import HyperNetwork
 
 class _TokenBlock(nn.Module, ABC):
     """What the two blocks with tokens share; `MobileFormerBlock` explains the arguments."""
+
+    conv1: nn.Module
 
     def __init__(
         self,
@@ -86,25 +89,43 @@ class _TokenBlock(nn.Module, ABC):
         """Make the convolutions, activations and hyper networks."""
 
     @abstractmethod
-    def _mobile(self, x: Tensor, tokens: Tensor, logits: Tensor | None) -> Tensor:
-        """The output map, from the updated tokens."""
+    def _generators(self) -> tuple[tuple[DynamicReLU, nn.Module], tuple[DynamicReLU, nn.Module]]:
+        """The activations of the hidden maps, and what makes their coefficients."""
+
+    @abstractmethod
+    def _mobile(
+        self,
+        x: Tensor,
+        first: Tensor,
+        tokens: Tensor,
+        logits: Tensor | None,
+        slopes: Sequence[Tensor | None],
+    ) -> Tensor:
+        """The output map, from the first convolution's, the updated tokens and what was made of them."""
 
     def forward(self, x: Tensor | Pair, tokens: Tensor | None = None) -> Pair:
         x, tokens = map_and_tokens(type(self).__name__, x, tokens, self.token_dim)
         check_channels(type(self).__name__, x, self.in_channels)
-        # The released blocks take the dynamic coefficients from the updated tokens, but the attention
-        # that mixes them from the query before the update.
-        tokens, logits = self.local_global(x, tokens, return_logits=self.token_id == -1)
-        tokens = self.global_block(tokens)
-        return self._mobile(x, tokens, logits), tokens
+
+        def former() -> tuple[Tensor, Tensor | None, Sequence[Tensor | None]]:
+            # The released blocks take the dynamic coefficients from the updated tokens, but the attention
+            # that mixes them from the query before the update.
+            new, logits = self.local_global(x, tokens, return_logits=self.token_id == -1)
+            new = self.global_block(new)
+            return new, logits, self._slopes(new)
+
+        # Until it needs these coefficients, Mobile has work that needs nothing of the tokens.
+        made, first = side_by_side(former, lambda: self.conv1(x), x, tokens)
+        return self._mobile(x, first, *made), made[0]
 
     def _hyper(self, channels: int, functions: int) -> nn.Module:
         if functions < 1:
             return nn.Identity()
         return HyperNetwork(self.token_dim, channels * functions, **self._hyper_options)
 
-    def _slopes(self, tokens: Tensor, *generators: tuple[DynamicReLU, nn.Module]) -> Sequence[Tensor | None]:
-        """Those of two dynamic ReLUs with the coefficients of one token, in one call; None for others."""
+    def _slopes(self, tokens: Tensor) -> Sequence[Tensor | None]:
+        """Those of the two generators, for dynamic ReLUs of one token, in one call; None for others."""
+        generators = self._generators()
         if self.token_id < 0 or any(act.num_functions != 2 for act, _ in generators):
             return (None, None)
         hypers: list[Any] = [hyper for _, hyper in generators]
@@ -192,11 +213,12 @@ class MobileFormerBlock(_TokenBlock):
         self.act3 = DynamicReLU(1 if se_flag[3] else -1, relu6_first=False)
         self.hyper3 = self._hyper(outputs, se_flag[3])
 
-    def _mobile(self, x: Tensor, tokens: Tensor, logits: Tensor | None) -> Tensor:
-        out = self.conv1(x)
-        attention = self._attention(logits, out.shape[2:])
-        slopes = self._slopes(tokens, (self.act1, self.hyper1), (self.act2, self.hyper2))
-        out = _activate(self.act1, self.hyper1, out, tokens, attention, slopes[0])
+    def _generators(self):
+        return (self.act1, self.hyper1), (self.act2, self.hyper2)
+
+    def _mobile(self, x, first, tokens, logits, slopes):
+        attention = self._attention(logits, first.shape[2:])
+        out = _activate(self.act1, self.hyper1, first, tokens, attention, slopes[0])
         out = _activate(self.act2, self.hyper2, self.conv2(out), tokens, attention, slopes[1])
         out = _activate(self.act3, self.hyper3, self.conv3(out), tokens, attention)
         if self.before_skip:
@@ -248,11 +270,12 @@ class MobileFormerDownsample(_TokenBlock):
         self.act4 = DynamicReLU(1 if se_flag[3] else -1, relu6_first=False)
         self.hyper4 = self._hyper(outputs, se_flag[3])
 
-    def _mobile(self, x: Tensor, tokens: Tensor, logits: Tensor | None) -> Tensor:
-        out = self.conv1(x)
-        attention = self._attention(logits, out.shape[2:])
-        slopes = self._slopes(tokens, (self.act1, self.hyper1), (self.act3, self.hyper3))
-        middle = self.conv2(_activate(self.act1, self.hyper1, out, tokens, attention, slopes[0]))
+    def _generators(self):
+        return (self.act1, self.hyper1), (self.act3, self.hyper3)
+
+    def _mobile(self, x, first, tokens, logits, slopes):
+        attention = self._attention(logits, first.shape[2:])
+        middle = self.conv2(_activate(self.act1, self.hyper1, first, tokens, attention, slopes[0]))
         out = _activate(self.act3, self.hyper3, self.conv3(middle), tokens, attention, slopes[1])
         out = _activate(self.act4, self.hyper4, self.conv4(out), tokens, attention)
         out = self.global_local(self.drop_path(out) + middle, tokens)
