@@ -66,7 +66,7 @@ def token_hyper_hardsigmoid(
 
 def batch_norm_by_library(x, weight, bias, mean=None, variance=None, eps=1e-5, activation="none"):
     """PyTorch's own layer, of measured statistics, which have no gradients."""
-    mean, variance = torch.empty_like(weight), torch.empty_like(weight)
+    mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)
     y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps)
     count = x.numel() / x.shape[1]
     return F.gelu(y) if activation == "gelu" else y, mean, variance * ((count - 1) / count)
