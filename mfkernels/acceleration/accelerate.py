@@ -63,7 +63,8 @@ def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
     """Replace the parts of a network that mfkernels can run faster, in place, for training and for inference.
 
     Known are the classes of the released Mobile-Former, DMF and iFormer, by their names, attributes and
-    shapes; they are not imported. Each replacement is tried before it is made, with random weights against
+    shapes; they are not imported. Known is also PyTorch's own `nn.Sequential`, in any network, where batch
+    norms are in it. Each replacement is tried before it is made, with random weights against
     the original: what does not give the same numbers is left alone. Layers, parameters and buffers stay the
     same objects under the same names, so optimizers, wrappers and checkpoints go on working.
 
