@@ -62,6 +62,8 @@ def _erf(x):
     for n in range(1, 300):
         term = term * 2 * x * x / (2 * n + 1)
         total = total + term
+        if not np.any(np.abs(term) > 1e-22 * np.abs(total)):
+            break
     return 2 / np.sqrt(np.longdouble(_PI)) * np.exp(-x * x) * total
 
 
