@@ -53,7 +53,12 @@ MUTATIONS = {
         "grad * out * (s * (one + s))",
         "modulation_attention",
     ),
-    "batch_norm": ("csrc/cpu/batch_norm.cpp", "* args.factor[c];", "* -args.factor[c];", "batch_norm"),
+    "batch_norm": (
+        "csrc/cpu/batch_norm.cpp",
+        "variance[i] / count",
+        "variance[i] / (count - 1)",
+        "batch_norm",
+    ),
     "former_block": (
         "csrc/cpu/elementary.h",
         "t * 0.39894228040143267794f",
