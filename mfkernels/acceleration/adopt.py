@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..nn.inputs import has_hooks
+
 # What convolutions and norms may differ in beside their weights.
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "num_groups")
 
@@ -103,8 +105,7 @@ def hooked(old: nn.Module, new: nn.Module) -> Iterator[str]:
     """The modules of `old` that have hooks and have no part in `new`."""
     kept = set(new.modules())
     for path, module in old.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        if module not in kept and any(hooks):
+        if module not in kept and has_hooks(module):
             yield path or "itself"
 
 

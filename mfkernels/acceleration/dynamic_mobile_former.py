@@ -21,8 +21,7 @@ from .settings import Found, drop_path_rate, random_inputs
 def dynamic_conv(old: Any) -> Found:
     if type(old).__name__ != "CondConv":
         return None
-    if old.bias is not None or old.dilation != 1 or old.padding != old.kernel_size // 2 or old.stride != 1:
-        raise Unfit("it has a bias, a dilation, a stride or another padding, which no released network has")
+    _check_settings(old)
     kernels, outputs, _, size, _ = old.weight.shape
     attention = old.Kernel_Attention
     channels, width = old.in_channels, attention.net1.out_channels
@@ -32,6 +31,16 @@ def dynamic_conv(old: Any) -> Found:
     # As it is: its temperature is set from outside.
     adopt(new, old, whole=("Kernel_Attention",))
     return new, lambda: random_inputs((2, channels, 5, 6), (2, width))
+
+
+def _check_settings(conv: Any) -> None:
+    if (
+        conv.bias is not None
+        or conv.dilation != 1
+        or conv.padding != conv.kernel_size // 2
+        or conv.stride != 1
+    ):
+        raise Unfit("it has a bias, a dilation, a stride or another padding, which no released network has")
 
 
 def mobile_to_former(old: Any) -> Found:
@@ -101,7 +110,7 @@ def dynamic_mobile(old: Any) -> Found:
     if not dynamic:
         raise Unfit("none of its convolutions is dynamic")
     for conv in dynamic:
-        dynamic_conv(conv)  # has none of the settings that ours does not have
+        _check_settings(conv)
     channels, width = old.pw_conv1.in_channels, dynamic[0].Kernel_Attention.net1.out_channels
     new = DynamicMobile(
         channels,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import backends, ops
+from .inputs import has_hooks
 
 
 def normalize(norm: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
@@ -55,15 +56,8 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         and layer.affine
         and layer.track_running_stats
         and layer.momentum is not None
-        and not hooked(layer)
+        and not has_hooks(layer)
         and x.dim() == 4
         and (not layer.training or x.numel() > x.shape[1])  # else it raises the right error
         and backends.use_kernels("batch_norm", x)
-    )
-
-
-def hooked(layer: nn.Module) -> bool:
-    """Whether somebody waits for its calls."""
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )

@@ -1,7 +1,8 @@
 from torch import Tensor, nn
 
-from .batch_norm import hooked, normalize
+from .batch_norm import normalize
 from .conv_bn import ConvBN
+from .inputs import has_hooks
 
 
 class FusedSequential(nn.Sequential):
@@ -37,8 +38,8 @@ def run_layers(x: Tensor, *layers: nn.Module) -> Tensor:
 
 
 def _is_gelu(layer: nn.Module | None) -> bool:
-    return type(layer) is nn.GELU and layer.approximate == "none" and not hooked(layer)
+    return type(layer) is nn.GELU and layer.approximate == "none" and not has_hooks(layer)
 
 
 def _takes_activation(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.BatchNorm2d) or (isinstance(layer, ConvBN) and not hooked(layer))
+    return isinstance(layer, nn.BatchNorm2d) or (isinstance(layer, ConvBN) and not has_hooks(layer))

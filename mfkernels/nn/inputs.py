@@ -70,3 +70,10 @@ def needed(module: str, mixing: str, name: str, value: int | None) -> int:
     if value is None:
         raise ValueError(f"{module}: mixing {mixing!r} needs {name}, got None")
     return value
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody waits for its calls."""
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )

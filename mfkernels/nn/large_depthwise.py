@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
-from .batch_norm import hooked
+from .inputs import has_hooks
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
@@ -37,6 +37,6 @@ def _trains(conv: nn.Conv2d, x: Tensor) -> bool:
         and x.is_contiguous()
         and x.dtype == conv.weight.dtype
         and not torch.is_autocast_enabled("cpu")
-        and not hooked(conv)
+        and not has_hooks(conv)
         and backends.use_kernels("dynamic_conv2d", x)
     )

@@ -69,6 +69,11 @@ def head_blocks(tokens: int, depth: int) -> dict[str, int]:
     return dict(BM=power(tokens, 16), BD=block_d, BP=max(16, min(64, 4096 // block_d)))
 
 
+def tile_sizes(x: Map) -> tuple[int, int]:
+    """Channels and pixels of a tile of work on single numbers: long in the direction in which memory is."""
+    return (64, 16) if x.strides[1] == 1 and x.strides[2] != 1 else (4, 256)
+
+
 def splits_of(pixels: int, batches: int, device: torch.device, block: int) -> tuple[int, int]:
     """How many parts the pixels are summed in, and pixels of a part: enough programs for the device."""
     wanted = 1

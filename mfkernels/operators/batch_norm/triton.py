@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, as_map, splits_of
+from ..triton_maps import Map, as_map, splits_of, tile_sizes
 
 
 @triton.jit
@@ -122,17 +122,12 @@ def gradient_kernel(
     store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p)
 
 
-def _blocks(x: Map) -> tuple[int, int]:
-    """Channels and pixels of a tile: long in the direction in which memory is."""
-    return (64, 16) if x.strides[1] == 1 and x.strides[2] != 1 else (4, 256)
-
-
 class _Splits:
     """The pixels of a map in parts, which are summed by programs of their own."""
 
     def __init__(self, x: Map) -> None:
         batch, self.channels, height, width = x.tensor.shape
-        self.pixels, (block_c, block_p) = height * width, _blocks(x)
+        self.pixels, (block_c, block_p) = height * width, tile_sizes(x)
         groups = triton.cdiv(self.channels, block_c)
         self.count, self.size = splits_of(self.pixels, batch * groups, x.tensor.device, block_p)
         self.grid = (self.count, groups, batch)
@@ -158,7 +153,7 @@ class _Splits:
 
 def _grid(x: Map) -> tuple[int, int, int]:
     batch, channels, height, width = x.tensor.shape
-    block_c, block_p = _blocks(x)
+    block_c, block_p = tile_sizes(x)
     return triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch
 
 
@@ -183,7 +178,7 @@ def forward(
         splits = _Splits(given)
         if x.numel():
             moments_kernel[splits.grid](
-                given.tensor, splits.out, *splits.arguments, *given.strides, *_blocks(given)
+                given.tensor, splits.out, *splits.arguments, *given.strides, *tile_sizes(given)
             )
         mean, variance = splits.moments()
     _, scale = _factors(weight, variance, eps)
@@ -195,7 +190,7 @@ def forward(
         to = as_map(out)
         apply_kernel[_grid(given)](
             given.tensor, to.tensor, torch.stack([near, scale.float(), shift.float()]), channels, pixels,
-            *given.strides, *to.strides, activation == "gelu", *_blocks(given),
+            *given.strides, *to.strides, activation == "gelu", *tile_sizes(given),
         )  # fmt: skip
     empty = near.new_empty(0)
     return (out, near, variance.float()) if measured else (out, empty, empty.clone())
@@ -223,7 +218,7 @@ def backward(
     if x.numel():
         gradient_sums_kernel[splits.grid](
             given.tensor, g.tensor, splits.out, numbers, *splits.arguments, *given.strides, *g.strides,
-            gelu, *_blocks(given),
+            gelu, *tile_sizes(given),
         )  # fmt: skip
     sums, products = splits.totals()
     if measured:
@@ -235,7 +230,7 @@ def backward(
         to = as_map(grad_x)
         gradient_kernel[_grid(given)](
             given.tensor, g.tensor, to.tensor, numbers, x.shape[1], x.shape[2] * x.shape[3],
-            *given.strides, *g.strides, *to.strides, gelu, *_blocks(given),
+            *given.strides, *g.strides, *to.strides, gelu, *tile_sizes(given),
         )  # fmt: skip
     return (
         grad_x,

@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, as_map, splits_of
+from ..triton_maps import Map, as_map, splits_of, tile_sizes
 
 
 @triton.jit
@@ -58,15 +58,10 @@ def apply_kernel(
     tl.store(out + b * out_b + c_wide * out_c + p_wide * out_p, value.to(out.dtype.element_ty), inside)
 
 
-def _blocks(x: Map) -> tuple[int, int]:
-    """Channels and pixels of a tile: long in the direction in which memory is."""
-    return (64, 16) if x.strides[1] == 1 and x.strides[2] != 1 else (4, 256)
-
-
 def _sums(x: Map, g: Map | None) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the pixels, (B, C) each."""
     batch, channels, height, width = x.tensor.shape
-    block_c, block_p = _blocks(x)
+    block_c, block_p = tile_sizes(x)
     groups = triton.cdiv(channels, block_c)
     count, size = splits_of(height * width, batch * groups, x.tensor.device, block_p)
     out = torch.empty((batch, count, 3, channels), dtype=torch.float32, device=x.tensor.device)
@@ -84,7 +79,7 @@ def _apply(a: Map, other: Map | None, out: Map, scale: Tensor, factor: Tensor) -
     batch, channels, height, width = a.tensor.shape
     if a.tensor.numel() == 0:
         return
-    block_c, block_p = _blocks(a)
+    block_c, block_p = tile_sizes(a)
     grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
     second, factor = other or a, factor.contiguous()
     apply_kernel[grid](
