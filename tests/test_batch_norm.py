@@ -109,6 +109,18 @@ def test_unknown_activation():
         normalize(make_norm(), images(), "relu")
 
 
+def test_maps_far_from_zero():
+    """What rounding a large mean leaves off is not lost: it would be a hundred times this error."""
+    x = 3000 + torch.randn(4, 6, 9, 9, generator=torch.Generator().manual_seed(1))
+    weight, bias = torch.ones(6), torch.zeros(6)
+    with mfkernels.use_backend("cpu"):
+        y, _, variance = mfkernels.ops.batch_norm(x, weight, bias)
+    with mfkernels.use_backend("reference"):
+        truth, _, exact = mfkernels.ops.batch_norm(x.double(), weight.double(), bias.double())
+    assert (y - truth).abs().max() < 1e-6
+    assert (variance - exact).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_sequential(train):
     """Each GELU once: after a norm, after a convolution with one, after another GELU; and one by tanh."""

@@ -36,15 +36,7 @@ struct Call {
     STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() || t.scalar_type() == compute_type(like), kOp, ": ",
                     name, " must have the dtype of x, or float32 beside half precision");
     STD_TORCH_CHECK(t.is_cpu(), kOp, ": ", name, " must be on the CPU, as x is");
-    std::vector<double> values(channels);
-    if (t.scalar_type() == ScalarType::Float) {
-      const float* from = t.const_data_ptr<float>();
-      for (int64_t c = 0, step = t.stride(0); c < channels; ++c) values[c] = from[c * step];
-    } else {
-      const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
-      std::copy_n(wide.const_data_ptr<double>(), channels, values.begin());
-    }
-    return values;
+    return doubles(t);
   }
   // What the distances from the means are multiplied by.
   std::vector<double> factors(const std::vector<double>& variance, double eps) const {
@@ -59,19 +51,6 @@ struct Call {
     torch::stable::parallel_for(0, tasks, grain(samples * pixels * size / 4), f);
   }
 };
-
-// (C) numbers in this dtype.
-Tensor by_channel(const std::vector<double>& values, ScalarType type, const Tensor& x) {
-  const bool is_float = type == ScalarType::Float;
-  Tensor out =
-      empty({static_cast<int64_t>(values.size())}, is_float ? ScalarType::Float : ScalarType::Double, x);
-  if (is_float) {
-    std::copy(values.begin(), values.end(), out.mutable_data_ptr<float>());
-    return out;
-  }
-  std::copy(values.begin(), values.end(), out.mutable_data_ptr<double>());
-  return type == ScalarType::Double ? out : torch::stable::to(out, type);
-}
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                            const std::optional<Tensor>& mean,
@@ -104,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
                            factors.data()};
   call.run(!measure, [&](int64_t begin, int64_t end) { batch_norm(args, begin, end); });
   if (!measure) return {y, empty({0}, compute_type(x), x), empty({0}, compute_type(x), x)};
-  return {y, by_channel(means, compute_type(x), x), by_channel(variances, compute_type(x), x)};
+  return {y, from_doubles(means, compute_type(x), x), from_doubles(variances, compute_type(x), x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -151,8 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     to_mean[c] = -call.weight[c] * sums[c] / deviation;
     to_variance[c] = -0.5 * call.weight[c] * products[c] / (deviation * square);
   }
-  return {grad_x, by_channel(grad_weight, weight.scalar_type(), x), by_channel(sums, bias.scalar_type(), x),
-          by_channel(to_mean, mean.scalar_type(), x), by_channel(to_variance, variance.scalar_type(), x)};
+  return {grad_x, from_doubles(grad_weight, weight.scalar_type(), x),
+          from_doubles(sums, bias.scalar_type(), x), from_doubles(to_mean, mean.scalar_type(), x),
+          from_doubles(to_variance, variance.scalar_type(), x)};
 }
 
 }  // namespace

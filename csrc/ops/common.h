@@ -88,6 +88,30 @@ inline Tensor empty(std::vector<int64_t> shape, ScalarType type, const Tensor& x
   return with_huge_pages(torch::stable::empty(shape, type, std::nullopt, x.device()));
 }
 
+// A vector's numbers, of which there are few; and a vector of such numbers in this dtype.
+inline std::vector<double> doubles(const Tensor& t) {
+  std::vector<double> values(t.numel());
+  if (t.scalar_type() == ScalarType::Float) {  // by far the most, and without a copy
+    const float* from = t.const_data_ptr<float>();
+    for (size_t i = 0; i < values.size(); ++i) values[i] = from[i * t.stride(0)];
+    return values;
+  }
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
+  std::copy_n(wide.const_data_ptr<double>(), values.size(), values.begin());
+  return values;
+}
+inline Tensor from_doubles(const std::vector<double>& values, ScalarType type, const Tensor& x) {
+  const std::vector<int64_t> shape = {static_cast<int64_t>(values.size())};
+  if (type == ScalarType::Float) {
+    Tensor out = empty(shape, type, x);
+    std::copy(values.begin(), values.end(), out.mutable_data_ptr<float>());
+    return out;
+  }
+  Tensor out = empty(shape, ScalarType::Double, x);
+  std::copy(values.begin(), values.end(), out.mutable_data_ptr<double>());
+  return type == ScalarType::Double ? out : torch::stable::to(out, type);
+}
+
 // For the gradient of an argument: empty, without elements where it was left out.
 inline Tensor empty_gradient(const std::optional<Tensor>& argument, const Tensor& x) {
   return empty(argument.has_value() ? shape_of(*argument) : std::vector<int64_t>{0}, x.scalar_type(), x);

@@ -34,10 +34,6 @@ struct Call {
     gamma = doubles(gamma_in);
     beta = doubles(beta_in);
   }
-  static std::vector<double> doubles(const Tensor& t) {
-    const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
-    return std::vector<double>(wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel());
-  }
   int64_t tasks() const { return batch * blocks_of(channels, kResponseChannels); }
   template <class F>
   void run(F f) const {
@@ -91,12 +87,6 @@ Tensor forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, std::st
   return y;
 }
 
-Tensor as_parameter(const std::vector<double>& values, const Tensor& like) {
-  Tensor out = empty({static_cast<int64_t>(values.size())}, ScalarType::Double, like);
-  std::copy(values.begin(), values.end(), out.mutable_data_ptr<double>());
-  return torch::stable::to(out, like.scalar_type());
-}
-
 // With n = norm / (mean + eps), per channel: dgamma = sum_b n sum(x g), dbeta = sum_b sum(g), dn = gamma
 // sum(x g); then dnorm, and dx = (1 + gamma n) g + dnorm / norm x.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& x, const Tensor& gamma,
@@ -139,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
                                other.data(),
                                nullptr};
   call.run([&](int64_t begin, int64_t end) { response_apply(args, begin, end); });
-  return {grad_x, as_parameter(grad_gamma, x), as_parameter(grad_beta, x)};
+  return {grad_x, from_doubles(grad_gamma, x.scalar_type(), x), from_doubles(grad_beta, x.scalar_type(), x)};
 }
 
 }  // namespace
