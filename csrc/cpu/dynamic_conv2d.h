@@ -21,6 +21,7 @@ struct DynamicConvArgs {
   // Work is done for `group_block` groups at a time (of few channels), `out_block` of their outputs or
   // `in_block` of their inputs (all of them where there are several groups), and `rows` rows of the output.
   int64_t group_block, out_block, in_block, rows;
+  int64_t pixel_block;  // of 1x1 kernels
   // Backward.
   AnyMap grad_y, grad_x;
   // Contiguous; the last two may be null. Partial sums for attention: (weight tasks, B, K).
@@ -41,7 +42,8 @@ MFK_DECLARE_KERNEL(dynamic_depthwise_forward, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_depthwise_backward, DynamicConvArgs)
 
 // The same of such maps and 1x1 kernels without padding. Tasks: one for each (kPointwiseSamples, group, block
-// of outputs); (kPointwiseSamples, group, block of inputs); (group, block of outputs).
+// of outputs, block of pixels); (kPointwiseSamples, group, block of inputs, block of pixels); (group, block
+// of outputs).
 constexpr int64_t kPointwiseSamples = 4;  // their kernels are mixed together: the basis is read once for them
 MFK_DECLARE_KERNEL(dynamic_pointwise_forward, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_pointwise_backward_x, DynamicConvArgs)

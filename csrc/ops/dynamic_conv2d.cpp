@@ -81,6 +81,8 @@ struct Call {
     // So many rows that the inputs of a group stay in the second-level cache.
     const int64_t row = args.group_block * args.inputs * args.stride_h * (args.width + 2 * padding[1]);
     args.rows = std::min(std::max(32768 / std::max<int64_t>(row, 1), args.kernel_h), args.out_height);
+    // Where kernels are mixed, all pixels at once: else whole blocks of any vectors.
+    args.pixel_block = std::max<int64_t>(args.kernels > 0 ? args.out_height * args.out_width : 192, 1);
   }
   int64_t group_blocks() const { return blocks_of(args.groups, args.group_block); }
   int64_t depth() const { return args.inputs * args.kernel_h * args.kernel_w; }
@@ -121,10 +123,12 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const
     run(args, args.batch * call.depthwise_blocks(), kDepthwiseChannels * pixels * call.depth(),
         dynamic_depthwise_forward);
   } else if (call.pointwise()) {
-    // The mixed kernels of a task stay in the second-level cache.
-    args.out_block = std::min(std::max<int64_t>(16384 / args.inputs, 6), args.outputs);
-    run(args, call.sample_blocks() * args.groups * blocks_of(args.outputs, args.out_block),
-        kPointwiseSamples * args.out_block * call.depth() * pixels, dynamic_pointwise_forward);
+    // The mixed kernels of a task stay in the second-level cache; all of them are mixed once.
+    if (args.kernels > 0) args.out_block = std::min(std::max<int64_t>(16384 / args.inputs, 8), args.outputs);
+    run(args,
+        call.sample_blocks() * args.groups * blocks_of(args.outputs, args.out_block) *
+            blocks_of(pixels, args.pixel_block),
+        kPointwiseSamples * args.out_block * call.depth() * args.pixel_block, dynamic_pointwise_forward);
   } else {
     if (args.group_block == 1) args.out_block = std::min<int64_t>(args.outputs, 48);
     run(args,
@@ -153,13 +157,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   args.grad_y = map_of(grad_out, is_channels_last(x), holder_g);
   args.grad_x = map_of(grad_x, is_channels_last(x), holder_x);
   const bool depthwise = call.depthwise(), pointwise = !depthwise && call.pointwise();
-  const int64_t work = args.group_block * args.outputs * call.depth() * args.out_height * args.out_width;
+  const int64_t pixels = args.out_height * args.out_width;
+  const int64_t work = args.group_block * args.outputs * call.depth() * pixels;
   if (!depthwise) {
     if (args.group_block == 1) args.in_block = std::min<int64_t>(args.inputs, 64);
     const int64_t in_blocks = blocks_of(args.inputs, args.in_block);
     if (pointwise) {
-      run(args, call.sample_blocks() * args.groups * in_blocks, kPointwiseSamples * work / in_blocks,
-          dynamic_pointwise_backward_x);
+      const int64_t parts = blocks_of(pixels, args.pixel_block);
+      run(args, call.sample_blocks() * args.groups * in_blocks * parts,
+          kPointwiseSamples * work / in_blocks / parts, dynamic_pointwise_backward_x);
     } else {
       run(args, args.batch * call.group_blocks() * in_blocks, work / in_blocks, dynamic_conv2d_backward_x);
     }
