@@ -35,6 +35,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         ops.global_response_norm.default: global_response_norm_reference,
         ops.modulation_attention.default: modulation_attention_reference,
         ops.mobile_to_former_attention.default: _mobile_to_former_attention,
+        ops.pointwise_conv_bn.default: _pointwise_conv_bn,
         ops.token_hyper.default: _token_hyper,
         ops.dynamic_conv2d.default: _dynamic_conv2d,
     }
@@ -65,6 +66,10 @@ def _mobile_to_former_attention(
     top = flat.amax(-1)
     stats = torch.stack([top, torch.exp(flat - top[..., None]).sum(-1)], -1)
     return out, logits if return_logits else x.new_empty(0), stats
+
+
+def _pointwise_conv_bn(x: Tensor, weight: Tensor, *norm: Any, **settings: Any) -> Tensor:
+    return _batch_norm(torch.nn.functional.conv2d(x, weight), *norm, **settings)[0]
 
 
 def _token_hyper(token: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:

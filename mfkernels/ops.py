@@ -8,6 +8,7 @@ from .operators.former_to_mobile_attention import former_to_mobile_attention
 from .operators.global_response_norm import global_response_norm
 from .operators.mobile_to_former_attention import mobile_to_former_attention
 from .operators.modulation_attention import modulation_attention
+from .operators.pointwise_conv_bn import pointwise_conv_bn
 from .operators.token_hyper import token_hyper
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "global_response_norm",
     "mobile_to_former_attention",
     "modulation_attention",
+    "pointwise_conv_bn",
     "token_hyper",
 ]

@@ -36,12 +36,14 @@ def _plain(value):
 
 @functools.cache
 def layers(batch: int = 1, networks: Sequence[str] | None = None) -> dict[str, list[Layer]]:
-    """Of every network, or of these, in train mode, on images of 224x224. Made from the networks'
+    """Of every network, or of these, in eval and in train mode, on images of 224x224. Made from the networks'
     configurations: nothing is computed, on the meta device."""
     names = networks or [name for name in list_models() if not name.endswith("_faster")]
     with Recorder() as recorder, mfkernels.use_backend("cpu"), torch.device("meta"), torch.no_grad():
         for name in names:
-            model = create_model(name).train()
+            model = create_model(name).eval()
+            model(torch.empty(batch, 3, 224, 224))
+            model.train()
             for module in model.modules():
                 if isinstance(module, BatchNorm1d | KernelAttention):
                     module.eval()  # in a batch of one they have one number to measure

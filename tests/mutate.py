@@ -65,6 +65,12 @@ MUTATIONS = {
         "t * 0.3989f",
         "former_block or batch_norm",
     ),
+    "pointwise_conv_bn": (
+        "csrc/cpu/pointwise_conv_bn.cpp",
+        "(sum - mean) * factor",
+        "sum * factor",
+        "pointwise_conv_bn",
+    ),
     "token_hyper": ("csrc/cpu/token_hyper.cpp", "splat(C(-3))", "splat(C(-2))", "token_hyper"),
     "deployed_mobile_former": (
         "csrc/cpu/tokens.h",
@@ -95,6 +101,7 @@ TRITON = {
     "global_response_norm": ("scale = 1 + gamma", "scale = gamma"),
     "modulation_attention": ("rescale = tl.exp(top - higher)", "rescale = tl.exp(higher - top)"),
     "former_block": ("0.3989422804014327", "0.3989"),
+    "pointwise_conv_bn": ("0.7071067811865476", "0.7071"),
     "token_hyper": ("(y > -3) & (y < 3)", "(y > -2) & (y < 3)"),
 }
 MUTATIONS |= {

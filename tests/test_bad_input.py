@@ -47,6 +47,12 @@ def normalise(x=X, weight=None, bias=None, **others):
     return ops.batch_norm(x, weight, bias, **others)
 
 
+def convolve_and_normalise(x=X, weight=None, **others):
+    given = dict(weight=ones(6, 8, 1, 1) if weight is None else weight)
+    given |= {name: ones(6) for name in ("gamma", "beta", "mean", "variance")}
+    return ops.pointwise_conv_bn(x, **given | others)
+
+
 def form(tokens=None, **others):
     square, row = ones(8, 8), ones(8)
     given = dict(
@@ -149,6 +155,37 @@ CALLS = {
         lambda: respond(mean="pixels"),
         ValueError,
         "mean must be 'channels' or 'released', got 'pixels'",
+    ),
+    # pointwise_conv_bn
+    "conv and norm weight": (
+        lambda: convolve_and_normalise(weight=ones(6, 7, 1, 1)),
+        ValueError,
+        "weight must have shape (O, C, 1, 1) = (6, 8, 1, 1), got (6, 7, 1, 1)",
+    ),
+    "conv and norm kernel": (
+        lambda: convolve_and_normalise(weight=ones(6, 8, 3, 3)),
+        ValueError,
+        "weight must have shape (O, C, 1, 1) = (6, 8, 1, 1), got (6, 8, 3, 3)",
+    ),
+    "conv and norm mean": (
+        lambda: convolve_and_normalise(mean=ones(8)),
+        ValueError,
+        "mean must have shape (O) = (6,)",
+    ),
+    "conv and norm dtype": (
+        lambda: convolve_and_normalise(gamma=ones(6).double()),
+        TypeError,
+        "gamma must have the dtype of x, torch.float32, got torch.float64",
+    ),
+    "conv and norm without pixels": (
+        lambda: convolve_and_normalise(X[:, :, :0]),
+        ValueError,
+        "x must have channels and pixels",
+    ),
+    "conv and norm activation": (
+        lambda: convolve_and_normalise(activation="relu"),
+        ValueError,
+        "activation must be 'none' or 'gelu', got 'relu'",
     ),
     # batch_norm
     "normalise weight": (
@@ -417,7 +454,10 @@ def test_registered_operators_check_too():
         lambda: call.former_to_mobile_attention_backward(X[:1], X, ones(2, 3, 8), ones(2, 3, 8), 2),
         lambda: call.batch_norm(X, ones(8), ones(7)),
         lambda: call.batch_norm(X, ones(8), ones(8), ones(8), None),
+        lambda: call.pointwise_conv_bn(X, ones(6, 7, 1, 1), *[ones(6)] * 4),
+        lambda: call.pointwise_conv_bn(X, ones(6, 8, 1, 1), *[ones(8)] * 4),
+        lambda: call.pointwise_conv_bn(X, ones(6, 8, 1, 1), *[ones(6)] * 4, 1e-5, "relu"),
         lambda: call.batch_norm_backward(X[:1], None, None, X, *[ones(8)] * 4, True),
     ):
-        with pytest.raises(RuntimeError, match=r"dynamic_relu|_attention|batch_norm"):
+        with pytest.raises(RuntimeError, match=r"dynamic_relu|_attention|batch_norm|conv_bn"):
             wrong()

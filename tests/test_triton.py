@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import modules
-from test_contract import LAYOUTS, Comparison, cotangents_of, expanded, run
+from test_contract import LAYOUTS, Comparison, cotangents_of, expanded, expect, run
 
 import mfkernels
 from mfkernels.operators.dispatch import triton_interpreted
@@ -36,7 +36,8 @@ def test_interpreted(op, dtype):
     for seed in range(SAMPLES):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         sample = op.make(op.random_shape(rng), generator)
-        comparison.add(sample, generator, rng.choice(LAYOUTS), rng.choice((*LAYOUTS, expanded)))
+        layout, grad_layout = rng.choice(LAYOUTS), rng.choice((*LAYOUTS, expanded))
+        comparison.add(expect(op, sample, generator, dtype, grad_layout), layout, grad_layout)
     comparison.check("interpreted")
 
 
@@ -52,7 +53,7 @@ def test_interpreted_edges(op):
             continue
         comparison = Comparison(op, torch.float32, "triton")
         for _ in range(8 if largest < 1000 else 2):
-            comparison.add(op.make(shape, generator), generator)
+            comparison.add(expect(op, op.make(shape, generator), generator, torch.float32))
         comparison.check(f"{shape}")
 
 
@@ -103,7 +104,7 @@ def test_on_a_gpu(op, dtype, layout):
         comparison = Comparison(op, dtype, "triton", "cuda")
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
-            comparison.add(op.make(shape, generator), generator, layout)
+            comparison.add(expect(op, op.make(shape, generator), generator, dtype), layout)
         comparison.check(f"{shape}")
 
 

@@ -82,7 +82,7 @@ struct Call {
     const int64_t row = args.group_block * args.inputs * args.stride_h * (args.width + 2 * padding[1]);
     args.rows = std::min(std::max(32768 / std::max<int64_t>(row, 1), args.kernel_h), args.out_height);
     // Where kernels are mixed, all pixels at once: else whole blocks of any vectors.
-    args.pixel_block = std::max<int64_t>(args.kernels > 0 ? args.out_height * args.out_width : 192, 1);
+    args.pixel_block = std::max<int64_t>(args.kernels > 0 ? args.out_height * args.out_width : 768, 1);
   }
   int64_t group_blocks() const { return blocks_of(args.groups, args.group_block); }
   int64_t depth() const { return args.inputs * args.kernel_h * args.kernel_w; }

@@ -33,6 +33,7 @@ from .lite_bottleneck import LiteBottleneck
 from .mobile_former_block import MobileFormerBlock, MobileFormerDownsample
 from .mobile_to_former_attention import MobileToFormer
 from .modulation_attention import SingleHeadModulationAttention
+from .pointwise_conv_bn import conv_norm
 from .reparameterized_depthwise import ReparameterizedDepthwise
 from .residual import Residual
 from .token_hyper import HyperNetwork
@@ -80,5 +81,6 @@ __all__ = [
     "Residual",
     "SHMABlock",
     "SingleHeadModulationAttention",
+    "conv_norm",
     "normalize",
 ]

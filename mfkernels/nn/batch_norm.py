@@ -29,7 +29,7 @@ def normalize(norm: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
     layer: Any = norm
     if activation == "none" and not layer.training:
         return layer(x)  # which PyTorch does as fast as can be
-    if not _is_plain(layer, x):
+    if not is_plain_norm(layer, x):
         if activation not in ("none", "gelu"):
             raise ValueError(f"normalize: activation must be 'none' or 'gelu', got {activation!r}")
         return F.gelu(layer(x)) if activation == "gelu" else layer(x)
@@ -50,7 +50,8 @@ def normalize(norm: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
     return y
 
 
-def _is_plain(layer: Any, x: Tensor) -> bool:
+def is_plain_norm(layer: Any, x: Tensor) -> bool:
+    """Whether kernels can do for `x` what this layer does."""
     return (
         type(layer) is nn.BatchNorm2d
         and layer.affine

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch_norm import normalize
-from .large_depthwise import convolve
+from .pointwise_conv_bn import conv_norm
 
 
 class ConvBN(nn.Module):
@@ -29,7 +29,7 @@ class ConvBN(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
-        return normalize(self.bn, convolve(self.c, x), activation)
+        return conv_norm(self.c, self.bn, x, activation)
 
     def fuse(self) -> nn.Conv2d:
         """One convolution with bias that does the work of both in eval mode."""

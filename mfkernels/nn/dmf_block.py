@@ -12,6 +12,7 @@ from .fused_sequential import FusedSequential
 from .inputs import check_channels
 from .inverted_residual_ffn import InvertedResidualFFN
 from .kernel_attention import KernelAttention
+from .pointwise_conv_bn import conv_norm
 
 
 class DynamicMobile(nn.Module):
@@ -94,12 +95,14 @@ class DynamicMobile(nn.Module):
         check_tensor("DynamicMobile", "token", token, "B d")
         check_shape("DynamicMobile", "token", token, "B d", (x.shape[0], self.token_dim))
 
-        def convolve(conv: nn.Module, x: Tensor, *mean: Tensor) -> Tensor:
-            return conv(x) if isinstance(conv, nn.Conv2d) else conv(x, token, *mean)
+        def run(conv: nn.Module, norm: nn.Module, x: Tensor, activation: str, *mean: Tensor) -> Tensor:
+            if isinstance(conv, nn.Conv2d):
+                return conv_norm(conv, norm, x, activation)
+            return normalize(norm, conv(x, token, *mean), activation)
 
-        x = normalize(self.bn1, convolve(self.pw_conv1, x, *mean), "gelu")
-        x = normalize(self.bn2, convolve(self.dw_conv, x), "gelu")
-        return normalize(self.bn3, convolve(self.pw_conv2, x))
+        x = run(self.pw_conv1, self.bn1, x, "gelu", *mean)
+        x = run(self.dw_conv, self.bn2, x, "gelu")
+        return run(self.pw_conv2, self.bn3, x, "none")
 
 
 class DMFBlock(nn.Module):

@@ -3,8 +3,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_shape, check_tensor
-from .batch_norm import normalize
 from .inputs import check_channels
+from .pointwise_conv_bn import conv_norm
 
 
 class DMFStem(nn.Module):
@@ -33,7 +33,7 @@ class DMFStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("DMFStem", "x", x, "B C H W")
         check_channels("DMFStem", x, self.conv.in_channels)
-        return normalize(self.bn, self.conv(x), "gelu")
+        return conv_norm(self.conv, self.bn, x, "gelu")
 
 
 class DMFHead(nn.Module):

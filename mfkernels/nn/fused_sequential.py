@@ -3,6 +3,7 @@ from torch import Tensor, nn
 from .batch_norm import normalize
 from .conv_bn import ConvBN
 from .inputs import has_hooks
+from .pointwise_conv_bn import conv_norm
 
 
 class FusedSequential(nn.Sequential):
@@ -23,21 +24,26 @@ class FusedSequential(nn.Sequential):
 
 
 def run_layers(x: Tensor, *layers: nn.Module) -> Tensor:
-    """One after the other, a GELU together with the batch norm before it."""
-    done = False  # with the layer before
-    for layer, following in zip(layers, (*layers[1:], None), strict=True):
-        if done:
-            done = False
-            continue
-        done = _is_gelu(following) and _takes_activation(layer)
-        if isinstance(layer, nn.BatchNorm2d):
-            x = normalize(layer, x, "gelu" if done else "none")
+    """One after the other, but a convolution, the batch norm after it and the GELU after that together."""
+    left = list(layers)
+    while left:
+        layer, conv = left.pop(0), None
+        if type(layer) is nn.Conv2d and left and isinstance(left[0], nn.BatchNorm2d):
+            layer, conv = left.pop(0), layer
+        activation = "none"
+        if left and _is_gelu(left[0]) and _takes_activation(layer):
+            left.pop(0)
+            activation = "gelu"
+        if conv is not None:
+            x = conv_norm(conv, layer, x, activation)
+        elif isinstance(layer, nn.BatchNorm2d):
+            x = normalize(layer, x, activation)
         else:
-            x = layer(x, "gelu") if done else layer(x)
+            x = layer(x) if activation == "none" else layer(x, activation)
     return x
 
 
-def _is_gelu(layer: nn.Module | None) -> bool:
+def _is_gelu(layer: nn.Module) -> bool:
     return type(layer) is nn.GELU and layer.approximate == "none" and not has_hooks(layer)
 
 

@@ -1,8 +1,8 @@
 from torch import Tensor, nn
 
 from ..checks import check_tensor
-from .batch_norm import normalize
 from .inputs import check_channels
+from .pointwise_conv_bn import conv_norm
 
 
 class InvertedBottleneck(nn.Module):
@@ -50,6 +50,6 @@ class InvertedBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("InvertedBottleneck", "x", x, "B C H W")
         check_channels("InvertedBottleneck", x, self.in_channels)
-        x = normalize(self.bn1, self.pw_conv1(x), "gelu")
-        x = normalize(self.bn2, self.dw_conv(x), "gelu")
-        return normalize(self.bn3, self.pw_conv2(x))
+        x = conv_norm(self.pw_conv1, self.bn1, x, "gelu")
+        x = conv_norm(self.dw_conv, self.bn2, x, "gelu")
+        return conv_norm(self.pw_conv2, self.bn3, x)

@@ -2,9 +2,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_tensor
-from .batch_norm import normalize
 from .global_response_norm import GlobalResponseNorm
 from .inputs import check_channels
+from .pointwise_conv_bn import conv_norm
 
 
 class InvertedResidualFFN(nn.Module):
@@ -42,6 +42,6 @@ class InvertedResidualFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("InvertedResidualFFN", "x", x, "B C H W")
         check_channels("InvertedResidualFFN", x, self.channels)
-        x = normalize(self.bn1, self.pw_conv1(x), "gelu")
+        x = conv_norm(self.pw_conv1, self.bn1, x, "gelu")
         x = F.gelu(self.grn(self.dw_conv(x) + x))
-        return normalize(self.bn3, self.pw_conv2(x))
+        return conv_norm(self.pw_conv2, self.bn3, x)

@@ -67,7 +67,7 @@ class Runner:
         if self._library is not None and self._is_library_faster(args):
             self._check(*args)
             return self._library(*args)
-        eager = _eager()
+        eager = is_eager()
         if eager and _kernels_check(args):
             try:
                 if backends.use_kernels(self._op, x):
@@ -83,7 +83,7 @@ class Runner:
 
     def backward(self, *args: Any) -> Any:
         """The backward operator."""
-        if torch.is_grad_enabled() or not _eager():
+        if torch.is_grad_enabled() or not is_eager():
             return self._backward_kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self._backward_kernel(*args)
@@ -113,8 +113,8 @@ class Runner:
         )
 
 
-def _eager() -> bool:
-    """No compiler, tracer, function transform or forward-mode differentiation is watching."""
+def is_eager() -> bool:
+    """Whether no compiler, tracer, function transform or forward-mode differentiation is watching."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

@@ -1,4 +1,4 @@
-"""Depthwise convolutions with large kernels: in training by our kernels, and the same as PyTorch's."""
+"""1x1 convolutions and depthwise ones with large kernels: by our kernels in training, as PyTorch's."""
 
 import copy
 
@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import mfkernels
-from mfkernels.nn.large_depthwise import convolve
+from mfkernels.nn.convolution import convolve
 
 
 def layer(size: int = 7, **options) -> nn.Conv2d:
     torch.manual_seed(0)
-    return nn.Conv2d(6, 6, size, **dict(padding=size // 2, groups=6, bias=False) | options)
+    groups = 1 if size == 1 else 6
+    return nn.Conv2d(6, 6, size, **dict(padding=size // 2, groups=groups, bias=False) | options)
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("size", [5, 7])
+@pytest.mark.parametrize("size", [1, 5, 7])
 def test_same_as_the_layer(calls, size, bias, dtype):
     plain = layer(size, bias=bias).to(dtype)
     fast = copy.deepcopy(plain)
@@ -48,6 +49,9 @@ OTHERS = {
     "padding": dict(padding=2),
     "reflecting": dict(padding_mode="reflect"),
     "grouped": dict(groups=3),
+    "pointwise, stride": dict(size=1, stride=2),
+    "pointwise, padding": dict(size=1, padding=1),
+    "pointwise, grouped": dict(size=1, groups=2),
 }
 
 

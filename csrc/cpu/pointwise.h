@@ -1,0 +1,137 @@
+// Products of a matrix with a map as it lies: pixels in the lanes.
+#pragma once
+
+#include "tile_gemm.h"
+
+namespace mfk {
+namespace MFK_ISA {
+
+// What is done to a sum before it is stored: `at(i)` loads what depends on the row alone. Here, nothing.
+template <class C>
+struct AsItIs {
+  struct At {
+    MFK_INLINE vec<C> operator()(vec<C> y) const { return y; }
+  };
+  MFK_INLINE At at(int64_t) const { return {}; }
+};
+
+namespace pointwise {
+
+// Blocks of kRows rows by kVectors vectors of pixels: what the registers hold, and few enough rows that none
+// of them has to be copied elsewhere to be read fast.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+constexpr int kVectors = 3;
+
+// Some rows and vectors of pixels, of the last of which only `rest` lanes exist, from row `first` on.
+template <int kChain, int kRows, int kVectors, bool kWhole, class T, class C, class Epilogue>
+MFK_INLINE void block(T* out, int64_t out_stride, int64_t first, Matrix<C> a, int64_t depth, const T* b,
+                      int64_t b_stride, int64_t rest, Epilogue epilogue) {
+  constexpr int n = kLanes<C>;
+  vec<C> total[kRows][kVectors] = {};
+  for (int64_t j = 0; j < depth;) {
+    const int64_t end = j + kChain < depth ? j + kChain : depth;
+    vec<C> sums[kRows][kVectors] = {};
+    for (; j < end; ++j) {
+      vec<C> column[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const T* from = b + j * b_stride + v * n;
+        column[v] = kWhole || v + 1 < kVectors ? load(from) : load_upto(from, rest);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const vec<C> factor = splat(a.data[(first + r) * a.row + j * a.column]);
+        for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * column[v];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) total[r][v] += sums[r][v];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const auto finish = epilogue.at(first + r);
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = out + (first + r) * out_stride + v * n;
+      const vec<C> y = finish(total[r][v]);
+      kWhole || v + 1 < kVectors ? store(to, y) : store_upto(to, y, rest);
+    }
+  }
+}
+
+// Some rows at a time: calls f with how many, and the first one.
+template <class F>
+MFK_INLINE void for_rows(int64_t rows, F f) {
+  int64_t i = 0;
+  auto some = [&](auto count) __attribute__((always_inline)) {
+    for (; rows - i >= decltype(count)::value; i += decltype(count)::value) f(count, i);
+  };
+  some(std::integral_constant<int, kRows>());
+  if (kRows > 4) some(std::integral_constant<int, 4>());
+  some(std::integral_constant<int, 1>());
+}
+
+// A few pixels, which would leave most lanes of a vector empty: inputs in the lanes. The rows of `a` lie in
+// one piece.
+template <int kPixels, class T, class C, class Epilogue>
+void few_pixels(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t depth, const T* b,
+                int64_t b_stride, Epilogue epilogue) {
+  Buffer<C> columns(kPixels * depth);
+  for (int64_t j = 0; j < depth; ++j) {
+    for (int p = 0; p < kPixels; ++p) columns[p * depth + j] = to_compute(b[j * b_stride + p]);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    vec<C> sums[kPixels] = {};
+    for (int64_t j = 0; j < depth; j += kLanes<C>) {
+      const vec<C> factors = load_upto(a.data + i * a.row + j, depth - j);
+      for (int p = 0; p < kPixels; ++p) sums[p] += factors * load_upto(columns + p * depth + j, depth - j);
+    }
+    const auto finish = epilogue.at(i);
+    for (int p = 0; p < kPixels; ++p) {
+      const vec<C> y = finish(splat(static_cast<C>(sum_lanes<C>(sums[p]))));
+      store_scalar(out + i * out_stride + p, y[0]);
+    }
+  }
+}
+
+}  // namespace pointwise
+
+// out[i][p] = epilogue_i(sum_j a(i, j) b[j][p]) for i < rows, j < depth, p < width. No more than kChain
+// products are summed at a time: long chains gather rounding errors.
+template <int kChain, class T, class C, class Epilogue = AsItIs<C>>
+void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t depth, const T* b,
+              int64_t b_stride, int64_t width, Epilogue epilogue = {}) {
+  using namespace pointwise;
+  constexpr int64_t n = kLanes<C>, whole = kVectors * n, most = n / 4;
+  auto run = [&](auto vectors, auto is_whole, int64_t first, int64_t end, int64_t rest) {
+    constexpr int v = decltype(vectors)::value;
+    for_rows(rows, [&](auto count, int64_t i) __attribute__((always_inline)) {
+      for (int64_t p = first; p < end; p += v * n) {
+        block<kChain, decltype(count)::value, v, decltype(is_whole)::value>(out + p, out_stride, i, a, depth,
+                                                                            b + p, b_stride, rest, epilogue);
+      }
+    });
+  };
+  // So many pixels at a time that they stay in the second-level cache while all rows pass; and as long a way
+  // along a row as can be.
+  const int64_t fit = (32768 / depth < whole ? whole : 32768 / depth / whole * whole);
+  const int64_t blocks_end = width / whole * whole;
+  for (int64_t p = 0; p < blocks_end; p += fit) {
+    const int64_t end = p + fit < blocks_end ? p + fit : blocks_end;
+    run(std::integral_constant<int, kVectors>(), std::true_type(), p, end, n);
+  }
+  const int64_t few = a.column == 1 && width % n <= most ? width % n : 0;
+  const int64_t vectors_end = width - few;
+  with_constant<kVectors>(blocks_of(vectors_end - blocks_end, n), [&](auto vectors) {
+    run(vectors, std::false_type(), blocks_end, vectors_end,
+        vectors_end - blocks_end - (decltype(vectors)::value - 1) * n);
+  });
+  with_constant<most>(few, [&](auto pixels) {
+    few_pixels<decltype(pixels)::value>(out + vectors_end, out_stride, rows, a, depth, b + vectors_end,
+                                        b_stride, epilogue);
+  });
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

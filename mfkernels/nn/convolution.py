@@ -1,0 +1,61 @@
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, ops
+from ..operators.runner import is_eager
+from .inputs import has_hooks
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """`conv(x)`. In training on a CPU two kinds of convolutions run by our kernels: 1x1 ones, and depthwise
+    ones with a large kernel, the gradient of whose weights takes PyTorch ten times as long."""
+    if not torch.is_grad_enabled() or not (is_pointwise(conv) or _is_large_depthwise(conv)):
+        return conv(x)
+    if (
+        not conv.weight.requires_grad
+        or not takes_plain(conv, x)
+        or not backends.use_kernels("dynamic_conv2d", x)
+    ):
+        return conv(x)
+    none = conv.weight.new_empty(0, *conv.weight.shape), x.new_empty(x.shape[0], 0)
+    return ops.dynamic_conv2d(
+        x, conv.weight, *none, conv.bias, padding=conv.kernel_size[0] // 2, groups=conv.groups
+    )
+
+
+def is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.groups == 1
+        and conv.padding == (0, 0)
+    )
+
+
+def _is_large_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size in ((5, 5), (7, 7))
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (conv.kernel_size[0] // 2,) * 2
+        and conv.padding_mode == "zeros"
+    )
+
+
+def takes_plain(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether our kernels may do a call. In half precision PyTorch's own are faster; compilers and exporters
+    know those better, too."""
+    return (
+        not x.is_cuda
+        and x.dim() == 4
+        and x.numel() > 0
+        and x.is_contiguous()
+        and x.dtype == conv.weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and not has_hooks(conv)
+        and is_eager()
+    )

@@ -1,0 +1,110 @@
+import torch
+from torch import Tensor
+
+from ...checks import check_argument, check_tensor
+from ..layout import empty_map
+from ..runner import Runner
+from .reference import pointwise_conv_bn_reference
+
+OP = "pointwise_conv_bn"
+
+
+def pointwise_conv_bn(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    """A 1x1 convolution, batch normalisation by given statistics, and the activation, in one pass.
+
+    `y = activation((W x - mean) / sqrt(variance + eps) * gamma + beta)`: what a network does in eval mode.
+    `mfkernels.nn.conv_norm` calls it for an `nn.Conv2d` and its `nn.BatchNorm2d`.
+
+    Args:
+        x: (B, C, H, W), any strides.
+        weight: (O, C, 1, 1).
+        gamma: (O,).
+        beta: (O,).
+        mean: (O,).
+        variance: (O,).
+        eps: added to the variance.
+        activation: "none" or "gelu" (the exact one).
+
+    Kernels: float32, float64, bfloat16; all arguments of one dtype and on one device. Under autocast all
+    become the widest of their dtypes.
+
+    Returns:
+        y: (B, O, H, W) in x's dtype and memory format.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or its dtype is not that of `x`.
+        ValueError: a shape, a device or `activation` does not fit.
+
+    Source: Ioffe and Szegedy, Batch Normalization, ICML 2015, algorithm 2; Hendrycks and Gimpel, Gaussian
+    Error Linear Units, 2016.
+    """
+    return _run(x, weight, gamma, beta, mean, variance, eps, activation)
+
+
+def _check(x, weight, gamma, beta, mean, variance, eps, activation) -> None:
+    _, channels, height, width = check_tensor(OP, "x", x, "B C H W").shape
+    if channels * height * width == 0:
+        raise ValueError(f"{OP}: x must have channels and pixels, got shape {tuple(x.shape)}")
+    outputs = check_tensor(OP, "weight", weight, "O C 1 1").shape[0]
+    check_argument(OP, "weight", weight, "O C 1 1", (outputs, channels, 1, 1), "x", x)
+    for name, value in dict(gamma=gamma, beta=beta, mean=mean, variance=variance).items():
+        check_argument(OP, name, value, "O", (outputs,), "x", x)
+    if activation not in ("none", "gelu"):
+        raise ValueError(f"{OP}: activation must be 'none' or 'gelu', got {activation!r}")
+
+
+@torch.library.register_fake(f"mfkernels::{OP}")
+def _(x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):
+    _check(x, weight, gamma, beta, mean, variance, eps, activation)
+    return empty_map(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+
+
+@torch.library.register_fake(f"mfkernels::{OP}_backward")
+def _(grad_y, x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):
+    return empty_map(x, x.shape), *(torch.empty_like(t) for t in (weight, gamma, beta, mean, variance))
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> tuple[Tensor, ...]:
+    """By the operators for its two halves. What is between them is computed again."""
+    ops, one = torch.ops.mfkernels, [1, 1]
+    kernels = weight, weight.new_empty(0, *weight.shape), x.new_empty(x.shape[0], 0), None, None
+    convolution = *kernels, one, [0, 0], one, 1, 0.1
+    between = ops.dynamic_conv2d(x, *convolution)
+    norm = gamma, beta, mean, variance, False, eps, activation
+    grad, *numbers = ops.batch_norm_backward(grad_y, None, None, between, *norm)
+    grad_x, grad_weight, *_ = ops.dynamic_conv2d_backward(grad, x, *convolution)
+    return grad_x, grad_weight, *numbers
+
+
+torch.library.impl(f"mfkernels::{OP}_backward", "cpu")(backward)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_y):
+    return *_run.backward(grad_y, *ctx.saved_tensors, ctx.eps, ctx.activation), None, None
+
+
+_run = Runner(OP, pointwise_conv_bn_reference, _check, _setup_context, _backward)
