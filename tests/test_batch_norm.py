@@ -11,6 +11,12 @@ import mfkernels
 from mfkernels.nn import ConvBN, FusedSequential, normalize
 
 
+@pytest.fixture(autouse=True)
+def on_small_maps():
+    with mfkernels.use_backend("cpu"):
+        yield
+
+
 def make_norm(**options) -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(6, **options)
     generator = torch.Generator().manual_seed(0)
@@ -100,6 +106,16 @@ def test_other_norms_are_called():
 def test_one_number_a_channel_cannot_be_measured():
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         normalize(make_norm(), images(1, 6, 1, 1))
+
+
+def test_small_maps_train_by_the_layer(monkeypatch):
+    calls = []
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: calls.append(x.numel()) or x)
+    with mfkernels.use_backend("auto"):
+        for size in (40, 150):
+            normalize(make_norm(), images(1, 6, size, size))
+            normalize(make_norm(), images(1, 6, size, size), "gelu")
+    assert calls == [9600, 9600]
 
 
 def test_unknown_activation():
