@@ -72,8 +72,10 @@ def batch_norm_by_library(x, weight, bias, mean=None, variance=None, eps=1e-5, a
     return F.gelu(y) if activation == "gelu" else y, mean, variance * ((count - 1) / count)
 
 
-def pointwise_conv_bn_by_library(x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):
-    y = F.batch_norm(F.conv2d(x, weight), mean, variance, gamma, beta, eps=eps)
+def pointwise_conv_bn_folded(x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):
+    """The batch norm in the convolution's weights."""
+    factor = gamma * (variance + eps).rsqrt()
+    y = F.conv2d(x, weight * factor.view(-1, 1, 1, 1), beta - mean * factor)
     return F.gelu(y) if activation == "gelu" else y
 
 
@@ -85,6 +87,6 @@ RIVALS = {
     "former_to_mobile_attention": former_to_mobile_attention_sdpa,
     "mobile_to_former_attention": mobile_to_former_attention_sdpa,
     "modulation_attention": modulation_attention_sdpa,
-    "pointwise_conv_bn": pointwise_conv_bn_by_library,
+    "pointwise_conv_bn": pointwise_conv_bn_folded,
     "token_hyper": token_hyper_hardsigmoid,
 }

@@ -60,5 +60,7 @@ def fill(layer: Layer, generator: torch.Generator) -> list:
             width = max(1, shape[-1] if len(shape) == 2 else torch.Size(shape[1:]).numel() if shape else 1)
             scale = width**-0.5 if len(shape) in (2, 5) else 1.0
             value = scale * torch.randn(shape, generator=generator)
+            if len(shape) == 1:
+                value = value.abs() + 0.5  # it may be a variance
         arguments.append(list(value) if isinstance(value, tuple) else value)
     return arguments
