@@ -1,6 +1,5 @@
-"""Whole networks prepared for inference on a CPU."""
+"""Whole networks prepared for inference."""
 
-import copy
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..models.dynamic_mobile_former import DynamicMobileFormer
 from ..models.iformer import IFormer
 from ..models.mobile_former import MobileFormer
 from .dynamic_mobile_former import deployed_dynamic_mobile_former
+from .graph import deployed_on_gpu
 from .iformer import deployed_iformer
 from .mobile_former import deployed_mobile_former
 
@@ -27,43 +27,56 @@ _FAMILIES: dict[type, Any] = {
 
 
 def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A network for inference on a CPU: batch norms folded, weights packed, each block one fused step.
+    """A network for inference where it is. On a CPU: batch norms folded, weights packed, each block one fused
+    step. On a GPU: batch norms folded, and all kernels launched at once, by a CUDA graph.
 
     Args:
         model: a network of `mfkernels.models`, or of the released code as published, `accelerate`d or not; in
             eval mode. It is left as it is; later changes of its weights do not reach the result.
-        dtype: of weights and activations; torch.float32, or torch.bfloat16 on processors that multiply it
-            (AVX512-BF16). Sums are float32 in either.
+        dtype: of weights and activations; torch.float32, or torch.bfloat16: on a GPU, or on processors that
+            multiply it (AVX512-BF16); on a GPU torch.float16, too. Sums are float32 in each.
 
     Returns:
-        A module that takes (B, C, H, W) images of any batch and size on the CPU, in float32 or `dtype`, and
-        returns what `model` does in their dtype, up to rounding. It can be called from several threads,
-        copied, pickled and exported. It runs on at most `torch.get_num_threads()` threads, and has no
-        gradients.
+        A module that takes (B, C, H, W) images of any batch and size on the same device, in float32 or
+        `dtype`, and returns what `model` does in their dtype, up to rounding. It can be called from several
+        threads, copied, pickled and exported, and has no gradients. On a CPU it runs on at most
+        `torch.get_num_threads()` threads. On a GPU the first image of a shape (and of new strides) takes
+        long: a graph is made for it, and the last 8 are kept; where none can be made, a warning says why and
+        the network runs without.
 
     Raises:
         TypeError: no such network, or a dtype that is not supported.
-        ValueError: `model` is in train mode, or has a part that deploy does not know, named.
+        ValueError: `model` is in train mode, has a part that deploy does not know, named, or is on several
+            devices.
         RuntimeError: bfloat16, and this processor or the instruction set in use (MFKERNELS_ISA) cannot
             multiply it.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"deploy: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"deploy: model must be an nn.Module, got {type(model).__name__}")
+    on_gpu = _on_gpu(model)
+    if dtype not in (torch.float32, torch.bfloat16) and not (on_gpu and dtype == torch.float16):
+        also = ", or torch.float16" if on_gpu else ""
+        raise TypeError(f"deploy: dtype must be torch.float32 or torch.bfloat16{also}, got {dtype}")
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
     if type(model) not in _FAMILIES:
         model = _published(model)
+    if on_gpu:
+        return deployed_on_gpu(model, dtype)
     if dtype == torch.bfloat16 and not _C.bf16_supported():
         raise RuntimeError(
             "deploy: bfloat16 needs a processor with avx512bf16 and the instruction set avx512, but "
             f"{native.instruction_set()} is in use and the processor has {', '.join(_C.cpu_features())}"
         )
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        model = copy.deepcopy(model).cpu()
     return _FAMILIES[type(model)](model, dtype)
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    devices = {str(value.device) for value in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        raise ValueError(f"deploy: the model must be on one device, got {', '.join(sorted(devices))}")
+    return any(device.startswith("cuda") for device in devices)
 
 
 def _published(model: nn.Module) -> nn.Module:

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Builds, tests and measures on a GPU, without a network, within 8 minutes:
+#
+#     benchmarks/gpu.sh OUTDIR [PART ...]
+#
+# PART is build, tests, sanitize, or one of `benchmarks/gpu.py`; by default all but sanitize (which takes as long
+# as all others). Each part writes as it goes and is stopped after its share of the time, with what it has.
+# PYTHON names another Python than python3; it needs PyTorch for CUDA, setuptools and CMake, tests need pytest.
+# COMPILE=max-autotune has rivals compiled, too, which takes minutes for each network: `latency` alone, then.
+set -uo pipefail
+[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+[ $# -ge 1 ] || set -- build tests latency large streams training operators attention trace report
+
+limit() { # seconds of a part; of all but sanitize 460
+  case $1 in
+    build | tests) echo 100 ;;
+    latency) echo 80 ;;
+    training) echo 50 ;;
+    large) echo 30 ;;
+    *) echo 20 ;;
+  esac
+}
+failed=0
+for part in "$@"; do
+  # Where it is called alone, or to build before, it may take all of the time.
+  seconds=$(limit "$part")
+  if [ $# -le 2 ] || [ "$part" = sanitize ]; then seconds=470; fi
+  case $part in
+    build) command=("$PYTHON" setup.py -q build_ext --inplace) ;;
+    tests) command=("$PYTHON" -m pytest -m gpu -p no:cacheprovider --continue-on-collection-errors tests) ;;
+    sanitize) command=(bash -c 'for tool in memcheck racecheck; do
+        compute-sanitizer --tool $tool --error-exitcode 1 "$0" -m pytest -x -m gpu -p no:cacheprovider \
+          -k "graphs_streams_and_devices" tests || exit 1
+      done' "$PYTHON") ;;
+    *) command=("$PYTHON" benchmarks/gpu.py "$OUT" "$part" ${COMPILE:+--compile "$COMPILE"} ${DEVICE:+--device "$DEVICE" --quick}) ;;
+  esac
+  echo "== $part, at most $seconds s"
+  timeout "$seconds" "${command[@]}" 2>&1 | tee "$OUT/$part.log"
+  status=$?
+  [ $status -eq 0 ] || { echo "== $part: exit status $status"; failed=1; }
+done
+exit $failed

@@ -1,0 +1,181 @@
+"""Networks on a GPU as CUDA graphs: one launch for a whole network."""
+
+import copy
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..checks import check_tensor
+from ..models.iformer import IFormer
+from ..operators.runner import is_eager
+
+# Each keeps its input and its result; what is between them is shared by all.
+MOST_SHAPES = 8
+
+
+def deployed_on_gpu(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `model`, with its batch norms folded where a convolution is before them, as a `Captured`."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    return Captured(model.fuse() if isinstance(model, IFormer) else fold_batch_norms(model), dtype)
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """In place, those that follow a convolution in an `nn.Sequential`."""
+    for layers in model.modules():
+        if not isinstance(layers, nn.Sequential):
+            continue
+        for i in range(1, len(layers)):
+            conv, norm = layers[i - 1], layers[i]
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+                layers[i - 1], layers[i] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return model
+
+
+class _Shape(NamedTuple):
+    """A graph that makes `output` of `image` when `replay` is called."""
+
+    image: Tensor
+    output: Tensor
+    replay: Callable[[], None]
+
+
+class Captured(nn.Module):
+    """A network whose kernels are recorded when it first sees a shape, and then launched all at once.
+
+    The graphs of the last `MOST_SHAPES` shapes are kept, in one pool of memory. Where a network cannot be
+    recorded, a warning says why, and it runs as it is.
+
+    Args:
+        model: in eval mode, on a GPU. It is changed.
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model.to(dtype).eval(), dtype
+        self._reset()
+
+    def _reset(self) -> None:
+        self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
+        self._lock, self._pool, self._done, self._plain = threading.Lock(), None, None, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) images on the network's device, in float32 or its dtype, to its result in theirs.
+
+        Raises:
+            TypeError, ValueError: an input that does not fit, named.
+        """
+        self._check(x)
+        if self._plain or x.numel() == 0 or not is_eager() or _gpu.is_recording():
+            return self._run(x)
+        # Not in inference mode: what the graphs keep is written by later calls, which may be outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _gpu.on(x.device):
+            key = x.dtype, x.shape, x.stride()
+            if key not in self._shapes:
+                try:
+                    self._shapes[key] = self._record(x)
+                except RuntimeError as error:
+                    self._plain = True
+                    self._shapes.clear()
+                    reason = str(error).strip().splitlines()[0]
+                    warnings.warn(f"deploy: runs without a CUDA graph: {reason}", stacklevel=2)
+                    return self._run(x)
+                if len(self._shapes) > MOST_SHAPES:
+                    self._shapes.popitem(last=False)
+            self._shapes.move_to_end(key)
+            image, output, replay = self._shapes[key]
+            # The graphs' memory is one: a call on another stream waits for the one before it.
+            if self._done is not None:
+                _gpu.wait(self._done)
+            image.copy_(x)
+            replay()
+            result = output.clone()
+            self._done = _gpu.event()
+        return result
+
+    def _run(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return self.model(x.to(self.dtype)).to(x.dtype)
+
+    def _record(self, x: Tensor) -> _Shape:
+        image = torch.empty_like(x).copy_(x)
+        if self._pool is None:
+            self._pool = _gpu.pool()
+        output, replay = _gpu.record(lambda: self._run(image), self._pool)
+        return _Shape(image, output, replay)
+
+    def _check(self, x: Tensor) -> None:
+        check_tensor("deploy", "x", x, "B C H W")
+        device = next(self.model.parameters()).device
+        if x.dtype not in (torch.float32, self.dtype):
+            allowed = " or ".join(str(dtype)[6:] for dtype in dict.fromkeys((torch.float32, self.dtype)))
+            raise TypeError(f"deploy: x must be a {allowed} tensor, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"deploy: x must be on the network's device, {device}, got {x.device}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("deploy: x must not require gradients: a deployed network has none")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs cannot be copied or pickled: a copy records its own."""
+        hidden = ("_shapes", "_lock", "_pool", "_done", "_plain")
+        return {name: value for name, value in self.__dict__.items() if name not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Captured":
+        """Moved or cast, its parameters are others than the graphs know."""
+        self._reset()
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+
+class _Cuda:
+    """PyTorch's graphs; tests have a double of it."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def is_recording(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def on(self, device: torch.device) -> Any:
+        return torch.cuda.device(device)
+
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream().wait_event(event)
+
+    def record(self, run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
+        """What `run` returns, and what does its work again. It runs three times before: libraries choose
+        their kernels and get their memory then, which they cannot while they are recorded."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream()
+        stream = self._streams[device]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        graph = torch.cuda.CUDAGraph()
+        # On the same stream, for which all has been made ready; other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            output = run()
+        torch.cuda.current_stream().wait_stream(stream)
+        return output, graph.replay
+
+
+_gpu: Any = _Cuda()

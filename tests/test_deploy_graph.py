@@ -1,0 +1,183 @@
+"""`deploy` on a GPU, with a double of PyTorch's graphs: what it records, keeps, waits for, falls back to."""
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_deploy import make
+
+import mfkernels
+from mfkernels.deploy import graph
+from mfkernels.deploy.graph import MOST_SHAPES, Captured, deployed_on_gpu
+
+
+class Double:
+    """Runs on the CPU what a graph would; notes what was done, in order."""
+
+    def __init__(self):
+        self.log, self.recording, self.refuses = [], False, False
+
+    def is_recording(self):
+        return self.recording
+
+    def on(self, device):
+        return nullcontext()
+
+    def pool(self):
+        self.log.append("pool")
+        return object()
+
+    def event(self):
+        self.log.append("event")
+        return len(self.log)
+
+    def wait(self, event):
+        assert self.log[event - 1] == "event"
+        self.log.append("wait")
+
+    def record(self, run, pool):
+        assert pool is not None
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        self.recording, output, self.recording = True, run(), False
+        self.log.append("record")
+
+        def replay():
+            self.log.append("replay")
+            output.copy_(run())
+
+        return output, replay
+
+
+@pytest.fixture
+def double(monkeypatch):
+    found = Double()
+    monkeypatch.setattr(graph, "_gpu", found)
+    return found
+
+
+def image(*shape, seed=0):
+    return torch.randn(shape or (2, 3, 64, 64), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ["mobile_former_26m", "dmf_xxs", "iformer_t"])
+def test_same_numbers(double, name):
+    model = make(name, num_classes=7)
+    deployed = deployed_on_gpu(model, torch.float32)
+    kinds = [type(m) for m in deployed.modules()]
+    before = [type(m) for m in model.modules()]
+    assert kinds.count(torch.nn.BatchNorm2d) < before.count(torch.nn.BatchNorm2d)
+    for seed in range(3):
+        with torch.no_grad():
+            expected = model(image(seed=seed))
+        got = deployed(image(seed=seed))
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert double.log == ["pool", "record", "replay", "event", *["wait", "replay", "event"] * 2]
+
+
+def small(double, dtype=torch.float32):
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.BatchNorm2d(4), torch.nn.Flatten(1))
+    return Captured(layers.eval(), dtype)
+
+
+def test_results_are_the_callers(double):
+    """The next call does not write over them; nor does the caller write into what is kept."""
+    deployed = small(double)
+    first, second = image(seed=1), image(seed=2)
+    one = deployed(first)
+    kept = one.clone()
+    deployed(second)
+    assert torch.equal(one, kept)
+    one.zero_()
+    assert torch.equal(deployed(first), kept)
+
+
+def test_shapes_are_bounded(double):
+    deployed = small(double)
+    for size in (*range(4, 4 + MOST_SHAPES + 1), 4 + MOST_SHAPES):
+        deployed(image(1, 3, size, size))
+    assert double.log.count("record") == MOST_SHAPES + 1 and double.log.count("pool") == 1
+    deployed(image(1, 3, 5, 5))
+    assert double.log.count("record") == MOST_SHAPES + 1
+    deployed(image(1, 3, 4, 4))  # the first to go
+    assert double.log.count("record") == MOST_SHAPES + 2
+
+
+def test_dtypes_and_strides_have_graphs_of_their_own(double):
+    deployed = small(double, torch.bfloat16)
+    assert deployed(image()).dtype == torch.float32
+    assert deployed(image().bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        deployed(image().to(memory_format=torch.channels_last))
+    assert double.log.count("record") == 3
+
+
+def test_falls_back_with_a_word(double):
+    deployed, double.refuses = small(double), True
+    with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted when stream"):
+        got = deployed(image())
+    double.refuses = False
+    assert torch.equal(deployed(image()), got) and "record" not in double.log
+
+
+def test_inside_of_other_graphs_and_compilers(double):
+    deployed = small(double)
+    double.recording = True
+    deployed(image())
+    double.recording = False
+    program = torch.export.export(deployed, (image(),))
+    torch.testing.assert_close(program.module()(image()), deployed(image()))
+    assert double.log.count("record") == 1
+
+
+def test_inference_mode_or_not(double):
+    deployed = small(double)
+    with torch.inference_mode():
+        first = deployed(image())
+    assert torch.equal(deployed(image()), first)
+    with torch.inference_mode():
+        assert torch.equal(deployed(image() + 0), first)
+
+
+def test_copies_record_their_own(double):
+    deployed = small(double)
+    expected = deployed(image())
+    for other in (copy.deepcopy(deployed), pickle.loads(pickle.dumps(deployed))):
+        assert torch.equal(other(image()), expected)
+    assert double.log.count("record") == 3
+    deployed.double().dtype = torch.float64
+    torch.testing.assert_close(deployed(image()), expected)
+    assert double.log.count("record") == 4
+
+
+def test_bad_input(double):
+    deployed = small(double)
+    with pytest.raises(TypeError, match=r"x must be a float32 tensor, got torch.float16"):
+        deployed(image().half())
+    with pytest.raises(ValueError, match="x must be on the network's device, cpu, got meta"):
+        deployed(image().to("meta"))
+    with pytest.raises(ValueError, match="x must not require gradients"):
+        deployed(image().requires_grad_())
+    with pytest.raises(ValueError, match="x must have 4 dimensions"):
+        deployed(image()[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["mobile_former_26m", "dmf_xxs", "iformer_t"])
+def test_on_a_gpu(name, dtype):
+    """The same numbers, on another stream, too; and a graph it is: the network itself is not called."""
+    model = make(name, num_classes=7).cuda()
+    deployed = mfkernels.deploy(model, dtype=dtype)
+    bound = 1e-3 if dtype == torch.float32 else 0.1
+    for seed, stream in enumerate((torch.cuda.current_stream(), torch.cuda.Stream())):
+        x = image(seed=seed).cuda()
+        torch.cuda.synchronize()
+        with torch.no_grad(), torch.cuda.stream(stream):
+            expected, got = model(x), deployed(x)
+            torch.cuda.synchronize()
+        assert (got - expected).abs().max() < bound * expected.abs().max()
+    deployed.model.forward = None
+    assert torch.equal(deployed(x), got)
