@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py OUTDIR [PART ...]
 
-The parts are latency, large, streams, training, operators, attention, trace, report; by default all. Each
-result is a line of OUTDIR/results.jsonl as soon as it is there; `report` makes table.md and ratios.png of
-them, and `trace` a timeline for a browser (chrome://tracing). Rivals are the same networks of PyTorch's own
-operators: eagerly, in a CUDA graph and compiled, in bfloat16 and float16, contiguous and channels last; of
-all that the fastest counts. Ways take turns, round after round; times are medians.
+The parts are latency, large, streams, training, operators, former, attention, trace, report; by default all.
+Each result is a line of OUTDIR/results.jsonl as soon as it is there; `report` makes table.md and ratios.png
+of them, and `trace` a timeline for a browser (chrome://tracing). Rivals are the same networks of PyTorch's
+own operators: eagerly, in a CUDA graph and compiled, in bfloat16 and float16, contiguous and channels last;
+of all that the fastest counts. Ways take turns, round after round; times are medians.
 """
 
 import argparse
@@ -270,6 +270,25 @@ def operators(bench: Bench) -> None:
             bench.add("operators", f"{name} {tuple(x.shape)}", times["ours"], others, "ms", 0.85)
 
 
+def former(bench: Bench) -> None:
+    """The Former of mobile_former_214m by both kinds of kernels: which one should be the default."""
+    block = mfkernels.nn.Former(192, num_heads=4).eval().to(bench.device, bench.halves[0])
+    for batch in (1, 64)[: 1 if bench.quick else None]:
+        tokens = torch.randn(6, batch, 192, device=bench.device, dtype=bench.halves[0])
+
+        def by(backend: str, tokens: Tensor = tokens) -> Way:
+            def run() -> Any:
+                with mfkernels.use_backend(backend):
+                    return block(tokens)
+
+            return _recorded(run) if tokens.is_cuda else run
+
+        with torch.no_grad():
+            names = ("cuda", "triton") if bench.device.type == "cuda" else ("cpu", "reference")
+            times = bench.times({name: by(name) for name in names}, calls=50)
+        bench.add("former", f"former_block, batch {batch}", times.pop(names[0]), times, "ms", 1.0)
+
+
 def attention(bench: Bench) -> None:
     for D, C, side in ((96, 192, 14), (48, 96, 28), (96, 384, 7))[: 1 if bench.quick else None]:
         batch, dtype = 2 if bench.quick else 64, bench.halves[0]
@@ -333,7 +352,7 @@ def report(bench: Bench) -> None:
     figure.savefig(bench.out / "ratios.png")
 
 
-ALL = (latency, large, streams, training, operators, attention, trace, report)
+ALL = (latency, large, streams, training, operators, former, attention, trace, report)
 PARTS = {part.__name__: part for part in ALL}
 
 

@@ -15,9 +15,9 @@ shift
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-[ $# -ge 1 ] || set -- build tests latency large streams training operators attention trace report
+[ $# -ge 1 ] || set -- build tests latency large streams training operators former attention trace report
 
-limit() { # seconds of a part; of all but sanitize 460
+limit() { # seconds of a part; of all but sanitize 480
   case $1 in
     build | tests) echo 100 ;;
     latency) echo 80 ;;
@@ -28,9 +28,9 @@ limit() { # seconds of a part; of all but sanitize 460
 }
 failed=0
 for part in "$@"; do
-  # Where it is called alone, or to build before, it may take all of the time.
+  # Where it is called alone, or to build before, it may take all of the time; a CPU all it needs.
   seconds=$(limit "$part")
-  if [ $# -le 2 ] || [ "$part" = sanitize ]; then seconds=470; fi
+  if [ $# -le 2 ] || [ "$part" = sanitize ] || [ -n "${DEVICE:-}" ]; then seconds=470; fi
   case $part in
     build) command=("$PYTHON" setup.py -q build_ext --inplace) ;;
     tests) command=("$PYTHON" -m pytest -m gpu -p no:cacheprovider --continue-on-collection-errors tests) ;;

@@ -1,12 +1,19 @@
 """Which implementation of an operator runs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from .operators.dispatch import TRITON_INSTALLED, triton_interpreted, triton_on_cpu
+from .native import CUDA_LACKS
+from .operators.dispatch import (
+    CUDA_OPERATORS,
+    TRITON_INSTALLED,
+    cuda_kernels,
+    triton_interpreted,
+    triton_on_cpu,
+)
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -23,7 +30,8 @@ def use_backend(name: str) -> Iterator[None]:
         name: "reference" (plain PyTorch, any device), "cpu" (our C++ kernels), "triton", "cuda", or
             "auto" (the default: the fastest that can run; "reference" where there is no kernel; PyTorch's
             own matrix products where they are faster on a CPU: `former_block` for many tokens, and
-            `modulation_attention` of few pixels in training).
+            `modulation_attention` of few pixels in training). "cuda", C++ kernels for CUDA devices, has
+            `former_block` alone, and is chosen by name alone: it has not been measured yet.
             The choice holds for the whole process, as PyTorch's own backend flags do.
 
     Raises:
@@ -35,9 +43,13 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
     before = _backend
     _backend = name
-    interpreted = name == "triton" and triton_interpreted()
+    kernels: AbstractContextManager[None] = nullcontext()
+    if name == "triton" and triton_interpreted():
+        kernels = triton_on_cpu()
+    elif name == "cuda" and unavailable(name) is None:
+        kernels = cuda_kernels()
     try:
-        with triton_on_cpu() if interpreted else nullcontext():
+        with kernels:
             yield
     finally:
         _backend = before
@@ -55,7 +67,7 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run anything in this installation; None if it can."""
     if backend == "cuda":
-        return "mfkernels has no CUDA kernels yet"
+        return CUDA_LACKS
     if backend == "triton" and not TRITON_INSTALLED:
         return "Triton is not installed"
     return None
@@ -68,6 +80,11 @@ def why_not(backend: str, x: Tensor) -> str | None:
             return f"runs on CPU tensors, got device {x.device}"
         if x.dtype not in _CPU_DTYPES:
             return f"runs in float32, float64 and bfloat16, got {x.dtype}"
+    if backend == "cuda" and CUDA_LACKS is None:
+        if x.device.type != "cuda":
+            return f"runs on CUDA tensors, got device {x.device}"
+        if x.dtype not in _TRITON_DTYPES:
+            return f"runs in float32, bfloat16 and float16, got {x.dtype}"
     if backend == "triton":
         if x.device.type != "cuda" and not triton_interpreted():
             return f"runs on CUDA tensors, got device {x.device}"
@@ -82,7 +99,12 @@ def use_kernels(op: str, x: Tensor) -> bool:
         return why_not("triton" if x.device.type == "cuda" else "cpu", x) is None
     if _backend == "reference":
         return False
-    if why_not(_backend, x) is None:
+
+    def reason(name: str) -> str | None:
+        lacks = name == "cuda" and op not in CUDA_OPERATORS
+        return why_not(name, x) or (f"has no kernel for {op}" if lacks else None)
+
+    if reason(_backend) is None:
         return True
-    lines = [f"{name}: {why_not(name, x) or 'can run'}" for name in BACKENDS if name != "auto"]
+    lines = [f"{name}: {reason(name) or 'can run'}" for name in BACKENDS if name != "auto"]
     raise RuntimeError(f"{op}: the backend {_backend!r} cannot run this call. " + "; ".join(lines))

@@ -17,6 +17,16 @@ torch.ops.load_library(LIBRARY)
 
 from . import _C  # noqa: E402  (needs libmfkernels, which needs torch)
 
+# Built only beside a PyTorch with CUDA; another one may have been installed since.
+CUDA_LIBRARY = LIBRARY.with_name("libmfkernels_cuda.so")
+CUDA_LACKS: str | None = None  # why there are no CUDA kernels
+if not CUDA_LIBRARY.exists():
+    CUDA_LACKS = f"built without CUDA kernels, {_C.build_info()['cuda']}"
+elif torch.version.cuda is None:
+    CUDA_LACKS = "this PyTorch is built without CUDA"
+else:
+    torch.ops.load_library(CUDA_LIBRARY)
+
 ISAS = ("generic", "avx2", "avx512")
 
 

@@ -23,7 +23,13 @@ def test_a_backend_that_cannot_run_lists_every_reason():
     x, slopes = torch.ones(1, 4, 2, 2, dtype=torch.float64), torch.ones(1, 2, 4, dtype=torch.float64)
     with use_backend("cuda"), pytest.raises(RuntimeError) as error:
         ops.dynamic_relu(x, slopes)
-    for part in ("dynamic_relu", "reference: can run", "cpu: can run", "triton: runs ", "cuda: mfkernels"):
+    for part in (
+        "dynamic_relu",
+        "reference: can run",
+        "cpu: can run",
+        "triton: runs ",
+        "cuda: ",
+    ):
         assert part in str(error.value)
 
 
@@ -52,7 +58,7 @@ def test_compiled_code_follows_the_choice():
     x, slopes = torch.randn(1, 4, 2, 2), torch.randn(1, 2, 4)
     compiled = torch.compile(lambda: ops.dynamic_relu(x, slopes), backend="eager", fullgraph=True)
     compiled()
-    with use_backend("cuda"), pytest.raises(Exception, match="no CUDA kernels"):
+    with use_backend("cuda"), pytest.raises(Exception, match=r"cuda: (built|this)"):
         compiled()
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
-MEASURED = ("latency", "large", "streams", "training", "operators", "attention")
+MEASURED = ("latency", "large", "streams", "training", "operators", "former", "attention")
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHON": sys.executable} | variables
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run([SCRIPT, *arguments], env=environment, capture_output=True, text=True)
 
 

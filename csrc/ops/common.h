@@ -56,13 +56,14 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// `t` has this shape, x's dtype, and is on the CPU.
+// `t` has this shape, and x's dtype and device.
 inline void check_argument(const char* op, const char* name, const Tensor& t, const Tensor& x,
                            const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(shape_of(t) == shape, op, ": ", name, " must have shape ", shape_text(shape), ", got ",
                   shape_text(shape_of(t)));
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x");
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU, as x is");
+  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), op, ": ", name,
+                  " must be on the device of x");
 }
 
 inline bool is_channels_last(const Tensor& x) {

@@ -38,6 +38,25 @@ def _functions(op: str) -> Iterator[tuple[str, Callable[..., Any]]]:
         yield op + suffix, lambda *arguments, kind=kind, **others: run(kind, *arguments, **others)
 
 
+# The operators that have CUDA C++ kernels, `torch.ops.mfkernels_cuda.<op>`, for the forward pass.
+CUDA_OPERATORS = ("former_block",)
+
+
+@contextmanager
+def cuda_kernels() -> Iterator[None]:
+    """Within the `with` block the operators that have CUDA C++ kernels run these instead of Triton's."""
+    library = torch.library.Library("mfkernels", "IMPL")
+    try:
+        for name in CUDA_OPERATORS:
+            function = getattr(torch.ops.mfkernels_cuda, name).default
+            with warnings.catch_warnings():  # that they were there before
+                warnings.simplefilter("ignore")
+                library.impl(name, function, "CUDA", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """Within the `with` block the operators run their Triton kernels on CPU tensors, too: interpreted."""
