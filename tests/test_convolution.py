@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mfkernels
+from mfkernels.nn import convolution
 from mfkernels.nn.convolution import convolve
 
 
@@ -19,6 +20,7 @@ def layer(size: int = 7, **options) -> nn.Conv2d:
 @pytest.fixture
 def calls(monkeypatch):
     found = []
+    monkeypatch.setattr(convolution, "SMALL", 0)
     real = mfkernels.ops.dynamic_conv2d
     monkeypatch.setattr(mfkernels.ops, "dynamic_conv2d", lambda *a, **k: found.append(1) or real(*a, **k))
     return found
@@ -78,4 +80,13 @@ def test_only_in_training(calls):
     assert not calls
     hook.remove()
     convolve(conv, x)
+    assert calls
+
+
+def test_small_ones_train_by_the_layer(calls, monkeypatch):
+    monkeypatch.setattr(convolution, "SMALL", 6 * 6 * 50)
+    conv = layer(1)
+    convolve(conv, torch.randn(1, 6, 7, 7))
+    assert not calls
+    convolve(conv, torch.randn(1, 6, 5, 10))
     assert calls

@@ -39,7 +39,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def launches(op, every_shape: bool) -> dict[str, tuple[str, str, dict, dict, dict]]:
     """The kinds of launches of an operator: module, kernel, signature, constants and options, by a name."""
-    module = importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")
+    importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")  # before anything is interpreted
     found = {}
 
     def note(kernel: JITFunction, *args, grid, warmup, **kwargs):
@@ -51,7 +51,7 @@ def launches(op, every_shape: bool) -> dict[str, tuple[str, str, dict, dict, dic
         options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
         values = {k: str(v) for k, v in (constants | options).items()}
         name = json.dumps([op.NAME, kernel.__name__, signature, values])
-        found[name] = (module.__name__, kernel.__name__, signature, constants, options)
+        found[name] = (kernel.__module__, kernel.__name__, signature, constants, options)
 
     original = JITFunction.run
     JITFunction.run = note

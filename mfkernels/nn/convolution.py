@@ -7,22 +7,27 @@ from .. import backends, ops
 from ..operators.runner import is_eager
 from .inputs import has_hooks
 
+SMALL = 12_000_000  # multiplications of a 1x1 convolution
+
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """`conv(x)`. In training on a CPU two kinds of convolutions run by our kernels: 1x1 ones, and depthwise
-    ones with a large kernel, the gradient of whose weights takes PyTorch ten times as long."""
-    if not torch.is_grad_enabled() or not (is_pointwise(conv) or _is_large_depthwise(conv)):
+    """`conv(x)`. In training on a CPU two kinds of convolutions run by our kernels: 1x1 ones, unless they are
+    so small that calls take longer than work, and depthwise ones with a large kernel, the gradient of whose
+    weights takes PyTorch ten times as long."""
+    if not torch.is_grad_enabled() or not _trains_faster(conv, x) or not takes_plain(conv, x):
         return conv(x)
-    if (
-        not conv.weight.requires_grad
-        or not takes_plain(conv, x)
-        or not backends.use_kernels("dynamic_conv2d", x)
-    ):
+    if not conv.weight.requires_grad or not backends.use_kernels("dynamic_conv2d", x):
         return conv(x)
     none = conv.weight.new_empty(0, *conv.weight.shape), x.new_empty(x.shape[0], 0)
     return ops.dynamic_conv2d(
         x, conv.weight, *none, conv.bias, padding=conv.kernel_size[0] // 2, groups=conv.groups
     )
+
+
+def _trains_faster(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    if is_pointwise(conv):
+        return x.numel() * conv.out_channels >= SMALL
+    return _is_large_depthwise(conv)
 
 
 def is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -73,7 +73,7 @@ def _(grad_y, x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none
     return empty_map(x, x.shape), *(torch.empty_like(t) for t in (weight, gamma, beta, mean, variance))
 
 
-def backward(
+def _backward_on_cpu(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -95,7 +95,7 @@ def backward(
     return grad_x, grad_weight, *numbers
 
 
-torch.library.impl(f"mfkernels::{OP}_backward", "cpu")(backward)
+torch.library.impl(f"mfkernels::{OP}_backward", "cpu")(_backward_on_cpu)
 
 
 def _setup_context(ctx, inputs, output):
