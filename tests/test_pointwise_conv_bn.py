@@ -96,8 +96,14 @@ def test_where_the_layers_are_called(calls):
         assert calls
 
 
-def test_exported_as_the_layers():
-    program = torch.export.export(ConvBN(5, 6).eval(), (images(),))
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("options", [dict(), dict(kernel_size=7, padding=3, groups=6)], ids=["1x1", "7x7"])
+def test_exported_as_the_layers(options, grad):
+    """For any batch."""
+    batch = torch.export.Dim("batch", max=64)
+    x = torch.randn(2, 6, 9, 9)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(ConvBN(6, 6, **options).eval(), (x,), dynamic_shapes=({0: batch},))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert "aten.conv2d.default" in names and not any("mfkernels" in name for name in names)
 

@@ -13,10 +13,14 @@ SMALL = 12_000_000  # multiplications of a 1x1 convolution
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """`conv(x)`. In training on a CPU two kinds of convolutions run by our kernels: 1x1 ones, unless they are
     so small that calls take longer than work, and depthwise ones with a large kernel, the gradient of whose
-    weights takes PyTorch ten times as long."""
-    if not torch.is_grad_enabled() or not _trains_faster(conv, x) or not takes_plain(conv, x):
+    weights takes PyTorch ten times as long. Compilers and exporters get PyTorch's, which they know better."""
+    if not torch.is_grad_enabled() or not is_eager() or not _trains_faster(conv, x):
         return conv(x)
-    if not conv.weight.requires_grad or not backends.use_kernels("dynamic_conv2d", x):
+    if (
+        not takes_plain(conv, x)
+        or not conv.weight.requires_grad
+        or not backends.use_kernels("dynamic_conv2d", x)
+    ):
         return conv(x)
     none = conv.weight.new_empty(0, *conv.weight.shape), x.new_empty(x.shape[0], 0)
     return ops.dynamic_conv2d(
@@ -51,8 +55,7 @@ def _is_large_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def takes_plain(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether our kernels may do a call. In half precision PyTorch's own are faster; compilers and exporters
-    know those better, too."""
+    """Whether our kernels may do a call. In half precision PyTorch's own are faster."""
     return (
         not x.is_cuda
         and x.dim() == 4
@@ -62,5 +65,4 @@ def takes_plain(conv: nn.Conv2d, x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
         and not has_hooks(conv)
-        and is_eager()
     )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
+from ..operators.runner import is_eager
 from .batch_norm import is_plain_norm, normalize
 from .convolution import convolve, is_pointwise, takes_plain
 
@@ -36,6 +37,7 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor, activation: str = "no
 def _is_one_pass(conv: nn.Module, norm: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     return (
         not torch.is_grad_enabled()
+        and is_eager()
         and not norm.training
         and is_pointwise(conv)
         and conv.bias is None

@@ -4,8 +4,8 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +43,26 @@ CUDA_OPERATORS = ("former_block",)
 
 
 @contextmanager
-def cuda_kernels() -> Iterator[None]:
-    """Within the `with` block the operators that have CUDA C++ kernels run these instead of Triton's."""
+def _instead(functions: Iterable[tuple[str, Callable[..., Any]]], key: str) -> Iterator[None]:
+    """Within the `with` block the operators of these names run these functions for a kind of tensors."""
     library = torch.library.Library("mfkernels", "IMPL")
     try:
-        for name in CUDA_OPERATORS:
-            function = getattr(torch.ops.mfkernels_cuda, name).default
+        for name, function in functions:
             with warnings.catch_warnings():  # that they were there before
                 warnings.simplefilter("ignore")
-                library.impl(name, function, "CUDA", allow_override=True)
+                library.impl(name, function, key, allow_override=True)
         yield
     finally:
         library._destroy()
 
 
-@contextmanager
-def triton_on_cpu() -> Iterator[None]:
+def cuda_kernels() -> AbstractContextManager[None]:
+    """Within the `with` block the operators that have CUDA C++ kernels run these instead of Triton's."""
+    found = [(name, getattr(torch.ops.mfkernels_cuda, name).default) for name in CUDA_OPERATORS]
+    return _instead(found, "CUDA")
+
+
+def triton_on_cpu() -> AbstractContextManager[None]:
     """Within the `with` block the operators run their Triton kernels on CPU tensors, too: interpreted."""
-    library = torch.library.Library("mfkernels", "IMPL")
-    try:
-        for file in Path(__file__).parent.glob("*/triton.py"):
-            for name, function in _functions(file.parent.name):
-                with warnings.catch_warnings():  # that they were there before
-                    warnings.simplefilter("ignore")
-                    library.impl(name, function, "CPU", allow_override=True)
-        yield
-    finally:
-        library._destroy()
+    names = [file.parent.name for file in Path(__file__).parent.glob("*/triton.py")]
+    return _instead((pair for name in names for pair in _functions(name)), "CPU")

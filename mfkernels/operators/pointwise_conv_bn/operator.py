@@ -1,5 +1,6 @@
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...checks import check_argument, check_tensor
 from ..layout import empty_map
@@ -73,7 +74,7 @@ def _(grad_y, x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none
     return empty_map(x, x.shape), *(torch.empty_like(t) for t in (weight, gamma, beta, mean, variance))
 
 
-def _backward_on_cpu(
+def backward(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -84,18 +85,17 @@ def _backward_on_cpu(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> tuple[Tensor, ...]:
-    """By the operators for its two halves. What is between them is computed again."""
-    ops, one = torch.ops.mfkernels, [1, 1]
-    kernels = weight, weight.new_empty(0, *weight.shape), x.new_empty(x.shape[0], 0), None, None
-    convolution = *kernels, one, [0, 0], one, 1, 0.1
-    between = ops.dynamic_conv2d(x, *convolution)
+    """By the library's convolution and `batch_norm`. What is between them is computed again."""
     norm = gamma, beta, mean, variance, False, eps, activation
-    grad, *numbers = ops.batch_norm_backward(grad_y, None, None, between, *norm)
-    grad_x, grad_weight, *_ = ops.dynamic_conv2d_backward(grad, x, *convolution)
+    grad, *numbers = torch.ops.mfkernels.batch_norm_backward(grad_y, None, None, F.conv2d(x, weight), *norm)
+    one, none = [1, 1], [0, 0]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, one, none, one, False, none, 1, [True, True, False]
+    )
     return grad_x, grad_weight, *numbers
 
 
-torch.library.impl(f"mfkernels::{OP}_backward", "cpu")(_backward_on_cpu)
+torch.library.impl(f"mfkernels::{OP}_backward", "cpu")(backward)
 
 
 def _setup_context(ctx, inputs, output):

@@ -2,11 +2,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..batch_norm.triton import normal, store_tile
 from ..layout import empty_map
 from ..triton_maps import as_map, dot, power
+from .operator import backward
+
+__all__ = ["backward", "forward"]
 
 
 @triton.jit
@@ -55,24 +57,3 @@ def forward(
         *to.strides, activation == "gelu", block_o, 32, block_p,
     )  # fmt: skip
     return out
-
-
-def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float = 1e-5,
-    activation: str = "none",
-) -> tuple[Tensor, ...]:
-    """By the library's convolution and `batch_norm`. What is between them is computed again."""
-    norm = gamma, beta, mean, variance, False, eps, activation
-    grad, *numbers = torch.ops.mfkernels.batch_norm_backward(grad_y, None, None, F.conv2d(x, weight), *norm)
-    one, none = [1, 1], [0, 0]
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, one, none, one, False, none, 1, [True, True, False]
-    )
-    return grad_x, grad_weight, *numbers
