@@ -50,7 +50,7 @@ def launches(op, every_shape: bool) -> dict[str, tuple[str, str, dict, dict, dic
         }
         options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
         values = {k: str(v) for k, v in (constants | options).items()}
-        name = json.dumps([op.NAME, kernel.__name__, signature, values])
+        name = json.dumps([kernel.__module__, kernel.__name__, signature, values])
         found[name] = (kernel.__module__, kernel.__name__, signature, constants, options)
 
     original = JITFunction.run

@@ -1,6 +1,7 @@
 // Products of a matrix with a map as it lies: pixels in the lanes.
 #pragma once
 
+#include "sizes.h"
 #include "tile_gemm.h"
 
 namespace mfk {

@@ -16,11 +16,7 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     weights takes PyTorch ten times as long. Compilers and exporters get PyTorch's, which they know better."""
     if not torch.is_grad_enabled() or not is_eager() or not _trains_faster(conv, x):
         return conv(x)
-    if (
-        not takes_plain(conv, x)
-        or not conv.weight.requires_grad
-        or not backends.use_kernels("dynamic_conv2d", x)
-    ):
+    if not takes_plain(conv, x) or not conv.weight.requires_grad:
         return conv(x)
     none = conv.weight.new_empty(0, *conv.weight.shape), x.new_empty(x.shape[0], 0)
     return ops.dynamic_conv2d(
@@ -57,7 +53,8 @@ def _is_large_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 def takes_plain(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether our kernels may do a call. In half precision PyTorch's own are faster."""
     return (
-        not x.is_cuda
+        backends.current_backend() in ("auto", "cpu")
+        and not x.is_cuda
         and x.dim() == 4
         and x.numel() > 0
         and x.is_contiguous()

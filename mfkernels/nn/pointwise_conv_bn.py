@@ -3,7 +3,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .. import backends, ops
+from .. import ops
 from ..operators.runner import is_eager
 from .batch_norm import is_plain_norm, normalize
 from .convolution import convolve, is_pointwise, takes_plain
@@ -44,5 +44,4 @@ def _is_one_pass(conv: nn.Module, norm: nn.Module, x: Tensor) -> TypeGuard[nn.Co
         and takes_plain(conv, x)
         and is_plain_norm(norm, x)
         and norm.weight.dtype == x.dtype
-        and backends.use_kernels("pointwise_conv_bn", x)
     )

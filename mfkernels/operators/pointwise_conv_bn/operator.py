@@ -1,6 +1,8 @@
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...checks import check_argument, check_tensor
 from ..layout import empty_map
@@ -74,28 +76,44 @@ def _(grad_y, x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none
     return empty_map(x, x.shape), *(torch.empty_like(t) for t in (weight, gamma, beta, mean, variance))
 
 
-def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float = 1e-5,
-    activation: str = "none",
-) -> tuple[Tensor, ...]:
-    """By the library's convolution and `batch_norm`. What is between them is computed again."""
-    norm = gamma, beta, mean, variance, False, eps, activation
-    grad, *numbers = torch.ops.mfkernels.batch_norm_backward(grad_y, None, None, F.conv2d(x, weight), *norm)
-    one, none = [1, 1], [0, 0]
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, one, none, one, False, none, 1, [True, True, False]
-    )
-    return grad_x, grad_weight, *numbers
+def backward_by(convolve: Callable[..., Tensor], gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass by the operator for the norm, and a convolution: `convolve(x, weight)` makes again
+    what is between them, `gradients(grad, x, weight)` are those of x and of the weight."""
+
+    def backward(
+        grad_y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float = 1e-5,
+        activation: str = "none",
+    ) -> tuple[Tensor, ...]:
+        norm = gamma, beta, mean, variance, False, eps, activation
+        between = convolve(x, weight)
+        grad, *numbers = torch.ops.mfkernels.batch_norm_backward(grad_y, None, None, between, *norm)
+        return *gradients(grad, x, weight), *numbers
+
+    return backward
 
 
-torch.library.impl(f"mfkernels::{OP}_backward", "cpu")(backward)
+# On a CPU ours: the same bits every time.
+def _settings(x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+    none = weight.new_empty(0, *weight.shape), x.new_empty(x.shape[0], 0)
+    return x, weight, *none, None, None, [1, 1], [0, 0], [1, 1], 1, 0.1
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mfkernels.dynamic_conv2d(*_settings(x, weight))
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return torch.ops.mfkernels.dynamic_conv2d_backward(grad, *_settings(x, weight))[:2]
+
+
+torch.library.impl(f"mfkernels::{OP}_backward", "cpu")(backward_by(_convolve, _gradients))
 
 
 def _setup_context(ctx, inputs, output):

@@ -2,13 +2,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..batch_norm.triton import normal, store_tile
 from ..layout import empty_map
 from ..triton_maps import as_map, dot, power
-from .operator import backward
-
-__all__ = ["backward", "forward"]
+from .operator import backward_by
 
 
 @triton.jit
@@ -57,3 +56,15 @@ def forward(
         *to.strides, activation == "gelu", block_o, 32, block_p,
     )  # fmt: skip
     return out
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    one, none = [1, 1], [0, 0]
+    wanted = [True, True, False]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, one, none, one, False, none, 1, wanted)[
+        :2
+    ]
+
+
+# On a GPU the library's convolution.
+backward = backward_by(F.conv2d, _gradients)
