@@ -148,7 +148,7 @@ def test_every_read_is_behind_an_event(double, name, train):
     assert not any("dynamic_relu" in op or "gelu" in op for stream, op, _ in double.ran if stream == "side")
     # And there was something beside it: Mobile's first work on the main stream waits for nothing of it.
     beside = [op for stream, op, done in double.ran if stream == "main" and done == 0]
-    assert any("conv" in op or "mean" in op for op in beside)
+    assert any("convolution" in op or "mean" in op for op in beside)
 
 
 @pytest.mark.parametrize("network", ["mobile_former", "dmf"])
