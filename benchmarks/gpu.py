@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py OUTDIR [PART ...]
 
-The parts are latency, large, streams, training, operators, former, attention, trace, report; by default all.
-Each result is a line of OUTDIR/results.jsonl as soon as it is there; `report` makes table.md and ratios.png
-of them, and `trace` a timeline for a browser (chrome://tracing). Rivals are the same networks of PyTorch's
-own operators: eagerly, in a CUDA graph and compiled, in bfloat16 and float16, contiguous and channels last;
-of all that the fastest counts. Ways take turns, round after round; times are medians.
+The parts are latency, large, streams, training, operators, former, bottleneck, attention, trace, report; by
+default all. Each result is a line of OUTDIR/results.jsonl as soon as it is there; `report` makes table.md and
+ratios.png of them, and `trace` a timeline for a browser (chrome://tracing). Rivals are the same networks of
+PyTorch's own operators: eagerly, in a CUDA graph and compiled, in bfloat16 and float16, contiguous and
+channels last; of all that the fastest counts. Ways take turns, round after round; times are medians.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import mfkernels
 from mfkernels import ops
 from mfkernels.bench.run import network
 from mfkernels.checks import tensors_in
+from mfkernels.deploy.dynamic_bottleneck import dynamic_bottleneck_reference
 from mfkernels.deploy.graph import Captured
 
 FORMATS = {"": torch.contiguous_format, " channels last": torch.channels_last}
@@ -131,7 +132,7 @@ def inference_ways(bench: Bench, model: nn.Module, x: Tensor, ours: bool = True)
                 ways[f"ours {label}"] = lambda fast=fast, image=image: fast(image)
             ways[f"eager {label}"] = plain(lambda half=half, image=image: half(image))
             if gpu:
-                graph = Captured(copy.deepcopy(own), dtype)
+                graph = Captured([copy.deepcopy(own)], dtype)
                 ways[f"graph {label}"] = plain(lambda graph=graph, image=image: graph(image))
             if bench.mode and dtype == bench.halves[0]:
                 compiled = torch.compile(half, mode=bench.mode)
@@ -289,6 +290,36 @@ def former(bench: Bench) -> None:
         bench.add("former", f"former_block, batch {batch}", times.pop(names[0]), times, "ms", 1.0)
 
 
+def bottleneck(bench: Bench) -> None:
+    """Mobile of mobile_former_214m's blocks, in one kernel and in five."""
+    cases = [(1, 40, 160, 28), (64, 40, 160, 28), (64, 112, 672, 14), (1, 40, 160, 256)]
+    for batch, C, E, side in cases[: 1 if bench.quick else None]:
+        dtype, gpu = bench.halves[0], bench.device.type == "cuda"
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=bench.device, dtype=dtype)  # noqa: B023
+
+        slopes1, slopes2 = normal(batch, 2, E), normal(batch, 2, E)
+        weights = normal(E, C, 1, 1), normal(E), normal(E, 1, 3, 3), normal(E), normal(C, E, 1, 1), normal(C)
+
+        def apart(x: Tensor, slopes: Any = (slopes1, slopes2), w: Any = weights) -> Tensor:
+            hidden = ops.dynamic_relu(F.conv2d(x, *w[:2]), slopes[0])
+            hidden = ops.dynamic_relu(F.conv2d(hidden, *w[2:4], padding=1, groups=len(w[3])), slopes[1])
+            return F.conv2d(hidden, *w[4:]) + x
+
+        ways: dict[str, Way] = {}
+        for words, layout in FORMATS.items():
+            x = normal(batch, C, side, side).to(memory_format=layout)
+            given = (x, slopes1, slopes2, *weights, True)
+            one = torch.ops.mfkernels_cuda.dynamic_bottleneck if gpu else dynamic_bottleneck_reference
+            runs = {"ours": lambda one=one, given=given: one(*given), "apart": lambda x=x: apart(x)}
+            ways |= {f"{name}{words}": _recorded(run) if gpu else run for name, run in runs.items()}
+        with torch.no_grad():
+            ours, others = split(bench.times(ways, calls=50))
+        what = f"dynamic_bottleneck {C}-{E}-{C}, {side}x{side}, batch {batch}"
+        bench.add("bottleneck", what, ours, others, "ms", 1.0)
+
+
 def attention(bench: Bench) -> None:
     for D, C, side in ((96, 192, 14), (48, 96, 28), (96, 384, 7))[: 1 if bench.quick else None]:
         batch, dtype = 2 if bench.quick else 64, bench.halves[0]
@@ -352,7 +383,7 @@ def report(bench: Bench) -> None:
     figure.savefig(bench.out / "ratios.png")
 
 
-ALL = (latency, large, streams, training, operators, former, attention, trace, report)
+ALL = (latency, large, streams, training, operators, former, bottleneck, attention, trace, report)
 PARTS = {part.__name__: part for part in ALL}
 
 

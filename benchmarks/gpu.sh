@@ -15,11 +15,11 @@ shift
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-[ $# -ge 1 ] || set -- build tests latency large streams training operators former attention trace report
+[ $# -ge 1 ] || set -- build tests latency large streams training operators former bottleneck attention trace report
 
 limit() { # seconds of a part; of all but sanitize 480
   case $1 in
-    build | tests) echo 100 ;;
+    build | tests) echo 90 ;;
     latency) echo 80 ;;
     training) echo 50 ;;
     large) echo 30 ;;

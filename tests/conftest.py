@@ -1,3 +1,5 @@
+import functools
+import importlib.util
 import os
 
 import pytest
@@ -7,6 +9,43 @@ if not torch.cuda.is_available():  # before Triton is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import mfkernels
+
+
+def quicken_interpreter() -> None:
+    """Triton's interpreter patches the language whenever a kernel calls a function, and makes a table whenever
+    it looks up a type: a third of its time. Once is enough, for a launch and a module."""
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    class Launch:
+        def __init__(self, scope):
+            self.scope = scope
+
+        def restore(self):
+            patched.clear()
+            self.scope.restore()
+
+    def patch_once(function):
+        module, is_launch = id(function.__globals__), not patched
+        if module not in patched:
+            patched.add(module)
+            scope = patch(function)
+            return Launch(scope) if is_launch else scope
+
+    interpreter._patch_lang = patch_once
+    look_up = interpreter._get_np_dtype
+    of_scalar = functools.cache(look_up)
+
+    def numpy_type(type_):
+        scalar = type_.scalar
+        return of_scalar(scalar) if type(scalar) is interpreter.tl.dtype else look_up(scalar)
+
+    interpreter._get_np_dtype = numpy_type
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    quicken_interpreter()
 
 # Test processes side by side share the cores: threads of theirs would wait for one another.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))

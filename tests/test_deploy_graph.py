@@ -6,11 +6,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_deploy import make
+from test_deploy import make, randomise
 
 import mfkernels
-from mfkernels.deploy import graph
-from mfkernels.deploy.graph import MOST_SHAPES, Captured, deployed_on_gpu
+from mfkernels.deploy import dynamic_bottleneck, graph
+from mfkernels.deploy.dynamic_bottleneck import FusedBlock, fits, forms, with_fused_blocks
+from mfkernels.deploy.graph import MOST_SHAPES, Captured, deployed_on_gpu, fold_batch_norms
+from mfkernels.models import MobileFormer
+from mfkernels.nn import MobileFormerBlock
 
 
 class Double:
@@ -18,6 +21,7 @@ class Double:
 
     def __init__(self):
         self.log, self.recording, self.refuses = [], False, False
+        self.milliseconds = iter(())  # of the graphs
 
     def is_recording(self):
         return self.recording
@@ -48,7 +52,12 @@ class Double:
             self.log.append("replay")
             output.copy_(run())
 
+        replay.milliseconds = next(self.milliseconds, 1.0)
         return output, replay
+
+    def time(self, replay):
+        self.log.append("time")
+        return replay.milliseconds
 
 
 @pytest.fixture
@@ -79,7 +88,7 @@ def test_same_numbers(double, name):
 
 def small(double, dtype=torch.float32):
     layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.BatchNorm2d(4), torch.nn.Flatten(1))
-    return Captured(layers.eval(), dtype)
+    return Captured([layers], dtype)
 
 
 def test_results_are_the_callers(double):
@@ -112,6 +121,71 @@ def test_dtypes_and_strides_have_graphs_of_their_own(double):
     with torch.autocast("cpu", torch.float16):
         deployed(image().to(memory_format=torch.channels_last))
     assert double.log.count("record") == 3
+
+
+class Times(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(float(factor)))
+
+    def forward(self, x):
+        if x.shape[2] < self.factor:
+            raise RuntimeError("too small for this form")
+        return self.factor * x
+
+
+def test_the_fastest_form_is_taken(double):
+    """For each shape; forms that cannot run it are left out, but for the first."""
+    deployed = Captured([Times(1), Times(2), Times(3)], torch.float32)
+    double.milliseconds = iter((3.0, 1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0))
+    for size, factor in ((8, 2), (9, 1), (2, 2), (1, 1)):
+        ones = torch.ones(1, 1, size, size)
+        for _ in range(2):
+            assert torch.equal(deployed(ones), factor * ones)
+    assert double.log.count("record") == 3 + 3 + 2 + 1 and double.log.count("time") == 3 + 3 + 2
+
+
+def tiny():
+    rows = [("D", 2, 8, 1, 1, 0), ("D", 3, 12, 1, 2, 4), ("M", 3, 12, 1, 1, 3), ("M", 3, 16, 1, 1, 3)]
+    model = MobileFormer(rows, num_classes=5, stem_channels=8, features=32, token_dim=32, token_num=3)
+    randomise(model)
+    return model.eval()
+
+
+def test_fused_blocks_do_the_same():
+    model = tiny().double()
+    folded = fold_batch_norms(copy.deepcopy(model))
+    fused = with_fused_blocks(folded)
+    assert sum(isinstance(block, FusedBlock) for block in fused.modules()) == 2
+    assert not any(isinstance(block, FusedBlock) for block in folded.modules())
+    assert {id(p) for p in fused.parameters()} == {id(p) for p in folded.parameters()}
+    with torch.no_grad():
+        expected, got = (form(image(2, 3, 66, 74).double()) for form in (model, fused))
+    assert (got - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+def test_only_blocks_that_fit_are_fused(monkeypatch):
+    def block(**others):
+        given = dict(expansion=2, token_dim=16, token_num=3) | others
+        return fold_batch_norms(MobileFormerBlock(8, 8, **given).eval())
+
+    assert fits(block()) and with_fused_blocks(torch.nn.Sequential(block(), torch.nn.ReLU())) is not None
+    others = [dict(stride=2), dict(groups=2), dict(token_id=-1), dict(before_skip=True)]
+    others += [dict(depthwise="maxdw"), dict(kernel_size=(5, 5)), dict(se_flag=(2, 0, 0, 0))]
+    others += [dict(se_flag=(2, 0, 2, 1)), dict(se_flag=(1, 0, 1, 0))]
+    for other in others:
+        assert not fits(block(**other)), other
+    assert not fits(MobileFormerBlock(8, 8, expansion=2, token_dim=16, token_num=3))  # norms are not folded
+    wide = MobileFormerBlock(8, 257, expansion=2, token_dim=16, token_num=3).eval()
+    assert not fits(fold_batch_norms(wide))
+    assert with_fused_blocks(torch.nn.Sequential(torch.nn.ReLU())) is None
+
+    model = fold_batch_norms(tiny())
+    assert forms(model, torch.bfloat16) == [model]  # here are no kernels
+    monkeypatch.setattr(dynamic_bottleneck, "CUDA_LACKS", None)
+    other = torch.nn.Sequential(model)
+    assert forms(model, torch.float32) == [model] and forms(other, torch.bfloat16) == [other]
+    assert [with_kernel is model for with_kernel in forms(model, torch.bfloat16)] == [True, False]
 
 
 def test_falls_back_with_a_word(double):
@@ -166,7 +240,7 @@ def test_bad_input(double):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["mobile_former_26m", "dmf_xxs", "iformer_t"])
+@pytest.mark.parametrize("name", ["mobile_former_26m", "mobile_former_214m", "dmf_xxs", "iformer_t"])
 def test_on_a_gpu(name, dtype):
     """The same numbers, on another stream, too; and a graph it is: the network itself is not called."""
     model = make(name, num_classes=7).cuda()
@@ -179,5 +253,6 @@ def test_on_a_gpu(name, dtype):
             expected, got = model(x), deployed(x)
             torch.cuda.synchronize()
         assert (got - expected).abs().max() < bound * expected.abs().max()
-    deployed.model.forward = None
+    for form in deployed.forms:
+        form.forward = None
     assert torch.equal(deployed(x), got)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
-MEASURED = ("latency", "large", "streams", "training", "operators", "former", "attention")
+MEASURED = ("latency", "large", "streams", "training", "operators", "former", "bottleneck", "attention")
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:

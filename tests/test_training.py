@@ -98,10 +98,10 @@ def test_digits(backend):
     train, test = order[:1400], order[1400:]
     torch.manual_seed(0)
     model = create_model("mobile_former_26m", num_classes=10)
-    epochs, batch = 12, 50
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.05)
+    epochs, batch = 12, 100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, weight_decay=0.05)
     steps = epochs * len(train) // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=steps)
     with mfkernels.use_backend(backend):
         for _ in range(epochs):
             for rows in train[torch.randperm(len(train))].split(batch):

@@ -1,10 +1,12 @@
 """Networks on a GPU as CUDA graphs: one launch for a whole network."""
 
 import copy
+import itertools
+import statistics
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..checks import check_tensor
 from ..models.iformer import IFormer
 from ..operators.runner import is_eager
+from .dynamic_bottleneck import forms
 
 # Each keeps its input and its result; what is between them is shared by all.
 MOST_SHAPES = 8
@@ -22,7 +25,9 @@ MOST_SHAPES = 8
 def deployed_on_gpu(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of `model`, with its batch norms folded where a convolution is before them, as a `Captured`."""
     model = copy.deepcopy(model).requires_grad_(False)
-    return Captured(model.fuse() if isinstance(model, IFormer) else fold_batch_norms(model), dtype)
+    return Captured(
+        forms(model.fuse() if isinstance(model, IFormer) else fold_batch_norms(model), dtype), dtype
+    )
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
@@ -52,13 +57,14 @@ class Captured(nn.Module):
     recorded, a warning says why, and it runs as it is.
 
     Args:
-        model: in eval mode, on a GPU. It is changed.
+        forms: the network, in eval mode, on a GPU; and others that do the same. For each shape that one is
+            taken whose graph is the fastest. They are changed.
         dtype: of weights and activations.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, forms: Sequence[nn.Module], dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.dtype = model.to(dtype).eval(), dtype
+        self.forms, self.dtype = nn.ModuleList(forms).to(dtype).eval(), dtype
         self._reset()
 
     def _reset(self) -> None:
@@ -73,7 +79,7 @@ class Captured(nn.Module):
         """
         self._check(x)
         if self._plain or x.numel() == 0 or not is_eager() or _gpu.is_recording():
-            return self._run(x)
+            return self._run(self.forms[0], x)
         # Not in inference mode: what the graphs keep is written by later calls, which may be outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad(), _gpu.on(x.device):
             key = x.dtype, x.shape, x.stride()
@@ -85,7 +91,7 @@ class Captured(nn.Module):
                     self._shapes.clear()
                     reason = str(error).strip().splitlines()[0]
                     warnings.warn(f"deploy: runs without a CUDA graph: {reason}", stacklevel=2)
-                    return self._run(x)
+                    return self._run(self.forms[0], x)
                 if len(self._shapes) > MOST_SHAPES:
                     self._shapes.popitem(last=False)
             self._shapes.move_to_end(key)
@@ -99,20 +105,28 @@ class Captured(nn.Module):
             self._done = _gpu.event()
         return result
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, form: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return self.model(x.to(self.dtype)).to(x.dtype)
+            return form(x.to(self.dtype)).to(x.dtype)
 
     def _record(self, x: Tensor) -> _Shape:
         image = torch.empty_like(x).copy_(x)
         if self._pool is None:
             self._pool = _gpu.pool()
-        output, replay = _gpu.record(lambda: self._run(image), self._pool)
-        return _Shape(image, output, replay)
+        found = []
+        for form in self.forms:
+            try:
+                found.append(
+                    _Shape(image, *_gpu.record(lambda form=form: self._run(form, image), self._pool))
+                )
+            except RuntimeError:
+                if form is self.forms[0]:
+                    raise
+        return found[0] if len(found) == 1 else min(found, key=lambda shape: _gpu.time(shape.replay))
 
     def _check(self, x: Tensor) -> None:
         check_tensor("deploy", "x", x, "B C H W")
-        device = next(self.model.parameters()).device
+        device = next(self.parameters()).device
         if x.dtype not in (torch.float32, self.dtype):
             allowed = " or ".join(str(dtype)[6:] for dtype in dict.fromkeys((torch.float32, self.dtype)))
             raise TypeError(f"deploy: x must be a {allowed} tensor, got {x.dtype}")
@@ -176,6 +190,16 @@ class _Cuda:
             output = run()
         torch.cuda.current_stream().wait_stream(stream)
         return output, graph.replay
+
+    def time(self, replay: Callable[[], None]) -> float:
+        """Milliseconds, the median of some."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(22)]
+        replay()
+        for event in events:
+            event.record()
+            replay()
+        torch.cuda.current_stream().synchronize()
+        return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 _gpu: Any = _Cuda()

@@ -33,7 +33,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   State state;
-  float sent;  // to the other threads of the warp
+  const void* sent;  // to the other threads of the warp
 };
 struct Block {
   std::vector<Fiber> fibers;
@@ -49,6 +49,12 @@ inline void wait(State state) {
   own.state = state;
   swapcontext(&own.context, &block->scheduler);
 }
+// To the other threads of the warp, which wait for it.
+inline void send(const void* value) {
+  block->fibers[threadIdx.x].sent = value;
+  wait(kWarp);
+}
+inline const void* sent(int thread) { return block->fibers[thread].sent; }
 inline void enter() {
   block->kernel();
   wait(kDone);
@@ -107,10 +113,8 @@ inline bool launch(int blocks, int threads, int floats, bool backwards, std::fun
 
 inline void __syncthreads() { emulator::wait(emulator::kBlock); }
 inline float __shfl_xor_sync(unsigned, float value, int lanes) {
-  auto& fibers = emulator::block->fibers;
-  fibers[threadIdx.x].sent = value;
-  emulator::wait(emulator::kWarp);
-  const float got = fibers[threadIdx.x ^ lanes].sent;
-  emulator::wait(emulator::kWarp);  // before the next value is sent
+  emulator::send(&value);
+  const float got = *static_cast<const float*>(emulator::sent(threadIdx.x ^ lanes));
+  emulator::wait(emulator::kWarp);  // all have read what was sent
   return got;
 }

@@ -1,0 +1,115 @@
+// The bottlenecks of deployed networks on CUDA devices, as mfkernels_cuda::dynamic_bottleneck.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "../ops/common.h"
+#include "dynamic_bottleneck.cuh"
+
+namespace mfk {
+namespace {
+
+constexpr const char* kOp = "dynamic_bottleneck";
+
+struct Launch {
+  cuda::BottleneckSizes sizes;
+  int64_t blocks;
+  int device;
+  cudaStream_t stream;
+};
+
+cuda::MapStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+template <class T, int kColumns>
+void launch(const Launch& l, const Tensor& x, Tensor& y, const cuda::BottleneckWeights<T>& weights) {
+  const int bytes = cuda::BottleneckRooms<T>(l.sizes, 16 * kColumns).total;
+  int most = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, l.device));
+  STD_TORCH_CHECK(bytes <= most, kOp, ": ", l.sizes.inputs, " channels need ", bytes,
+                  " bytes of shared memory, and this device has ", most);
+  const auto kernel = cuda::dynamic_bottleneck_kernel<T, kColumns>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<static_cast<unsigned>(l.blocks), cuda::kBottleneckThreads, bytes, l.stream>>>(
+      static_cast<const T*>(x.data_ptr()), strides_of(x), static_cast<T*>(y.data_ptr()), strides_of(y),
+      weights, l.sizes);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class T>
+void launch(const Launch& l, const Tensor& x, Tensor& y, const Tensor (&given)[8]) {
+  cuda::BottleneckWeights<T> weights;
+  const T** pointers[] = {&weights.slopes1,     &weights.slopes2,     &weights.expand,
+                          &weights.expand_bias, &weights.depthwise,   &weights.depthwise_bias,
+                          &weights.project,     &weights.project_bias};
+  for (int i = 0; i < 8; ++i) *pointers[i] = static_cast<const T*>(given[i].data_ptr());
+  if (l.sizes.outputs <= 64) return launch<T, 4>(l, x, y, weights);
+  if (l.sizes.outputs <= 128) return launch<T, 8>(l, x, y, weights);
+  launch<T, 16>(l, x, y, weights);
+}
+
+Tensor forward(const Tensor& x, const Tensor& slopes1, const Tensor& slopes2, const Tensor& expand,
+               const Tensor& expand_bias, const Tensor& depthwise, const Tensor& depthwise_bias,
+               const Tensor& project, const Tensor& project_bias, bool skip) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  STD_TORCH_CHECK(x.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x.dim());
+  STD_TORCH_CHECK(expand.dim() == 4 && project.dim() == 4, kOp, ": weights must have 4 dimensions");
+  const int64_t batch = x.size(0), inputs = x.size(1), hidden = expand.size(0), outputs = project.size(0);
+  check_argument(kOp, "slopes1", slopes1, x, {batch, 2, hidden});
+  check_argument(kOp, "slopes2", slopes2, x, {batch, 2, hidden});
+  check_argument(kOp, "expand_weight", expand, x, {hidden, inputs, 1, 1});
+  check_argument(kOp, "expand_bias", expand_bias, x, {hidden});
+  check_argument(kOp, "depthwise_weight", depthwise, x, {hidden, 1, 3, 3});
+  check_argument(kOp, "depthwise_bias", depthwise_bias, x, {hidden});
+  check_argument(kOp, "project_weight", project, x, {outputs, hidden, 1, 1});
+  check_argument(kOp, "project_bias", project_bias, x, {outputs});
+  STD_TORCH_CHECK(!skip || inputs == outputs, kOp, ": with skip, project_weight must have ", inputs,
+                  " outputs, got ", outputs);
+  STD_TORCH_CHECK(outputs <= 256, kOp, ": project_weight must have at most 256 outputs, got ", outputs);
+  STD_TORCH_CHECK(inputs < 65536 && hidden < 65536 && x.size(2) < 65536 && x.size(3) < 65536, kOp,
+                  ": x is too large");
+  Tensor y = torch::stable::empty(
+      {batch, outputs, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+      is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (y.numel() == 0) return y;
+  Tensor given[] = {slopes1, slopes2, expand, expand_bias, depthwise, depthwise_bias, project, project_bias};
+  for (Tensor& t : given) {
+    t = torch::stable::contiguous(t);
+    if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) t = torch::stable::clone(t);
+  }
+  const auto tiles = [](int64_t pixels) { return (pixels + cuda::kTile - 1) / cuda::kTile; };
+  const int64_t blocks = batch * tiles(x.size(2)) * tiles(x.size(3));
+  STD_TORCH_CHECK(blocks < 2147483648, kOp, ": x is too large");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  const Launch l{{static_cast<int>(inputs), static_cast<int>(hidden), static_cast<int>(outputs),
+                  static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), skip},
+                 blocks,
+                 x.get_device_index(),
+                 static_cast<cudaStream_t>(stream)};
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      launch<__nv_bfloat16>(l, x, y, given);
+      break;
+    case ScalarType::Half:
+      launch<__half>(l, x, y, given);
+      break;
+    default:
+      STD_TORCH_CHECK(false, kOp, ": x must be bfloat16 or float16");
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace mfk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels_cuda, m) {
+  m.def(
+      "dynamic_bottleneck(Tensor x, Tensor slopes1, Tensor slopes2, Tensor expand_weight, Tensor "
+      "expand_bias, "
+      "Tensor depthwise_weight, Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, bool "
+      "skip) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfkernels_cuda, CUDA, m) { m.impl("dynamic_bottleneck", TORCH_BOX(&mfk::forward)); }
