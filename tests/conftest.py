@@ -12,7 +12,7 @@ import mfkernels
 
 
 def quicken_interpreter() -> None:
-    """Triton's interpreter patches the language whenever a kernel calls a function, and makes a table whenever
+    """Triton's interpreter patches the language whenever a kernel calls a function, makes a table whenever
     it looks up a type: a third of its time. Once is enough, for a launch and a module."""
     from triton.runtime import interpreter
 
