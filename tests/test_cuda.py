@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: on an emulator, against the truth; and compiled, where nvcc is, for the
 GPUs that they are written for, without spilling registers."""
 
+import copy
 import ctypes
 import os
 import re
@@ -16,6 +17,8 @@ from tolerance import Errors
 
 import mfkernels
 from mfkernels.deploy.dynamic_bottleneck import dynamic_bottleneck_reference
+from mfkernels.deploy.token_chain import Made, TokenChain, token_chain_reference
+from mfkernels.nn import MobileFormerBlock
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "c++").split()
@@ -156,6 +159,79 @@ def test_dynamic_bottleneck_not_finite(emulated, bad):
     assert got.isfinite().any() and not got.isfinite().all()
 
 
+# Of a block: B, and the arguments of a MobileFormerBlock.
+CHAINS = [
+    # of the networks
+    dict(B=2, T=6, d=192, C=40, O=40, expansion=4),
+    dict(B=1, T=3, d=128, C=12, O=12, expansion=6),
+    # edges
+    dict(B=3, T=1, d=8, C=2, O=4, expansion=1),
+    dict(B=1, T=9, d=20, C=30, O=6, expansion=3, ffn=False, token_id=8),
+    dict(B=2, T=5, d=36, C=70, O=14, expansion=2, gates=(False, False, False), token_id=2, hyper_reduction=1),
+]
+
+
+def make_chain(shape: dict, seed: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """A block, tokens, and what they gathered."""
+    B, T, d, C, outputs, *_ = shape.values()
+    others = {name: value for name, value in shape.items() if name not in "BTdCO"}
+    block = MobileFormerBlock(C, outputs, token_dim=d, token_num=T, **others).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for value in block.parameters():
+        value.copy_(normal(generator, *value.shape) / (value.shape[1] ** 0.5 if value.dim() == 2 else 1))
+    return block, normal(generator, T, B, d).float(), normal(generator, B, T, C).float()
+
+
+def expect_chain(block, tokens, gathered) -> tuple[Made, Made]:
+    """The truth, and what the definition makes in float32."""
+    with mfkernels.use_backend("reference"):
+        eager = token_chain_reference(block, tokens, gathered)
+        return token_chain_reference(copy.deepcopy(block).double(), tokens.double(), gathered.double()), eager
+
+
+def run_chain(library, block, tokens, gathered, backwards: bool) -> Made:
+    def integers(values):
+        return (ctypes.c_int64 * len(values))(*values)
+
+    chain, functions = TokenChain(block), [hyper.hyper[2].out_features for _, hyper in block._generators()]
+    T, B, _ = tokens.shape
+    shapes = [tokens.shape, *((B, 2, n // 2) for n in functions), (2, B, T, block.global_local.channels)]
+    results = [torch.full(shape, float("nan")) for shape in shapes]
+    sizes = [B, T, tokens.shape[2], *chain.sizes, *tokens.stride()[:2]]
+    failed = library.token_chain(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (tokens, gathered, chain.packed)), integers(chain.offsets),
+        integers(sizes), ctypes.c_float(1e-5), *(ctypes.c_void_p(t.data_ptr()) for t in results),
+        int(backwards),
+    )  # fmt: skip
+    assert not failed, "threads waited for others that never came, or wrote beyond their memory"
+    return Made(*results[:3], *results[3])
+
+
+@pytest.mark.parametrize("shape", CHAINS, ids=str)
+def test_token_chain_emulated(emulated, shape):
+    errors = {name: Errors() for name in Made._fields}
+    for seed in range(4):
+        block, tokens, gathered = make_chain(shape, seed)
+        tokens = tokens if seed else tokens[:, :1].expand(tokens.shape)  # as a network's first tokens are
+        truth, eager = expect_chain(block, tokens, gathered)
+        given = emulated("token_chain"), block, tokens, gathered
+        first, second = (run_chain(*given, backwards) for backwards in (False, True))
+        for name, error in errors.items():
+            assert torch.equal(getattr(first, name), getattr(second, name))
+            error.reference(getattr(eager, name), getattr(truth, name))
+            error.kernel(getattr(first, name), getattr(truth, name))
+    for name, error in errors.items():
+        error.check(f"token_chain {shape}, {name}")
+
+
+def chain_is_right(library) -> bool:
+    given = make_chain(CHAINS[4], 0)
+    truth, _ = expect_chain(*given)
+    results = [run_chain(library, *given, backwards) for backwards in (False, True)]
+    pairs = [pair for result in results for pair in zip(result, truth, strict=True)]
+    return all(torch.allclose(value, expected.float(), atol=1e-4) for value, expected in pairs)
+
+
 def former_is_right(library) -> bool:
     sample = former_block.make(dict(B=1, T=9, d=24, h=40, heads=2), torch.Generator().manual_seed(0))
     given = {k: None if v is None else v.float() for k, v in sample.tensors.items()}
@@ -173,7 +249,11 @@ def bottleneck_is_right(library) -> bool:
     return all(torch.allclose(result, truth, atol=1e-3) for result in results)
 
 
-CHECKS = {"former_block": former_is_right, "dynamic_bottleneck": bottleneck_is_right}
+CHECKS = {
+    "former_block": former_is_right,
+    "dynamic_bottleneck": bottleneck_is_right,
+    "token_chain": chain_is_right,
+}
 # Of each kernel: what stands there once, and what is put in its place.
 MUTATIONS = {
     "former_block": [(" / s.width + s.eps", " / s.width + 0.1f"), ("0.70710678118654752f", "0.7f")],
@@ -183,6 +263,14 @@ MUTATIONS = {
         ("(kind - kKernel)", "(kind - kKernel) % 8"),
         ("(row + 1) * kHalo + column + 1", "(row + 1) * kHalo + column"),
         ("return one > other || one != one ? one : other", "return one"),
+    ],
+    "token_chain": [
+        ("value + 3 > 6 ? 6", "value + 3 > 5 ? 5"),
+        ("between[n] = value < 0 ? 0 : value", "between[n] = value"),
+        ("x + s.token * row", "x"),
+        ("between + i * s.units", "between"),
+        ("2 * n < functions", "2 * n <= functions"),
+        ("n < s.outputs ? sample", "n < s.outputs - 1 ? sample"),
     ],
 }
 
@@ -218,6 +306,24 @@ def test_former_block_on_a_gpu(dtype, layout):
             sample = former_block.make(shape, generator)
             comparison.add(expect(former_block, sample, generator, dtype), layout)
         comparison.check(f"{shape}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_token_chain_on_a_gpu(dtype):
+    if reason := mfkernels.backends.unavailable("cuda"):
+        pytest.skip(reason)
+    for shape in CHAINS:
+        errors = {name: Errors() for name in Made._fields}
+        for seed in range(3):
+            block, tokens, gathered = (value.to("cuda", dtype) for value in make_chain(shape, seed))
+            truth, eager = expect_chain(block, tokens, gathered)
+            made = TokenChain(block)(tokens, gathered)
+            for name, error in errors.items():
+                error.reference(getattr(eager, name), getattr(truth, name))
+                error.kernel(getattr(made, name), getattr(truth, name))
+        for name, error in errors.items():
+            error.check(f"token_chain {dtype} {shape}, {name}")
 
 
 @pytest.mark.gpu

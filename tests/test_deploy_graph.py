@@ -9,9 +9,11 @@ import torch
 from test_deploy import make, randomise
 
 import mfkernels
-from mfkernels.deploy import dynamic_bottleneck, graph
-from mfkernels.deploy.dynamic_bottleneck import FusedBlock, fits, forms, with_fused_blocks
+from mfkernels.deploy import fused_block, graph
+from mfkernels.deploy.dynamic_bottleneck import is_bottleneck
+from mfkernels.deploy.fused_block import FusedBlock, forms, with_fused_blocks
 from mfkernels.deploy.graph import MOST_SHAPES, Captured, deployed_on_gpu, fold_batch_norms
+from mfkernels.deploy.token_chain import is_chain
 from mfkernels.models import MobileFormer
 from mfkernels.nn import MobileFormerBlock
 
@@ -152,11 +154,13 @@ def tiny():
     return model.eval()
 
 
-def test_fused_blocks_do_the_same():
+@pytest.mark.parametrize("whole", [False, True])
+def test_fused_blocks_do_the_same(whole):
     model = tiny().double()
     folded = fold_batch_norms(copy.deepcopy(model))
-    fused = with_fused_blocks(folded)
-    assert sum(isinstance(block, FusedBlock) for block in fused.modules()) == 2
+    fused = with_fused_blocks(folded, whole)
+    blocks = [block for block in fused.modules() if isinstance(block, FusedBlock)]
+    assert len(blocks) == 3 and sum(block.whole for block in blocks) == 2 * whole
     assert not any(isinstance(block, FusedBlock) for block in folded.modules())
     assert {id(p) for p in fused.parameters()} == {id(p) for p in folded.parameters()}
     with torch.no_grad():
@@ -164,28 +168,48 @@ def test_fused_blocks_do_the_same():
     assert (got - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
-def test_only_blocks_that_fit_are_fused(monkeypatch):
-    def block(**others):
-        given = dict(expansion=2, token_dim=16, token_num=3) | others
-        return fold_batch_norms(MobileFormerBlock(8, 8, **given).eval())
+def block(**others):
+    given = dict(expansion=2, token_dim=16, token_num=3) | others
+    return fold_batch_norms(MobileFormerBlock(8, 8, **given).eval())
 
-    assert fits(block()) and with_fused_blocks(torch.nn.Sequential(block(), torch.nn.ReLU())) is not None
-    others = [dict(stride=2), dict(groups=2), dict(token_id=-1), dict(before_skip=True)]
-    others += [dict(depthwise="maxdw"), dict(kernel_size=(5, 5)), dict(se_flag=(2, 0, 0, 0))]
-    others += [dict(se_flag=(2, 0, 2, 1)), dict(se_flag=(1, 0, 1, 0))]
+
+def test_only_released_bottlenecks_are_one_kernel():
+    assert is_bottleneck(block())
+    others = [dict(stride=2), dict(groups=2), dict(before_skip=True), dict(kernel_size=(5, 5))]
+    others += [dict(depthwise="maxdw"), dict(se_flag=(2, 0, 0, 0)), dict(se_flag=(2, 0, 2, 1))]
     for other in others:
-        assert not fits(block(**other)), other
-    assert not fits(MobileFormerBlock(8, 8, expansion=2, token_dim=16, token_num=3))  # norms are not folded
+        assert not is_bottleneck(block(**other)), other
+    assert not is_bottleneck(MobileFormerBlock(8, 8, expansion=2, token_dim=16, token_num=3))
     wide = MobileFormerBlock(8, 257, expansion=2, token_dim=16, token_num=3).eval()
-    assert not fits(fold_batch_norms(wide))
-    assert with_fused_blocks(torch.nn.Sequential(torch.nn.ReLU())) is None
+    assert not is_bottleneck(fold_batch_norms(wide))
 
+
+def test_only_released_token_chains_are_one_kernel():
+    for other in (dict(), dict(ffn=False), dict(gates=(False, False, False)), dict(token_id=2)):
+        assert is_chain(block(**other)), other
+    others = [dict(token_id=-1), dict(se_flag=(2, 0, 0, 0)), dict(se_flag=(1, 0, 1, 0))]
+    others += [dict(gates=gates) for gates in ((True, True, False), (True, False, True))]
+    others += [dict(mixing="mlp", positions=16), dict(local_projection=True)]
+    for other in others:
+        assert not is_chain(block(**other)), other
+    strange = block()
+    strange.global_block.layer_norm.eps = 1e-3
+    assert not is_chain(strange)
+
+
+def test_forms(monkeypatch):
     model = fold_batch_norms(tiny())
     assert forms(model, torch.bfloat16) == [model]  # here are no kernels
-    monkeypatch.setattr(dynamic_bottleneck, "CUDA_LACKS", None)
+    monkeypatch.setattr(fused_block, "CUDA_LACKS", None)
     other = torch.nn.Sequential(model)
-    assert forms(model, torch.float32) == [model] and forms(other, torch.bfloat16) == [other]
-    assert [with_kernel is model for with_kernel in forms(model, torch.bfloat16)] == [True, False]
+    assert forms(other, torch.bfloat16) == [other]
+    for dtype, whole in ((torch.float32, [0]), (torch.bfloat16, [0, 2])):
+        first, *rest = forms(model, dtype)
+        assert first is model
+        assert [sum(getattr(block, "whole", False) for block in form.modules()) for form in rest] == whole
+    kept = deployed_on_gpu(tiny(), torch.bfloat16).forms
+    assert {p.dtype for p in kept.state_dict().values() if p.is_floating_point()} == {torch.bfloat16}
+    assert {id(p) for p in kept[2].parameters()} == {id(p) for p in kept[0].parameters()}
 
 
 def test_falls_back_with_a_word(double):

@@ -11,7 +11,7 @@ namespace cuda {
 
 constexpr int kThreads = 512;
 constexpr int kParts = 4;  // threads that share a sum; neighbours read neighbouring weights
-constexpr int kRows = 8;   // tokens that are multiplied by a weight at a time
+constexpr int kRows = 8;   // tokens that are multiplied by a weight at a time, if there are several
 
 struct FormerSizes {
   int tokens, width, heads, hidden;
@@ -26,15 +26,17 @@ struct FormerWeights {
   const T *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias, *norm2_weight, *norm2_bias;
 };
 
-// Shared memory, in floats: the tokens, a second copy of them, the widest rows between, and what the tokens
-// give to one another. Rows are whole vectors, and there are as many as are multiplied at a time.
+// Shared memory, in floats: the tokens, a second copy of them, the widest rows between (or rows that are as
+// wide as wanted), and what the tokens give to one another. Rows are whole vectors, and there are as many as
+// are multiplied at a time.
 struct FormerRooms {
   int row, wide, second, between, weights, total;
-  __host__ __device__ explicit FormerRooms(const FormerSizes& s) {
-    const int rows = (s.tokens + kRows - 1) / kRows * kRows;
-    const int widest = s.standard ? 3 * s.width : s.width;
+  __host__ __device__ explicit FormerRooms(const FormerSizes& s, int widest = 0) {
+    const int rows = (s.tokens + kRows - 1) / kRows * kRows, queries = s.standard ? 3 * s.width : s.width;
+    widest = s.hidden > widest ? s.hidden : widest;
+    widest = queries > widest ? queries : widest;
     row = (s.width + 3) / 4 * 4;
-    wide = ((s.hidden > widest ? s.hidden : widest) + 3) / 4 * 4;
+    wide = (widest + 3) / 4 * 4;
     second = rows * row;
     between = 2 * second;
     weights = between + rows * wide;
@@ -48,18 +50,19 @@ __device__ inline float warp_sum(float value) {
 }
 
 // finish(t, n, x w^T + bias) for each token t and output n. x: rows of `stride` floats, w: (outputs, inputs).
-template <class T, class Finish>
+// Tokens are multiplied kAtOnce at a time; there must be memory for whole such parts.
+template <int kAtOnce = kRows, class T, class Finish>
 __device__ void linear(const float* x, int stride, int tokens, int inputs, const T* w, const T* bias,
                        int outputs, Finish finish) {
   const int part = threadIdx.x % kParts;
-  for (int first = 0; first < tokens; first += kRows) {
+  for (int first = 0; first < tokens; first += kAtOnce) {
     for (int start = 0; start < outputs; start += kThreads / kParts) {
       const int n = start + threadIdx.x / kParts;
-      float sums[kRows] = {};
+      float sums[kAtOnce] = {};
       if (n < outputs) {
         const T* row = w + static_cast<int64_t>(n) * inputs;
         auto add = [&](int k, float weight) {
-          for (int r = 0; r < kRows; ++r) sums[r] += x[(first + r) * stride + k] * weight;
+          for (int r = 0; r < kAtOnce; ++r) sums[r] += x[(first + r) * stride + k] * weight;
         };
         constexpr int kWide = 4;
         if (inputs % kWide == 0) {
@@ -73,7 +76,7 @@ __device__ void linear(const float* x, int stride, int tokens, int inputs, const
         }
       }
       const float own = n < outputs && bias != nullptr ? widen(bias[n]) : 0.0f;
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kAtOnce; ++r) {
         float sum = sums[r];
         for (int step = 1; step < kParts; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
         // The sharers store in turn.
@@ -136,18 +139,12 @@ __device__ inline void attend(const float* q, int q_stride, const float* k, cons
   __syncthreads();
 }
 
+// The Former, on the tokens in the first of the rooms.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    former_block_kernel(const T* tokens, T* result, FormerWeights<T> w, FormerSizes s) {
-  MFK_DYNAMIC_SHARED(shared);
-  const FormerRooms rooms(s);
+__device__ void former(float* shared, const FormerRooms& rooms, const FormerWeights<T>& w,
+                       const FormerSizes& s) {
   const int row = rooms.row, wide = rooms.wide;
   float *x = shared, *second = x + rooms.second, *between = x + rooms.between, *weights = x + rooms.weights;
-  const int64_t sample = static_cast<int64_t>(blockIdx.x) * s.tokens * s.width;
-  for (int i = threadIdx.x; i < s.tokens * s.width; i += kThreads) {
-    x[i / s.width * row + i % s.width] = widen(tokens[sample + i]);
-  }
-  __syncthreads();
   auto add_to_tokens = [&](int t, int n, float value) { x[t * row + n] += value; };
   auto put = [&](int t, int n, float value) { between[t * wide + n] = value; };
   const float* heard = x;  // what attention and the feed-forward network take
@@ -173,8 +170,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     linear(between, wide, s.tokens, s.hidden, w.fc2_weight, w.fc2_bias, s.width, add_to_tokens);
     if (!s.standard) norm(x, x, s, row, w.norm2_weight, w.norm2_bias);
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    former_block_kernel(const T* tokens, T* result, FormerWeights<T> w, FormerSizes s) {
+  MFK_DYNAMIC_SHARED(x);
+  const FormerRooms rooms(s);
+  const int64_t sample = static_cast<int64_t>(blockIdx.x) * s.tokens * s.width;
   for (int i = threadIdx.x; i < s.tokens * s.width; i += kThreads) {
-    result[sample + i] = narrow<T>(x[i / s.width * row + i % s.width]);
+    x[i / s.width * rooms.row + i % s.width] = widen(tokens[sample + i]);
+  }
+  __syncthreads();
+  former(x, rooms, w, s);
+  for (int i = threadIdx.x; i < s.tokens * s.width; i += kThreads) {
+    result[sample + i] = narrow<T>(x[i / s.width * rooms.row + i % s.width]);
   }
 }
 

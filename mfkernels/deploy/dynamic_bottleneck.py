@@ -1,15 +1,11 @@
-"""Mobile-Former blocks whose Mobile is one kernel on a GPU, in half precision."""
+"""Mobile of a Mobile-Former block: one kernel on a GPU, in half precision."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.mobile_former import MobileFormer
-from ..native import CUDA_LACKS
-from ..nn.inputs import Pair
 from ..nn.mobile_former_block import MobileFormerBlock
 from ..operators.dynamic_relu import dynamic_relu_reference
 
@@ -54,33 +50,15 @@ def dynamic_bottleneck_reference(
     return out + x if skip else out
 
 
-class FusedBlock(nn.Module):
-    """A `MobileFormerBlock` that makes its coefficients first and then all of Mobile at once: the wide maps
-    stay on the chip, but Former runs beside nothing.
-
-    Args:
-        block: one that `fits`.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, pair: Pair) -> Pair:
-        block: Any = self.block
-        x, tokens = pair
-        tokens, _ = block.local_global(x, tokens, return_logits=False)
-        tokens = block.global_block(tokens)
-        layers = [layers[0] for layers in (block.conv1, block.conv2, block.conv3)]
-        parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-        run: Any = torch.ops.mfkernels_cuda.dynamic_bottleneck if x.is_cuda else dynamic_bottleneck_reference
-        out = run(x, *block._slopes(tokens), *parameters, block.skip)
-        return block.global_local(out, tokens), tokens
+def dynamic_bottleneck(*arguments: Any) -> Tensor:
+    """By the kernel, or on a CPU by its definition."""
+    run: Any = dynamic_bottleneck_reference
+    return (torch.ops.mfkernels_cuda.dynamic_bottleneck if arguments[0].is_cuda else run)(*arguments)
 
 
-def fits(block: nn.Module) -> bool:
-    """Whether the kernel does what the block does: a released one, with its batch norms folded."""
-    if not isinstance(block, MobileFormerBlock) or block.before_skip or block.token_id < 0:
+def is_bottleneck(block: Any) -> bool:
+    """Whether the kernel does what Mobile of the block does: a released one, with its batch norms folded."""
+    if not isinstance(block, MobileFormerBlock) or block.before_skip:
         return False
     if (block.act1.num_functions, block.act2.num_functions, block.act3.num_functions) != (2, 2, -1):
         return False
@@ -94,24 +72,3 @@ def fits(block: nn.Module) -> bool:
         depthwise.kernel_size == (3, 3) and depthwise.stride == (1, 1) and first.groups == last.groups == 1
     )
     return plain and last.out_channels <= MOST_OUTPUTS
-
-
-def with_fused_blocks(model: nn.Module) -> nn.Module | None:
-    """The network with `FusedBlock`s, on the same parameters; None where it has no block that fits."""
-    shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    model, found = copy.deepcopy(model, shared), False
-    for parent in list(model.modules()):
-        for name, block in list(parent.named_children()):
-            if fits(block):
-                setattr(parent, name, FusedBlock(block))
-                found = True
-    return model if found else None
-
-
-def forms(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
-    """The network as it is, and with fused blocks where there is a kernel: which one is faster is to be found
-    where it runs."""
-    fused = None
-    if CUDA_LACKS is None and dtype != torch.float32 and isinstance(model, MobileFormer):
-        fused = with_fused_blocks(model)
-    return [model] if fused is None else [model, fused]

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..checks import check_tensor
 from ..models.iformer import IFormer
 from ..operators.runner import is_eager
-from .dynamic_bottleneck import forms
+from .fused_block import forms
 
 # Each keeps its input and its result; what is between them is shared by all.
 MOST_SHAPES = 8

@@ -1,7 +1,7 @@
 """The blocks of Mobile-Former: a bottleneck of convolutions (Mobile), tokens (Former), and two bridges."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,8 +100,10 @@ class _TokenBlock(nn.Module, ABC):
         tokens: Tensor,
         logits: Tensor | None,
         slopes: Sequence[Tensor | None],
+        back: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The output map, from the first convolution's, the updated tokens and what was made of them."""
+        """The output map, from the first convolution's, the updated tokens and what was made of them; `back`
+        is the bridge from these tokens."""
 
     def forward(self, x: Tensor | Pair, tokens: Tensor | None = None) -> Pair:
         x, tokens = map_and_tokens(type(self).__name__, x, tokens, self.token_dim)
@@ -116,7 +118,7 @@ class _TokenBlock(nn.Module, ABC):
 
         # Until it needs these coefficients, Mobile has work that needs nothing of the tokens.
         made, first = side_by_side(former, lambda: self.conv1(x), x, tokens)
-        return self._mobile(x, first, *made), made[0]
+        return self._mobile(x, first, *made, lambda out: self.global_local(out, made[0])), made[0]
 
     def _hyper(self, channels: int, functions: int) -> nn.Module:
         if functions < 1:
@@ -216,16 +218,16 @@ class MobileFormerBlock(_TokenBlock):
     def _generators(self):
         return (self.act1, self.hyper1), (self.act2, self.hyper2)
 
-    def _mobile(self, x, first, tokens, logits, slopes):
+    def _mobile(self, x, first, tokens, logits, slopes, back):
         attention = self._attention(logits, first.shape[2:])
         out = _activate(self.act1, self.hyper1, first, tokens, attention, slopes[0])
         out = _activate(self.act2, self.hyper2, self.conv2(out), tokens, attention, slopes[1])
         out = _activate(self.act3, self.hyper3, self.conv3(out), tokens, attention)
         if self.before_skip:
-            out = self.global_local(out, tokens)
+            out = back(out)
         if self.skip:
             out = self.drop_path(out) + x
-        return out if self.before_skip else self.global_local(out, tokens)
+        return out if self.before_skip else back(out)
 
 
 class MobileFormerDownsample(_TokenBlock):
@@ -273,10 +275,10 @@ class MobileFormerDownsample(_TokenBlock):
     def _generators(self):
         return (self.act1, self.hyper1), (self.act3, self.hyper3)
 
-    def _mobile(self, x, first, tokens, logits, slopes):
+    def _mobile(self, x, first, tokens, logits, slopes, back):
         attention = self._attention(logits, first.shape[2:])
         middle = self.conv2(_activate(self.act1, self.hyper1, first, tokens, attention, slopes[0]))
         out = _activate(self.act3, self.hyper3, self.conv3(middle), tokens, attention, slopes[1])
         out = _activate(self.act4, self.hyper4, self.conv4(out), tokens, attention)
-        out = self.global_local(self.drop_path(out) + middle, tokens)
+        out = back(self.drop_path(out) + middle)
         return out + x if self.skip else out

@@ -1,0 +1,83 @@
+"""Mobile-Former blocks in few kernels on a GPU."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..models.mobile_former import MobileFormer
+from ..native import CUDA_LACKS
+from ..nn.inputs import Pair
+from ..nn.mobile_former_block import MobileFormerBlock, MobileFormerDownsample
+from ..streams import side_by_side
+from .dynamic_bottleneck import dynamic_bottleneck, is_bottleneck
+from .token_chain import Made, TokenChain, is_chain, token_chain_reference
+
+
+class FusedBlock(nn.Module):
+    """A block of a Mobile-Former: all that is done with tokens alone is one kernel, beside Mobile's first
+    convolution; or all of Mobile is another one, after it, and wide maps stay on the chip.
+
+    Args:
+        block: one that `is_chain`.
+        whole: Mobile is one kernel; the block `is_bottleneck`, too.
+    """
+
+    def __init__(self, block: nn.Module, whole: bool) -> None:
+        super().__init__()
+        self.block, self.whole, self.chain = block, whole, TokenChain(block)
+
+    def forward(self, pair: Pair) -> Pair:
+        block: Any = self.block
+        x, tokens = pair
+        if self.whole:
+            made = self._tokens(x, tokens)
+            layers = [layers[0] for layers in (block.conv1, block.conv2, block.conv3)]
+            weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+            out = self._back(dynamic_bottleneck(x, made.slopes1, made.slopes2, *weights, block.skip), made)
+        else:
+            made, first = side_by_side(lambda: self._tokens(x, tokens), lambda: block.conv1(x), x, tokens)
+            slopes = made.slopes1, made.slopes2
+            out = block._mobile(x, first, made.tokens, None, slopes, lambda out: self._back(out, made))
+        return out, made.tokens
+
+    def _tokens(self, x: Tensor, tokens: Tensor) -> Made:
+        bridge: Any = self.block.local_global
+        q = bridge.q(tokens).transpose(0, 1)
+        gathered = ops.mobile_to_former_attention(x, q, bridge.num_heads)
+        if x.is_cuda:
+            return self.chain(tokens, gathered)
+        return token_chain_reference(self.block, tokens, gathered)  # type: ignore[arg-type]
+
+    def _back(self, x: Tensor, made: Made) -> Tensor:
+        bridge: Any = self.block.global_local
+        return ops.former_to_mobile_attention(x, made.keys, made.values, bridge.num_heads)
+
+
+def with_fused_blocks(model: nn.Module, whole: bool) -> nn.Module | None:
+    """The network with `FusedBlock`s, on the same parameters; None where no block can be one.
+
+    Args:
+        model: its batch norms are folded.
+        whole: where they can, blocks have all of Mobile in one kernel.
+    """
+    shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    model, found = copy.deepcopy(model, shared), False
+    for parent in list(model.modules()):
+        for name, block in list(parent.named_children()):
+            if isinstance(block, MobileFormerBlock | MobileFormerDownsample) and is_chain(block):
+                setattr(parent, name, FusedBlock(block, whole and is_bottleneck(block)))
+                found = True
+    return model if found else None
+
+
+def forms(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
+    """The network as it is, and with fused blocks where there are kernels: which one is the fastest is to be
+    found where it runs."""
+    if CUDA_LACKS is not None or not isinstance(model, MobileFormer):
+        return [model]
+    ways = (False,) if dtype == torch.float32 else (False, True)
+    fused = [with_fused_blocks(model, whole) for whole in ways]
+    return [model, *(form for form in fused if form is not None)]
