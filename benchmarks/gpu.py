@@ -27,7 +27,7 @@ import mfkernels
 from mfkernels import ops
 from mfkernels.bench.run import network
 from mfkernels.checks import tensors_in
-from mfkernels.deploy.dynamic_bottleneck import dynamic_bottleneck_reference
+from mfkernels.deploy.dynamic_bottleneck import dynamic_bottleneck
 from mfkernels.deploy.graph import Captured
 
 FORMATS = {"": torch.contiguous_format, " channels last": torch.channels_last}
@@ -291,7 +291,7 @@ def former(bench: Bench) -> None:
 
 
 def bottleneck(bench: Bench) -> None:
-    """Mobile of mobile_former_214m's blocks, in one kernel and in five."""
+    """Mobile of mobile_former_214m's blocks and the bridge to it, in one kernel and in six."""
     cases = [(1, 40, 160, 28), (64, 40, 160, 28), (64, 112, 672, 14), (1, 40, 160, 256)]
     for batch, C, E, side in cases[: 1 if bench.quick else None]:
         dtype, gpu = bench.halves[0], bench.device.type == "cuda"
@@ -301,18 +301,20 @@ def bottleneck(bench: Bench) -> None:
 
         slopes1, slopes2 = normal(batch, 2, E), normal(batch, 2, E)
         weights = normal(E, C, 1, 1), normal(E), normal(E, 1, 3, 3), normal(E), normal(C, E, 1, 1), normal(C)
+        bridge = normal(batch, 6, C), normal(batch, 6, C), 2
 
-        def apart(x: Tensor, slopes: Any = (slopes1, slopes2), w: Any = weights) -> Tensor:
+        def apart(
+            x: Tensor, slopes: Any = (slopes1, slopes2), w: Any = weights, bridge: Any = bridge
+        ) -> Tensor:
             hidden = ops.dynamic_relu(F.conv2d(x, *w[:2]), slopes[0])
             hidden = ops.dynamic_relu(F.conv2d(hidden, *w[2:4], padding=1, groups=len(w[3])), slopes[1])
-            return F.conv2d(hidden, *w[4:]) + x
+            return ops.former_to_mobile_attention(F.conv2d(hidden, *w[4:]) + x, *bridge)
 
         ways: dict[str, Way] = {}
         for words, layout in FORMATS.items():
             x = normal(batch, C, side, side).to(memory_format=layout)
-            given = (x, slopes1, slopes2, *weights, True)
-            one = torch.ops.mfkernels_cuda.dynamic_bottleneck if gpu else dynamic_bottleneck_reference
-            runs = {"ours": lambda one=one, given=given: one(*given), "apart": lambda x=x: apart(x)}
+            given = (x, slopes1, slopes2, *weights, *bridge, True)
+            runs = {"ours": lambda given=given: dynamic_bottleneck(*given), "apart": lambda x=x: apart(x)}
             ways |= {f"{name}{words}": _recorded(run) if gpu else run for name, run in runs.items()}
         with torch.no_grad():
             ours, others = split(bench.times(ways, calls=50))

@@ -80,81 +80,97 @@ def test_former_block_emulated(emulated, shape):
     errors.check(f"former_block {shape}")
 
 
-# Sizes of dynamic_bottleneck, and whether x is added.
+# Sizes of dynamic_bottleneck, and its other arguments.
 BOTTLENECKS = [
     # of the networks
-    dict(B=1, C=20, E=60, O=20, H=17, W=16, skip=True),
-    dict(B=1, C=80, E=320, O=112, H=14, W=9, skip=False),
-    dict(B=1, C=160, E=960, O=160, H=7, W=7, skip=True),
+    (dict(B=1, C=20, E=60, O=20, H=17, W=16, T=6), dict(num_heads=2, skip=True)),
+    (dict(B=1, C=80, E=320, O=112, H=14, W=9, T=6), dict(num_heads=2, skip=False)),
+    (dict(B=1, C=160, E=960, O=160, H=7, W=7, T=6), dict(num_heads=2, skip=True)),
     # edges
-    dict(B=1, C=1, E=1, O=1, H=1, W=1, skip=True),
-    dict(B=3, C=5, E=13, O=9, H=1, W=23, skip=False),
-    dict(B=2, C=17, E=65, O=65, H=9, W=8, skip=False),
-    dict(B=1, C=33, E=128, O=129, H=8, W=3, skip=False),
-    dict(B=1, C=16, E=64, O=256, H=5, W=10, skip=False),
+    (dict(B=1, C=1, E=1, O=1, H=1, W=1, T=2), dict(num_heads=1, skip=True)),
+    (dict(B=3, C=5, E=13, O=9, H=1, W=23, T=8), dict(num_heads=3, skip=False)),
+    (dict(B=2, C=17, E=65, O=65, H=9, W=8, T=3), dict(num_heads=5, skip=False)),
+    (dict(B=1, C=33, E=128, O=129, H=8, W=3, T=7), dict(num_heads=1, skip=False)),
+    (dict(B=1, C=16, E=64, O=256, H=5, W=10, T=1), dict(num_heads=4, skip=False)),
 ]
 
 
 def make_bottleneck(shape: dict, generator: torch.Generator, draw=normal) -> dict[str, torch.Tensor]:
-    B, C, E, outputs, H, W = (shape[k] for k in "BCEOHW")
-    return dict(
+    B, C, E, outputs, H, W, T = shape.values()
+    tensors = dict(
         x=draw(generator, B, C, H, W), slopes1=draw(generator, B, 2, E), slopes2=draw(generator, B, 2, E),
         expand_weight=draw(generator, E, C, 1, 1), expand_bias=draw(generator, E),
         depthwise_weight=draw(generator, E, 1, 3, 3), depthwise_bias=draw(generator, E),
         project_weight=draw(generator, outputs, E, 1, 1), project_bias=draw(generator, outputs),
+        keys=draw(generator, B, T, outputs), values=draw(generator, B, T, outputs),
     )  # fmt: skip
+    if draw is normal:  # results of the order of one
+        for name in ("expand_weight", "depthwise_weight", "project_weight"):
+            tensors[name] /= tensors[name][0].numel() ** 0.5
+    return tensors
 
 
-def run_bottleneck(library, tensors: dict, skip: bool, layout, backwards: bool):
+def run_bottleneck(library, tensors: dict, num_heads: int, skip: bool, layout, backwards: bool):
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     x, outputs = layout(tensors["x"]), tensors["project_weight"].shape[0]
     out = layout(torch.full((x.shape[0], outputs, *x.shape[2:]), float("nan")))
-    pointers = (ctypes.c_void_p * 8)(*(t.data_ptr() for t in list(tensors.values())[1:]))
-    sizes = x.shape[0], x.shape[1], len(tensors["expand_bias"]), outputs, *x.shape[2:]
+    pointers = (ctypes.c_void_p * 10)(*(t.data_ptr() for t in list(tensors.values())[1:]))
+    sizes = (
+        x.shape[0],
+        x.shape[1],
+        len(tensors["expand_bias"]),
+        outputs,
+        *x.shape[2:],
+        tensors["keys"].shape[1],
+    )
     failed = library.dynamic_bottleneck(
         ctypes.c_void_p(x.data_ptr()), (ctypes.c_int64 * 4)(*x.stride()), ctypes.c_void_p(out.data_ptr()),
-        (ctypes.c_int64 * 4)(*out.stride()), pointers, *sizes, int(skip), int(backwards),
+        (ctypes.c_int64 * 4)(*out.stride()), pointers, *sizes, num_heads, int(skip), int(backwards),
     )  # fmt: skip
     assert not failed, "threads waited for others that never came, or wrote beyond their memory"
     return out
 
 
 @pytest.mark.parametrize("layout", [same, channels_last, guarded, reversed_axes], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("shape", BOTTLENECKS, ids=str)
-def test_dynamic_bottleneck_emulated(emulated, shape, layout):
+@pytest.mark.parametrize("shape, others", BOTTLENECKS, ids=str)
+def test_dynamic_bottleneck_emulated(emulated, shape, others, layout):
     errors, library = Errors(), emulated("dynamic_bottleneck")
     for seed in range(1 if shape["C"] > 50 else 4):
         given = make_bottleneck(shape, torch.Generator().manual_seed(seed))
         single = {name: value.float() for name, value in given.items()}
-        first, second = (run_bottleneck(library, single, shape["skip"], layout, b) for b in (False, True))
+        first, second = (
+            run_bottleneck(library, single, **others, layout=layout, backwards=b) for b in (0, 1)
+        )
         assert torch.equal(first, second)
-        truth = dynamic_bottleneck_reference(**{k: v.double() for k, v in single.items()}, skip=shape["skip"])
-        errors.reference(dynamic_bottleneck_reference(**single, skip=shape["skip"]), truth)
+        truth = dynamic_bottleneck_reference(**{k: v.double() for k, v in single.items()}, **others)
+        errors.reference(dynamic_bottleneck_reference(**single, **others), truth)
         errors.kernel(first, truth)
     errors.check(f"dynamic_bottleneck {shape}")
 
 
 def test_dynamic_bottleneck_integers_are_exact(emulated):
-    shape = dict(B=2, C=19, E=70, O=19, H=11, W=9, skip=True)
+    """To one token attention is exact, too."""
+    shape, others = dict(B=2, C=19, E=70, O=19, H=11, W=9, T=1), dict(num_heads=1, skip=True)
 
     def draw(generator, *sizes):
         return integers(generator, -2, 2, *sizes).float()
 
     given = make_bottleneck(shape, torch.Generator().manual_seed(0), draw)
-    expected = dynamic_bottleneck_reference(**given, skip=True)
+    expected = dynamic_bottleneck_reference(**given, **others)
     assert expected.abs().max() > 100
-    assert torch.equal(run_bottleneck(emulated("dynamic_bottleneck"), given, True, same, False), expected)
+    got = run_bottleneck(emulated("dynamic_bottleneck"), given, **others, layout=same, backwards=False)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_dynamic_bottleneck_not_finite(emulated, bad):
-    shape = dict(B=1, C=5, E=13, O=9, H=9, W=9, skip=False)
+    shape, others = dict(B=1, C=5, E=13, O=9, H=9, W=9, T=4), dict(num_heads=3, skip=False)
     given = {k: v.float() for k, v in make_bottleneck(shape, torch.Generator().manual_seed(0)).items()}
     given["x"][0, 2, 4, 4] = bad
     given["slopes1"].abs_()
     given["slopes2"].abs_()
-    expected = dynamic_bottleneck_reference(**given, skip=False)
-    got = run_bottleneck(emulated("dynamic_bottleneck"), given, False, same, False)
+    expected = dynamic_bottleneck_reference(**given, **others)
+    got = run_bottleneck(emulated("dynamic_bottleneck"), given, **others, layout=same, backwards=False)
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
     assert got.isfinite().any() and not got.isfinite().all()
 
@@ -242,10 +258,10 @@ def former_is_right(library) -> bool:
 
 
 def bottleneck_is_right(library) -> bool:
-    shape = dict(B=1, C=12, E=80, O=12, H=9, W=9)
+    shape, others = dict(B=1, C=130, E=80, O=130, H=9, W=5, T=5), dict(num_heads=2, skip=True)
     given = {k: v.float() for k, v in make_bottleneck(shape, torch.Generator().manual_seed(0)).items()}
-    truth = dynamic_bottleneck_reference(**given, skip=True)
-    results = [run_bottleneck(library, given, True, same, order) for order in (False, True)]
+    truth = dynamic_bottleneck_reference(**given, **others)
+    results = [run_bottleneck(library, given, **others, layout=same, backwards=order) for order in (0, 1)]
     return all(torch.allclose(result, truth, atol=1e-3) for result in results)
 
 
@@ -261,7 +277,11 @@ MUTATIONS = {
         ("top - 1, left - 1);\n\n", "top, left - 1);\n\n"),
         ("there && c + i < channels ? bent", "c + i < channels ? bent"),
         ("(kind - kKernel)", "(kind - kKernel) % 8"),
-        ("(row + 1) * kHalo + column + 1", "(row + 1) * kHalo + column"),
+        ("kHalo + pixel % kTile + 1", "kHalo + pixel % kTile"),
+        ("weights[t] *= scale", "weights[t] *= 1"),
+        ("head * depth", "head"),
+        ("t < tokens ? expf", "t <= tokens ? expf"),
+        ("value / sum", "value"),
         ("return one > other || one != one ? one : other", "return one"),
     ],
     "token_chain": [
@@ -334,24 +354,23 @@ def test_dynamic_bottleneck_on_a_gpu(dtype, layout):
     if reason := mfkernels.backends.unavailable("cuda"):
         pytest.skip(reason)
     run = torch.ops.mfkernels_cuda.dynamic_bottleneck
-    for shape in [*BOTTLENECKS, dict(B=2, C=240, E=1440, O=240, H=61, W=97, skip=True)]:
+    large = dict(B=2, C=240, E=1440, O=240, H=61, W=97, T=6), dict(num_heads=2, skip=True)
+    for shape, others in [*BOTTLENECKS, large]:
         errors = Errors()
         for seed in range(3):
             drawn = make_bottleneck(shape, torch.Generator().manual_seed(seed))
             given = {name: value.to("cuda", dtype) for name, value in drawn.items()}
-            truth = dynamic_bottleneck_reference(
-                **{k: v.double() for k, v in given.items()}, skip=shape["skip"]
-            )
-            errors.reference(dynamic_bottleneck_reference(**given, skip=shape["skip"]), truth)
+            truth = dynamic_bottleneck_reference(**{k: v.double() for k, v in given.items()}, **others)
+            errors.reference(dynamic_bottleneck_reference(**given, **others), truth)
             given["x"] = layout(given["x"])
-            got = run(*given.values(), shape["skip"])
+            got = run(*given.values(), *others.values())
             errors.kernel(got, truth)
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
-                again = run(*given.values(), shape["skip"])
+                again = run(*given.values(), *others.values())
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                recorded = run(*given.values(), shape["skip"])
+                recorded = run(*given.values(), *others.values())
             graph.replay()
             torch.cuda.synchronize()
             assert torch.equal(again, got) and torch.equal(recorded, got)
@@ -362,7 +381,7 @@ def test_dynamic_bottleneck_on_a_gpu(dtype, layout):
 def test_dynamic_bottleneck_refuses():
     if reason := mfkernels.backends.unavailable("cuda"):
         pytest.skip(reason)
-    drawn = make_bottleneck(BOTTLENECKS[0], torch.Generator().manual_seed(0))
+    drawn = make_bottleneck(BOTTLENECKS[0][0], torch.Generator().manual_seed(0))
     given = {name: value.to("cuda", torch.bfloat16) for name, value in drawn.items()}
     run = torch.ops.mfkernels_cuda.dynamic_bottleneck
     bad = {
@@ -370,9 +389,9 @@ def test_dynamic_bottleneck_refuses():
     }
     for name, value in bad.items():
         with pytest.raises(RuntimeError, match=f"{name} must have shape"):
-            run(*(given | {name: value}).values(), True)
+            run(*(given | {name: value}).values(), 2, True)
     with pytest.raises(RuntimeError, match="x must be bfloat16 or float16"):
-        run(*(value.float() for value in given.values()), True)
+        run(*(value.float() for value in given.values()), 2, True)
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc was found")

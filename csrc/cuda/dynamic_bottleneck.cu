@@ -14,6 +14,7 @@ constexpr const char* kOp = "dynamic_bottleneck";
 
 struct Launch {
   cuda::BottleneckSizes sizes;
+  int tokens, heads;  // of the bridge
   int64_t blocks;
   int device;
   cudaStream_t stream;
@@ -22,7 +23,8 @@ struct Launch {
 cuda::MapStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
 template <class T, int kColumns>
-void launch(const Launch& l, const Tensor& x, Tensor& y, const cuda::BottleneckWeights<T>& weights) {
+void launch(const Launch& l, const Tensor& x, Tensor& y, const cuda::BottleneckWeights<T>& weights,
+            const cuda::BridgeBack<T>& bridge) {
   const int bytes = cuda::BottleneckRooms<T>(l.sizes, 16 * kColumns).total;
   int most = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, l.device));
@@ -32,25 +34,28 @@ void launch(const Launch& l, const Tensor& x, Tensor& y, const cuda::BottleneckW
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<static_cast<unsigned>(l.blocks), cuda::kBottleneckThreads, bytes, l.stream>>>(
       static_cast<const T*>(x.data_ptr()), strides_of(x), static_cast<T*>(y.data_ptr()), strides_of(y),
-      weights, l.sizes);
+      weights, bridge, l.sizes);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <class T>
-void launch(const Launch& l, const Tensor& x, Tensor& y, const Tensor (&given)[8]) {
+void launch(const Launch& l, const Tensor& x, Tensor& y, const Tensor (&given)[10]) {
   cuda::BottleneckWeights<T> weights;
   const T** pointers[] = {&weights.slopes1,     &weights.slopes2,     &weights.expand,
                           &weights.expand_bias, &weights.depthwise,   &weights.depthwise_bias,
                           &weights.project,     &weights.project_bias};
   for (int i = 0; i < 8; ++i) *pointers[i] = static_cast<const T*>(given[i].data_ptr());
-  if (l.sizes.outputs <= 64) return launch<T, 4>(l, x, y, weights);
-  if (l.sizes.outputs <= 128) return launch<T, 8>(l, x, y, weights);
-  launch<T, 16>(l, x, y, weights);
+  const cuda::BridgeBack<T> bridge{static_cast<const T*>(given[8].data_ptr()),
+                                   static_cast<const T*>(given[9].data_ptr()), l.tokens, l.heads};
+  if (l.sizes.outputs <= 64) return launch<T, 4>(l, x, y, weights, bridge);
+  if (l.sizes.outputs <= 128) return launch<T, 8>(l, x, y, weights, bridge);
+  launch<T, 16>(l, x, y, weights, bridge);
 }
 
 Tensor forward(const Tensor& x, const Tensor& slopes1, const Tensor& slopes2, const Tensor& expand,
                const Tensor& expand_bias, const Tensor& depthwise, const Tensor& depthwise_bias,
-               const Tensor& project, const Tensor& project_bias, bool skip) {
+               const Tensor& project, const Tensor& project_bias, const Tensor& keys, const Tensor& values,
+               int64_t num_heads, bool skip) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   STD_TORCH_CHECK(x.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x.dim());
   STD_TORCH_CHECK(expand.dim() == 4 && project.dim() == 4, kOp, ": weights must have 4 dimensions");
@@ -65,6 +70,14 @@ Tensor forward(const Tensor& x, const Tensor& slopes1, const Tensor& slopes2, co
   check_argument(kOp, "project_bias", project_bias, x, {outputs});
   STD_TORCH_CHECK(!skip || inputs == outputs, kOp, ": with skip, project_weight must have ", inputs,
                   " outputs, got ", outputs);
+  STD_TORCH_CHECK(keys.dim() == 3, kOp, ": keys must have 3 dimensions (B, T, O), got ", keys.dim());
+  const int64_t tokens = keys.size(1);
+  check_argument(kOp, "keys", keys, x, {batch, tokens, outputs});
+  check_argument(kOp, "values", values, x, {batch, tokens, outputs});
+  STD_TORCH_CHECK(tokens >= 1 && tokens <= cuda::kMostTokens, kOp, ": keys must be of 1 to ",
+                  cuda::kMostTokens, " tokens, got ", tokens);
+  STD_TORCH_CHECK(num_heads >= 1 && outputs % num_heads == 0, kOp, ": num_heads must divide ", outputs,
+                  " outputs, got ", num_heads);
   STD_TORCH_CHECK(outputs <= 256, kOp, ": project_weight must have at most 256 outputs, got ", outputs);
   STD_TORCH_CHECK(inputs < 65536 && hidden < 65536 && x.size(2) < 65536 && x.size(3) < 65536, kOp,
                   ": x is too large");
@@ -72,7 +85,8 @@ Tensor forward(const Tensor& x, const Tensor& slopes1, const Tensor& slopes2, co
       {batch, outputs, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
       is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (y.numel() == 0) return y;
-  Tensor given[] = {slopes1, slopes2, expand, expand_bias, depthwise, depthwise_bias, project, project_bias};
+  Tensor given[] = {slopes1,        slopes2, expand,       expand_bias, depthwise,
+                    depthwise_bias, project, project_bias, keys,        values};
   for (Tensor& t : given) {
     t = torch::stable::contiguous(t);
     if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) t = torch::stable::clone(t);
@@ -84,6 +98,8 @@ Tensor forward(const Tensor& x, const Tensor& slopes1, const Tensor& slopes2, co
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const Launch l{{static_cast<int>(inputs), static_cast<int>(hidden), static_cast<int>(outputs),
                   static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), skip},
+                 static_cast<int>(tokens),
+                 static_cast<int>(num_heads),
                  blocks,
                  x.get_device_index(),
                  static_cast<cudaStream_t>(stream)};
@@ -107,9 +123,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels_cuda, m) {
   m.def(
       "dynamic_bottleneck(Tensor x, Tensor slopes1, Tensor slopes2, Tensor expand_weight, Tensor "
       "expand_bias, "
-      "Tensor depthwise_weight, Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, bool "
-      "skip) "
-      "-> Tensor");
+      "Tensor depthwise_weight, Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, Tensor "
+      "keys, "
+      "Tensor values, int num_heads, bool skip) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels_cuda, CUDA, m) { m.impl("dynamic_bottleneck", TORCH_BOX(&mfk::forward)); }

@@ -1,7 +1,7 @@
 // An inverted bottleneck with dynamic ReLUs for a tile of its output: 1x1 convolution, dynamic ReLU, 3x3
-// depthwise convolution, dynamic ReLU, 1x1 convolution. The wide maps between them are made kChunk channels
-// at a time, for the tile and a halo of one pixel, and never leave the thread block. Products are of half
-// precision, on tensor cores; sums and what follows them are float32.
+// depthwise convolution, dynamic ReLU, 1x1 convolution, and the bridge from the tokens. The wide maps between
+// them are made kChunk channels at a time, for the tile and a halo of one pixel, and never leave the thread
+// block. Products are of half precision, on tensor cores; sums and what follows them are float32.
 #pragma once
 
 #include <stdint.h>
@@ -38,7 +38,15 @@ struct BottleneckWeights {
   const T *expand, *expand_bias, *depthwise, *depthwise_bias, *project, *project_bias;
 };
 
-// Shared memory, in bytes from its begin.
+// The bridge from the tokens: keys and values (B, tokens, outputs).
+constexpr int kMostTokens = 8;
+template <class T>
+struct BridgeBack {
+  const T *keys, *values;
+  int tokens, heads;
+};
+
+// Shared memory, in bytes from its begin. The result takes the place of hidden, between and project.
 template <class T>
 struct BottleneckRooms {
   int input_row, input, expand, hidden, between, project, numbers, total;
@@ -176,12 +184,53 @@ __device__ void convolve_chunk(T* d, const T* h, const float* numbers) {
   }
 }
 
+// y + the attention of its pixels to the tokens, in place. Four threads share a pixel, and each has every
+// fourth channel.
+template <class T>
+__device__ void bridge_back(T* y, int row, const BridgeBack<T>& bridge, int64_t sample, int channels) {
+  const int depth = channels / bridge.heads, part = threadIdx.x % 4, tokens = bridge.tokens;
+  const float scale = 1.0f / sqrtf(static_cast<float>(depth));
+  T* own = y + threadIdx.x / 4 * row;
+  for (int head = 0; head < bridge.heads; ++head) {
+    const int first = head * depth;
+    const int64_t at = sample * tokens * channels + first;
+    float weights[kMostTokens] = {};
+    for (int c = part; c < depth; c += 4) {
+      const float value = widen(own[first + c]);
+#pragma unroll
+      for (int t = 0; t < kMostTokens; ++t) {
+        if (t < tokens) weights[t] += value * widen(bridge.keys[at + t * channels + c]);
+      }
+    }
+    float top = 0, sum = 0;
+#pragma unroll
+    for (int t = 0; t < kMostTokens; ++t) {
+      for (int step = 1; step < 4; step *= 2) weights[t] += __shfl_xor_sync(~0u, weights[t], step);
+      weights[t] *= scale;
+      if (t < tokens) top = t == 0 || weights[t] > top ? weights[t] : top;
+    }
+#pragma unroll
+    for (int t = 0; t < kMostTokens; ++t) {
+      weights[t] = t < tokens ? expf(weights[t] - top) : 0;
+      sum += weights[t];
+    }
+    for (int c = part; c < depth; c += 4) {
+      float value = 0;
+#pragma unroll
+      for (int t = 0; t < kMostTokens; ++t) {
+        if (t < tokens) value += weights[t] * widen(bridge.values[at + t * channels + c]);
+      }
+      own[first + c] = narrow<T>(widen(own[first + c]) + value / sum);
+    }
+  }
+}
+
 // A block for each tile of each sample, tiles first. Outputs: at most 16 kColumns; a warp has 16 pixels and
 // half of the outputs.
 template <class T, int kColumns>
 __global__ void __launch_bounds__(kBottleneckThreads, kColumns > 8 ? 1 : 2)
     dynamic_bottleneck_kernel(const T* x, MapStrides x_at, T* result, MapStrides result_at,
-                              BottleneckWeights<T> w, BottleneckSizes s) {
+                              BottleneckWeights<T> w, BridgeBack<T> bridge, BottleneckSizes s) {
   MFK_DYNAMIC_SHARED(shared);
   char* memory = reinterpret_cast<char*>(shared);
   const BottleneckRooms<T> rooms(s, 16 * kColumns);
@@ -234,18 +283,32 @@ __global__ void __launch_bounds__(kBottleneckThreads, kColumns > 8 ? 1 : 2)
       }
     }
   }
+  __syncthreads();
+  T* y = hidden;
+  const int y_row = (s.outputs + 15) / 16 * 16 + kPad;
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
     for (int i = 0; i < 4; ++i) {
-      const int pixel = own_row + 8 * (i / 2) + product_row(),
-                c = own_column + 8 * n + product_column() + i % 2;
-      const int row = pixel / kTile, column = pixel % kTile;
-      if (c >= s.outputs || top + row >= s.height || left + column >= s.width) continue;
+      const int pixel = own_row + 8 * (i / 2) + product_row();
+      const int c = own_column + 8 * n + product_column() + i % 2;
+      if (c >= s.outputs) continue;
       float value = sums[n][i] + widen(w.project_bias[c]);
-      if (s.skip) value += widen(input[((row + 1) * kHalo + column + 1) * rooms.input_row + c]);
-      result[sample * result_at.sample + c * result_at.channel + (top + row) * result_at.row +
-             (left + column) * result_at.column] = narrow<T>(value);
+      const int inner = (pixel / kTile + 1) * kHalo + pixel % kTile + 1;
+      if (s.skip) value += widen(input[inner * rooms.input_row + c]);
+      y[pixel * y_row + c] = narrow<T>(value);
     }
+  }
+  __syncthreads();
+  bridge_back(y, y_row, bridge, sample, s.outputs);
+  __syncthreads();
+  result += sample * result_at.sample;
+  const bool channels_last = result_at.channel == 1;  // neighbouring threads write what lies side by side
+  for (int i = threadIdx.x; i < kTile * kTile * s.outputs; i += kBottleneckThreads) {
+    const int pixel = channels_last ? i / s.outputs : i % (kTile * kTile);
+    const int c = channels_last ? i % s.outputs : i / (kTile * kTile);
+    const int row = top + pixel / kTile, column = left + pixel % kTile;
+    if (row >= s.height || column >= s.width) continue;
+    result[c * result_at.channel + row * result_at.row + column * result_at.column] = y[pixel * y_row + c];
   }
 }
 

@@ -66,6 +66,7 @@ __device__ void linear(const float* x, int stride, int tokens, int inputs, const
         };
         constexpr int kWide = 4;
         if (inputs % kWide == 0) {
+#pragma unroll 2
           for (int k = kWide * part; k < inputs; k += kWide * kParts) {
             float weights[kWide];
             load4(row + k, weights);

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from ..nn.mobile_former_block import MobileFormerBlock
 from ..operators.dynamic_relu import dynamic_relu_reference
+from ..operators.former_to_mobile_attention import former_to_mobile_attention_reference
 
-MOST_OUTPUTS = 256  # of the kernel
+MOST_OUTPUTS, MOST_TOKENS = 256, 8  # of the kernel
 
 
 def dynamic_bottleneck_reference(
@@ -22,10 +23,13 @@ def dynamic_bottleneck_reference(
     depthwise_bias: Tensor,
     project_weight: Tensor,
     project_bias: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_heads: int,
     skip: bool,
 ) -> Tensor:
     """Plain-PyTorch definition of `torch.ops.mfkernels_cuda.dynamic_bottleneck`: 1x1 convolution, dynamic
-    ReLU, 3x3 depthwise convolution, dynamic ReLU, 1x1 convolution.
+    ReLU, 3x3 depthwise convolution, dynamic ReLU, 1x1 convolution, and the bridge from the tokens.
 
     Args:
         x: (B, C, H, W).
@@ -36,7 +40,9 @@ def dynamic_bottleneck_reference(
         depthwise_bias: (E,).
         project_weight: (O, E, 1, 1); the kernel takes at most `MOST_OUTPUTS`.
         project_bias: (O,).
-        skip: x is added; O = C.
+        keys, values, num_heads: (B, T, O), of `mfkernels.ops.former_to_mobile_attention`; the kernel takes at
+            most `MOST_TOKENS`.
+        skip: x is added before the bridge; O = C.
 
     Returns:
         (B, O, H, W).
@@ -47,7 +53,7 @@ def dynamic_bottleneck_reference(
     channels = len(depthwise_weight)
     hidden = F.conv2d(hidden, depthwise_weight, depthwise_bias, padding=1, groups=channels)
     out = F.conv2d(dynamic_relu_reference(hidden, slopes2), project_weight, project_bias)
-    return out + x if skip else out
+    return former_to_mobile_attention_reference(out + x if skip else out, keys, values, num_heads)
 
 
 def dynamic_bottleneck(*arguments: Any) -> Tensor:
@@ -67,6 +73,8 @@ def is_bottleneck(block: Any) -> bool:
         rest = list(layers)[1:]
         if type(layers[0]) is not nn.Conv2d or any(type(layer) is not nn.Identity for layer in rest):
             return False
+    if block.global_local.token_num > MOST_TOKENS:
+        return False
     first, depthwise, last = (layers[0] for layers in convolutions)
     plain = (
         depthwise.kernel_size == (3, 3) and depthwise.stride == (1, 1) and first.groups == last.groups == 1

@@ -32,16 +32,20 @@ class FusedBlock(nn.Module):
     def forward(self, pair: Pair) -> Pair:
         block: Any = self.block
         x, tokens = pair
+        heads = block.global_local.num_heads
         if self.whole:
             made = self._tokens(x, tokens)
             layers = [layers[0] for layers in (block.conv1, block.conv2, block.conv3)]
             weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-            out = self._back(dynamic_bottleneck(x, made.slopes1, made.slopes2, *weights, block.skip), made)
-        else:
-            made, first = side_by_side(lambda: self._tokens(x, tokens), lambda: block.conv1(x), x, tokens)
-            slopes = made.slopes1, made.slopes2
-            out = block._mobile(x, first, made.tokens, None, slopes, lambda out: self._back(out, made))
-        return out, made.tokens
+            slopes, bridge = (made.slopes1, made.slopes2), (made.keys, made.values, heads)
+            return dynamic_bottleneck(x, *slopes, *weights, *bridge, block.skip), made.tokens
+
+        def back(out: Tensor) -> Tensor:
+            return ops.former_to_mobile_attention(out, made.keys, made.values, heads)
+
+        made, first = side_by_side(lambda: self._tokens(x, tokens), lambda: block.conv1(x), x, tokens)
+        slopes = made.slopes1, made.slopes2
+        return block._mobile(x, first, made.tokens, None, slopes, back), made.tokens
 
     def _tokens(self, x: Tensor, tokens: Tensor) -> Made:
         bridge: Any = self.block.local_global
@@ -50,10 +54,6 @@ class FusedBlock(nn.Module):
         if x.is_cuda:
             return self.chain(tokens, gathered)
         return token_chain_reference(self.block, tokens, gathered)  # type: ignore[arg-type]
-
-    def _back(self, x: Tensor, made: Made) -> Tensor:
-        bridge: Any = self.block.global_local
-        return ops.former_to_mobile_attention(x, made.keys, made.values, bridge.num_heads)
 
 
 def with_fused_blocks(model: nn.Module, whole: bool) -> nn.Module | None:
