@@ -1,5 +1,6 @@
 """Flash attention over the pixels of a window: logits are made tile by tile, forward and backward. Channels
-are done in blocks, so that any head size fits the registers."""
+are done in blocks, so that any head size fits the registers. In half precision tiles are multiplied by tensor
+cores, and sums are float32."""
 
 import torch
 import triton
@@ -7,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, add_to_mean, as_map, power
+from ..triton_maps import INTERPRETED, Map, add_to_mean, as_map, dot, power
 
 
 @triton.jit
@@ -19,39 +20,47 @@ def pixels_of(j, window, width, WH, WW, columns):
 
 @triton.jit
 def load_tile(base, c, channels, c_stride, p, inside_p, p_stride):
-    """(channels, pixels) in float32, zero outside."""
+    """(channels, pixels), zero outside."""
     inside = (c < channels)[:, None] & inside_p[None, :]
-    return tl.load(base + c.to(tl.int64)[:, None] * c_stride + p[None, :] * p_stride, inside, 0.0).to(
-        tl.float32
-    )
+    return tl.load(base + c.to(tl.int64)[:, None] * c_stride + p[None, :] * p_stride, inside, 0.0)
+
+
+@triton.jit
+def squashed(x, inside):
+    """sigmoid(x) in x's dtype, zero outside."""
+    y = tl.where(inside, tl.sigmoid(x.to(tl.float32)), 0.0)
+    if INTERPRETED:  # where rounding is another
+        return y
+    return y.to(x.dtype)
 
 
 @triton.jit
 def product(
     a, b, channels, a_c, a_p, b_c, b_p, at_a, at_b, inside_a, inside_b,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
     """sum_c a[c, at_a] b[c, at_b], (BA, BB); with LEFT of sigmoid(a), with RIGHT of sigmoid(b)."""
     sums = tl.zeros([BA, BB], tl.float32)
-    for start in range(0, channels, 16):
-        c = start + tl.arange(0, 16)
+    for start in range(0, channels, BX):
+        c = start + tl.arange(0, BX)
         left = load_tile(a, c, channels, a_c, at_a, inside_a, a_p)
         right = load_tile(b, c, channels, b_c, at_b, inside_b, b_p)
         if LEFT:
-            left = tl.where((c < channels)[:, None], tl.sigmoid(left), 0.0)
+            left = squashed(left, (c < channels)[:, None])
         if RIGHT:
-            right = tl.where((c < channels)[:, None], tl.sigmoid(right), 0.0)
-        sums += tl.dot(tl.trans(left), right, input_precision="ieee")
+            right = squashed(right, (c < channels)[:, None])
+        sums += dot(tl.trans(left), right)
     return sums
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, context, stats, scale, depth, channels, width, WH, WW, columns, windows,
-    q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, o_b, o_c, o_p,
-    SIGMOID: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    q, k, v, gate, out, stats, scale, depth, channels, width, WH, WW, columns, windows,
+    q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p, o_b, o_c, o_p,
+    SIGMOID: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
-    """context (B, C, H, W) = v P^T, one block of channels; stats (B, 2, H W): largest logit and sum."""
+    """out (B, C, H, W), one block of channels: the result; or without a gate the context v P^T, and
+    stats (B, 2, H W): largest logit and sum."""
     pixels = WH * WW
     j = tl.program_id(0) * BQ + tl.arange(0, BQ)
     block = tl.program_id(1)
@@ -69,7 +78,7 @@ def forward_kernel(
         at_k = pixels_of(i, window, width, WH, WW, columns)
         logits = scale * product(
             q + b * q_b, k + b * k_b, depth, q_c, q_p, k_c, k_p, at_q, at_k, inside_q, inside_k,
-            False, False, BQ, BK,
+            False, False, BQ, BK, BX,
         )  # fmt: skip
         logits = tl.where(inside_k[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
@@ -78,21 +87,28 @@ def forward_kernel(
         total = total * rescale + tl.sum(weights, 1)
         value = load_tile(v + b * v_b, c, channels, v_c, at_k, inside_k, v_p)
         if SIGMOID:
-            value = tl.sigmoid(value)
-        sums = sums * rescale[:, None] + tl.dot(weights, tl.trans(value), input_precision="ieee")
+            value = squashed(value, inside_k[None, :])
+        sums = sums * rescale[:, None] + dot(weights, tl.trans(value))
         top = higher
-    to = context + b * o_b + c.to(tl.int64)[None, :] * o_c + at_q[:, None] * o_p
-    tl.store(to, sums / total[:, None], inside_q[:, None] & (c < channels)[None, :])
-    size = pixels.to(tl.int64) * windows
-    tl.store(stats + b * 2 * size + at_q, top, inside_q & (block == 0))
-    tl.store(stats + (b * 2 + 1) * size + at_q, total, inside_q & (block == 0))
+    result = sums / total[:, None]
+    if gate is not None:
+        if not SIGMOID:
+            result = tl.sigmoid(result)
+        own = load_tile(gate + b * g_b, c, channels, g_c, at_q, inside_q, g_p)
+        result = result * tl.sigmoid(tl.trans(own.to(tl.float32)))
+    to = out + b * o_b + c.to(tl.int64)[None, :] * o_c + at_q[:, None] * o_p
+    tl.store(to, result.to(out.dtype.element_ty), inside_q[:, None] & (c < channels)[None, :])
+    if stats is not None:
+        size = pixels.to(tl.int64) * windows
+        tl.store(stats + b * 2 * size + at_q, top, inside_q & (block == 0))
+        tl.store(stats + (b * 2 + 1) * size + at_q, total, inside_q & (block == 0))
 
 
 @triton.jit
 def means_kernel(
     q, k, v, g, stats, means, scale, depth, channels, width, WH, WW, columns, windows,
     q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p,
-    SIGMOID: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    SIGMOID: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
     """With w the weights of a query and dP their gradients: means (B, 2, H W), the dP of the largest w (the
     pivot), and the sum of w (dP - pivot). As for mobile_to_former_attention."""
@@ -115,13 +131,13 @@ def means_kernel(
         at_k = pixels_of(i, window, width, WH, WW, columns)
         logits = product(
             q + b * q_b, k + b * k_b, depth, q_c, q_p, k_c, k_p, at_q, at_k, inside_q, inside_k,
-            False, False, BQ, BK,
+            False, False, BQ, BK, BX,
         )  # fmt: skip
         weights = tl.exp(logits * scale - top[:, None]) / total[:, None]
         weights = tl.where(inside_k[None, :], weights, 0.0)
         grads = product(
             g + b * g_b, v + b * v_b, channels, g_c, g_p, v_c, v_p, at_q, at_k, inside_q, inside_k,
-            False, SIGMOID, BQ, BK,
+            False, SIGMOID, BQ, BK, BX,
         )  # fmt: skip
         largest, pivot, weight_sum, sums = add_to_mean(weights, grads, largest, pivot, weight_sum, sums, BK)
     tl.store(means + b * 2 * size + at_q, pivot, inside_q)
@@ -133,7 +149,7 @@ def backward_kernel(
     q, k, v, g, stats, means, out, scale, depth, channels, width, WH, WW, columns, windows,
     q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p, o_b, o_c, o_p,
     OF: tl.constexpr, SIGMOID: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q, k or v, as OF says, for a block of its pixels (BO) and of its channels (BD or BC),
     summed over all pixels (BI at a time) that it meets. g (B, C, H, W): the gradient of v P^T."""
@@ -145,9 +161,9 @@ def backward_kernel(
     inside_own = own < pixels
     at_own = pixels_of(own, window, width, WH, WW, columns)
     size = pixels.to(tl.int64) * windows
-    BX: tl.constexpr = BC if OF == "v" else BD
-    c = block * BX + tl.arange(0, BX)
-    sums = tl.zeros([BO, BX], tl.float32)
+    BOWN: tl.constexpr = BC if OF == "v" else BD
+    c = block * BOWN + tl.arange(0, BOWN)
+    sums = tl.zeros([BO, BOWN], tl.float32)
     for start in range(0, pixels, BI):
         other = start + tl.arange(0, BI)
         inside_other = other < pixels
@@ -156,13 +172,13 @@ def backward_kernel(
         if OF == "q":
             logits = product(
                 q + b * q_b, k + b * k_b, depth, q_c, q_p, k_c, k_p, at_own, at_other, inside_own,
-                inside_other, False, False, BO, BI,
+                inside_other, False, False, BO, BI, BX,
             )  # fmt: skip
             at_query, inside_query = at_own, inside_own
         else:
             logits = product(
                 k + b * k_b, q + b * q_b, depth, k_c, k_p, q_c, q_p, at_own, at_other, inside_own,
-                inside_other, False, False, BO, BI,
+                inside_other, False, False, BO, BI, BX,
             )  # fmt: skip
             at_query, inside_query = at_other, inside_other
         top = tl.load(stats + b * 2 * size + at_query, inside_query, 0.0)
@@ -174,29 +190,30 @@ def backward_kernel(
         weights = tl.where(inside_own[:, None] & inside_other[None, :], weights, 0.0)
         if OF == "v":
             right = load_tile(g + b * g_b, c, channels, g_c, at_other, inside_other, g_p)
-            sums += tl.dot(weights, tl.trans(right), input_precision="ieee")
+            sums += dot(weights, tl.trans(right))
         else:
             pivot = tl.load(means + b * 2 * size + at_query, inside_query, 0.0)
             mean = tl.load(means + (b * 2 + 1) * size + at_query, inside_query, 0.0)
             if OF == "q":
                 grads = product(
                     g + b * g_b, v + b * v_b, channels, g_c, g_p, v_c, v_p, at_own, at_other, inside_own,
-                    inside_other, False, SIGMOID, BO, BI,
+                    inside_other, False, SIGMOID, BO, BI, BX,
                 )  # fmt: skip
                 logit = weights * (grads - pivot[:, None] - mean[:, None]) * scale
                 right = load_tile(k + b * k_b, c, depth, k_c, at_other, inside_other, k_p)
             else:
                 grads = product(
                     v + b * v_b, g + b * g_b, channels, v_c, v_p, g_c, g_p, at_own, at_other, inside_own,
-                    inside_other, SIGMOID, False, BO, BI,
+                    inside_other, SIGMOID, False, BO, BI, BX,
                 )  # fmt: skip
                 logit = weights * (grads - pivot[None, :] - mean[None, :]) * scale
                 right = load_tile(q + b * q_b, c, depth, q_c, at_other, inside_other, q_p)
-            sums += tl.dot(logit, tl.trans(right), input_precision="ieee")
+            sums += dot(logit, tl.trans(right))
     limit = channels if OF == "v" else depth
     inside = inside_own[:, None] & (c < limit)[None, :]
     if OF == "v" and SIGMOID:
-        value = tl.sigmoid(tl.trans(load_tile(v + b * v_b, c, channels, v_c, at_own, inside_own, v_p)))
+        value = load_tile(v + b * v_b, c, channels, v_c, at_own, inside_own, v_p)
+        value = tl.sigmoid(tl.trans(value.to(tl.float32)))
         sums = sums * value * (1 - value)
     to = out + b * o_b + c.to(tl.int64)[None, :] * o_c + at_own[:, None] * o_p
     tl.store(to, sums.to(out.dtype.element_ty), inside)
@@ -218,31 +235,43 @@ class _Call:
         self.sizes = (scale, depth, self.channels, width, *size, columns, self.windows)
         self.pixels, self.batch = size[0] * size[1], batch
         self.sigmoid = form == "released"
-        self.block_d, self.block_c = power(depth, 16, 32), power(self.channels, 16, 32)
+        # Tensor cores want large tiles; float32 is multiplied in registers.
+        half = v.dtype != torch.float32
+        side, block, self.chunk = (64, 64, 32) if half else (32, 32, 16)
+        self.queries, self.keys = power(self.pixels, 16, side), power(self.pixels, 16, 32)
+        self.rows = power(self.pixels, 16, 32)  # of the backward pass, which has two products at a time
+        self.block_d, self.block_c = power(depth, 16, block), power(self.channels, 16, block)
         self.stats = torch.empty((batch, 2, height * width), dtype=torch.float32, device=q.device)
 
-    def _grid(self, channels: int, block: int) -> tuple[int, int, int]:
-        return triton.cdiv(self.pixels, 32), triton.cdiv(channels, block), self.batch * self.windows
+    def _grid(self, side: int, channels: int, block: int) -> tuple[int, int, int]:
+        return triton.cdiv(self.pixels, side), triton.cdiv(channels, block), self.batch * self.windows
+
+    def result(self, out: Tensor, gate: Tensor) -> Tensor:
+        return self._forward(out, None, as_map(gate))
 
     def context(self) -> Tensor:
         """v P^T, (B, C, H, W) in float32, and `stats`."""
         out = torch.empty(self.v.tensor.shape, dtype=torch.float32, device=self.v.tensor.device)
+        return self._forward(out, self.stats, None)
+
+    def _forward(self, out: Tensor, stats: Tensor | None, gate: Map | None) -> Tensor:
         if out.numel():
-            maps = (self.q, self.k, self.v, as_map(out))
-            forward_kernel[self._grid(self.channels, self.block_c)](
-                *(m.tensor for m in maps), self.stats, *self.sizes,
-                *(stride for m in maps for stride in m.strides),
-                SIGMOID=self.sigmoid, BC=self.block_c, BQ=32, BK=32,
+            maps = (self.q, self.k, self.v, gate, as_map(out))
+            forward_kernel[self._grid(self.queries, self.channels, self.block_c)](
+                *(None if m is None else m.tensor for m in maps), stats, *self.sizes,
+                *(stride for m in maps for stride in ((0, 0, 0) if m is None else m.strides)),
+                SIGMOID=self.sigmoid, BC=self.block_c, BQ=self.queries, BK=self.keys, BX=self.chunk,
             )  # fmt: skip
         return out
 
     def means(self, g: Map) -> Tensor:
         out = torch.empty_like(self.stats)
         maps = (self.q, self.k, self.v, g)
-        grid = (triton.cdiv(self.pixels, 32), self.batch * self.windows)
+        grid = (triton.cdiv(self.pixels, self.rows), self.batch * self.windows)
         means_kernel[grid](
             *(m.tensor for m in maps), self.stats, out, *self.sizes,
-            *(stride for m in maps for stride in m.strides), SIGMOID=self.sigmoid, BQ=32, BK=16,
+            *(stride for m in maps for stride in m.strides),
+            SIGMOID=self.sigmoid, BQ=self.rows, BK=16, BX=self.chunk,
         )  # fmt: skip
         return out
 
@@ -250,10 +279,11 @@ class _Call:
         out = empty_map(like, like.shape)
         maps = (self.q, self.k, self.v, g)
         block = self.block_c if of == "v" else self.block_d
-        backward_kernel[self._grid(like.shape[1], block)](
+        backward_kernel[self._grid(self.rows, like.shape[1], block)](
             *(m.tensor for m in maps), self.stats, means, out, *self.sizes,
             *(stride for m in (*maps, as_map(out)) for stride in m.strides), of,
-            SIGMOID=self.sigmoid, BD=self.block_d, BC=self.block_c, BO=32, BI=16,
+            SIGMOID=self.sigmoid, BD=self.block_d, BC=self.block_c,
+            BO=self.rows, BI=16, BX=16,
         )  # fmt: skip
         return out
 
@@ -262,10 +292,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, scale: float | None = None, form: str = "released",
     window_size: int | None = None,
 ) -> Tensor:  # fmt: skip
-    context = _Call(q, k, v, scale, form, window_size).context()
-    if form == "paper":
-        context = torch.sigmoid(context)
-    return empty_map(v, v.shape).copy_(context * torch.sigmoid(gate.float()))
+    return _Call(q, k, v, scale, form, window_size).result(empty_map(v, v.shape), gate)
 
 
 def backward(
@@ -279,7 +306,7 @@ def backward(
     out = torch.sigmoid(context) if form == "paper" else context
     grad_gate = empty_map(gate, gate.shape).copy_(g * out * s * (1 - s))
     grad_context = g * s if form == "released" else g * s * out * (1 - out)
-    given = as_map(grad_context.contiguous())
+    given = as_map(grad_context.to(v.dtype).contiguous())
     means = call.means(given)
     grads = [call.gradient(of, like, given, means) for of, like in (("q", q), ("k", k), ("v", v))]
     return grads[0], grads[1], grads[2], grad_gate
