@@ -45,6 +45,14 @@ def dot(a, b):
 
 
 @triton.jit
+def rounded(x, like):
+    """x in the dtype of `like`, for such a product."""
+    if INTERPRETED:
+        return x
+    return x.to(like.dtype)
+
+
+@triton.jit
 def add_to_mean(weights, grads, largest, pivot, weight_sum, sums, BP: tl.constexpr):
     """Adds (rows, BP) weights and their gradients to what a softmax's backward keeps of each row: the largest
     weight, its gradient (the pivot), the sum of the weights and that of weights * (gradients - pivot). Where
@@ -64,9 +72,11 @@ def head_sizes(x: Tensor, tokens: Tensor, num_heads: int) -> tuple[int, int, int
 
 
 def head_blocks(tokens: int, depth: int) -> dict[str, int]:
-    """Tiles of the products, at least 16 a side; fewer pixels where heads are deep, to stay in registers."""
-    block_d = power(depth, 16)
-    return dict(BM=power(tokens, 16), BD=block_d, BP=max(16, min(64, 4096 // block_d)))
+    """Tiles of the products, at least 16 a side, that stay in registers: fewer pixels where heads are deep or
+    tokens many, and more threads."""
+    block_m, block_d = power(tokens, 16), power(depth, 16)
+    pixels, warps = {16: (64, 4), 32: (32, 4), 64: (32, 8)}.get(max(block_m, block_d), (16, 8))
+    return dict(BM=block_m, BD=block_d, BP=pixels, num_warps=warps)
 
 
 def tile_sizes(x: Map) -> tuple[int, int]:

@@ -4,13 +4,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import as_map, head_blocks, head_sizes, splits_of
+from ..triton_maps import as_map, dot, head_blocks, head_sizes, rounded, splits_of
 
 
 @triton.jit
 def weights_of(x, k, scale, tokens, m, BM: tl.constexpr):
     """softmax(scale * k x) over the tokens, (BM, BP)."""
-    logits = tl.dot(k, x, input_precision="ieee") * scale
+    logits = dot(k, x) * scale
     logits = tl.where((m < tokens)[:, None], logits, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 0)[None, :])
     return weights / tl.sum(weights, 0)[None, :]
@@ -28,13 +28,13 @@ def forward_kernel(
     c = (head * depth + d).to(tl.int64)
     inside = (d < depth)[:, None] & (p < pixels)[None, :]
     p_wide = p.to(tl.int64)[None, :]
-    pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+    pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0)
     at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
     inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
-    keys = tl.load(k + at, inside_token, 0.0).to(tl.float32)
-    values = tl.load(v + at, inside_token, 0.0).to(tl.float32)
+    keys = tl.load(k + at, inside_token, 0.0)
+    values = tl.load(v + at, inside_token, 0.0)
     weights = weights_of(pixel, keys, scale, tokens, m, BM)
-    out = pixel + tl.dot(tl.trans(values), weights, input_precision="ieee")
+    out = pixel.to(tl.float32) + dot(tl.trans(values), rounded(weights, pixel))
     tl.store(y + b * y_b + c[:, None] * y_c + p_wide * y_p, out.to(y.dtype.element_ty), inside)
 
 
@@ -51,26 +51,26 @@ def backward_kernel(
     c = (head * depth + d).to(tl.int64)
     at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
     inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
-    keys = tl.load(k + at, inside_token, 0.0).to(tl.float32)
-    values = tl.load(v + at, inside_token, 0.0).to(tl.float32)
+    keys = tl.load(k + at, inside_token, 0.0)
+    values = tl.load(v + at, inside_token, 0.0)
     grad_keys = tl.zeros([BM, BD], tl.float32)
     grad_values = tl.zeros([BM, BD], tl.float32)
     for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
         p = start + tl.arange(0, BP)
         inside = (d < depth)[:, None] & (p < pixels)[None, :]
         p_wide = p.to(tl.int64)[None, :]
-        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
-        grad = tl.load(g + b * g_b + c[:, None] * g_c + p_wide * g_p, inside, 0.0).to(tl.float32)
+        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0)
+        grad = tl.load(g + b * g_b + c[:, None] * g_c + p_wide * g_p, inside, 0.0)
         weights = weights_of(pixel, keys, scale, tokens, m, BM)
-        grad_weights = tl.dot(values, grad, input_precision="ieee")
+        grad_weights = dot(values, grad)
         mean = tl.sum(weights * grad_weights, 0)
         logits = weights * (grad_weights - mean[None, :]) * scale
-        out = grad + tl.dot(tl.trans(keys), logits, input_precision="ieee")
+        out = grad.to(tl.float32) + dot(tl.trans(keys), rounded(logits, pixel))
         tl.store(
             grad_x + b * out_b + c[:, None] * out_c + p_wide * out_p, out.to(grad_x.dtype.element_ty), inside
         )
-        grad_keys += tl.dot(logits, tl.trans(pixel), input_precision="ieee")
-        grad_values += tl.dot(weights, tl.trans(grad), input_precision="ieee")
+        grad_keys += dot(logits, tl.trans(pixel))
+        grad_values += dot(weights, tl.trans(grad))
     to = sums + ((b * splits + part) * tokens + m[:, None]) * heads * depth + c[None, :]
     tl.store(to, grad_keys, inside_token)
     batch = tl.num_programs(2).to(tl.int64)

@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import add_to_mean, as_map, head_blocks, head_sizes, splits_of
+from ..triton_maps import add_to_mean, as_map, dot, head_blocks, head_sizes, power, rounded, splits_of
 
 
 @triton.jit
@@ -20,7 +20,6 @@ def forward_kernel(
     c = (head * depth + d).to(tl.int64)
     inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
     queries = tl.load(q + (b * tokens + m[:, None]) * heads * depth + c[None, :], inside_token, 0.0)
-    queries = queries.to(tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     sums = tl.zeros([BM, BD], tl.float32)
@@ -28,8 +27,8 @@ def forward_kernel(
         p = start + tl.arange(0, BP)
         inside = (d < depth)[:, None] & (p < pixels)[None, :]
         p_wide = p.to(tl.int64)[None, :]
-        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
-        logit = tl.dot(queries, pixel, input_precision="ieee") * scale
+        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0)
+        logit = dot(queries, pixel) * scale
         if KEEP:
             to = logits + ((b * heads + head) * tokens + m[:, None]) * pixels + p_wide
             tl.store(to, logit.to(logits.dtype.element_ty), (m < tokens)[:, None] & (p < pixels)[None, :])
@@ -38,13 +37,42 @@ def forward_kernel(
         weights = tl.exp(logit - higher[:, None])
         rescale = tl.exp(top - higher)
         total = total * rescale + tl.sum(weights, 1)
-        sums = sums * rescale[:, None] + tl.dot(weights, tl.trans(pixel), input_precision="ieee")
+        sums = sums * rescale[:, None] + dot(weights, tl.trans(pixel))
         top = higher
     row = (b * splits + part) * tokens + m
     tl.store(out + row[:, None] * heads * depth + c[None, :], sums, inside_token)
     to = stats + (((b * splits + part) * heads + head) * tokens + m) * 2
     tl.store(to, top, m < tokens)
     tl.store(to + 1, total, m < tokens)
+
+
+@triton.jit
+def combine_kernel(sums, stats, out, kept, splits, tokens, heads, depth, BS: tl.constexpr, BD: tl.constexpr):
+    """The splits of `forward_kernel` put together for a token and a head: out (B, M, C) and kept
+    (B, heads, M, 2)."""
+    m, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BD)
+    top = tl.full([1], float("-inf"), tl.float32)
+    for start in range(0, splits, BS):
+        s = start + tl.arange(0, BS)
+        at = stats + (((b * splits + s) * heads + head) * tokens + m) * 2
+        top = tl.maximum(top, tl.max(tl.load(at, s < splits, float("-inf")), 0))
+    total = tl.zeros([1], tl.float32)
+    mixed = tl.zeros([BD], tl.float32)
+    for start in range(0, splits, BS):
+        s = start + tl.arange(0, BS)
+        at = stats + (((b * splits + s) * heads + head) * tokens + m) * 2
+        weights = tl.exp(tl.load(at, s < splits, float("-inf")) - top)
+        total += tl.sum(weights * tl.load(at + 1, s < splits, 0.0), 0)
+        rows = ((b * splits + s) * tokens + m) * heads + head
+        inside = (s < splits)[:, None] & (d < depth)[None, :]
+        tile = tl.load(sums + rows[:, None] * depth + d[None, :], inside, 0.0)
+        mixed += tl.sum(weights[:, None] * tile, 0)
+    row = (b * tokens + m) * heads + head
+    tl.store(out + row * depth + d, (mixed / total).to(out.dtype.element_ty), d < depth)
+    pair = kept + ((b * heads + head) * tokens + m) * 2 + tl.arange(0, 1)
+    tl.store(pair, top)
+    tl.store(pair + 1, total)
 
 
 @triton.jit
@@ -61,8 +89,8 @@ def means_kernel(
     c = (head * depth + d).to(tl.int64)
     inside_m = m < tokens
     at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
-    queries = tl.load(q + at, inside_m[:, None] & (d < depth)[None, :], 0.0).to(tl.float32)
-    grad_out = tl.load(g + at, inside_m[:, None] & (d < depth)[None, :], 0.0).to(tl.float32)
+    queries = tl.load(q + at, inside_m[:, None] & (d < depth)[None, :], 0.0)
+    grad_out = tl.load(g + at, inside_m[:, None] & (d < depth)[None, :], 0.0)
     stat = stats + ((b * heads + head) * tokens + m) * 2
     top = tl.load(stat, inside_m, 0.0)
     total = tl.load(stat + 1, inside_m, 1.0)
@@ -74,11 +102,11 @@ def means_kernel(
         p = start + tl.arange(0, BP)
         inside = (d < depth)[:, None] & (p < pixels)[None, :]
         p_wide = p.to(tl.int64)[None, :]
-        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
-        logit = tl.dot(queries, pixel, input_precision="ieee") * scale
+        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0)
+        logit = dot(queries, pixel) * scale
         weights = tl.exp(logit - top[:, None]) / total[:, None]
         weights = tl.where((p < pixels)[None, :], weights, 0.0)
-        grad = tl.dot(grad_out, pixel, input_precision="ieee")
+        grad = dot(grad_out, pixel)
         largest, pivot, weight_sum, sums = add_to_mean(weights, grad, largest, pivot, weight_sum, sums, BP)
     to = out + (((b * splits + part) * heads + head) * tokens + m) * 4
     tl.store(to, largest, inside_m)
@@ -102,15 +130,15 @@ def backward_kernel(
     inside_m = m < tokens
     inside_token = inside_m[:, None] & (d < depth)[None, :]
     at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
-    queries = tl.load(q + at, inside_token, 0.0).to(tl.float32)
+    queries = tl.load(q + at, inside_token, 0.0)
     stat = stats + ((b * heads + head) * tokens + m) * 2
     top = tl.load(stat, inside_m, 0.0)
     total = tl.load(stat + 1, inside_m, 1.0)
-    grad_out = tl.zeros([BM, BD], tl.float32)
+    grad_out = queries
     pivot = tl.zeros([BM], tl.float32)
     mean = tl.zeros([BM], tl.float32)
     if ATTENDED:
-        grad_out = tl.load(g + at, inside_token, 0.0).to(tl.float32)
+        grad_out = tl.load(g + at, inside_token, 0.0)
         both = means + ((b * heads + head) * tokens + m) * 2
         pivot = tl.load(both, inside_m, 0.0)
         mean = tl.load(both + 1, inside_m, 0.0)
@@ -119,25 +147,25 @@ def backward_kernel(
         p = start + tl.arange(0, BP)
         inside = (d < depth)[:, None] & (p < pixels)[None, :]
         p_wide = p.to(tl.int64)[None, :]
-        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0)
         logit = tl.zeros([BM, BP], tl.float32)
         out = tl.zeros([BD, BP], tl.float32)
         if ATTENDED:
-            own = tl.dot(queries, pixel, input_precision="ieee") * scale
+            own = dot(queries, pixel) * scale
             weights = tl.exp(own - top[:, None]) / total[:, None]
             weights = tl.where(inside_m[:, None] & (p < pixels)[None, :], weights, 0.0)
-            grad = tl.dot(grad_out, pixel, input_precision="ieee")
+            grad = dot(grad_out, pixel)
             logit += weights * (grad - pivot[:, None] - mean[:, None])
-            out += tl.dot(tl.trans(grad_out), weights, input_precision="ieee")
+            out += dot(tl.trans(grad_out), rounded(weights, pixel))
         if KEPT:
             source = grad_logits + ((b * heads + head) * tokens + m[:, None]) * pixels + p_wide
             logit += tl.load(source, inside_m[:, None] & (p < pixels)[None, :], 0.0).to(tl.float32)
         logit = logit * scale
-        out += tl.dot(tl.trans(queries), logit, input_precision="ieee")
+        out += dot(tl.trans(queries), rounded(logit, pixel))
         tl.store(
             grad_x + b * out_b + c[:, None] * out_c + p_wide * out_p, out.to(grad_x.dtype.element_ty), inside
         )
-        grad_q += tl.dot(logit, tl.trans(pixel), input_precision="ieee")
+        grad_q += dot(logit, tl.trans(pixel))
     to = sums + ((b * splits + part) * tokens + m[:, None]) * heads * depth + c[None, :]
     tl.store(to, grad_q, inside_token)
 
@@ -153,20 +181,20 @@ def forward(
     count, size = splits_of(pixels, batch * num_heads, x.device, blocks["BP"])
     kept = (batch, num_heads, tokens, *x.shape[2:]) if return_logits else (0,)
     logits = torch.empty(kept, dtype=x.dtype, device=x.device)
-    out = torch.empty((batch, count, tokens, num_heads, depth), dtype=torch.float32, device=x.device)
+    sums = torch.empty((batch, count, tokens, num_heads, depth), dtype=torch.float32, device=x.device)
     stats = torch.empty((batch, count, num_heads, tokens, 2), dtype=torch.float32, device=x.device)
+    softmax_stats = stats.new_empty((batch, num_heads, tokens, 2))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel() > 0:
         forward_kernel[count, num_heads, batch](
-            source.tensor, q.contiguous(), out, stats, logits, scale, *sizes, size, count, *source.strides,
+            source.tensor, q.contiguous(), sums, stats, logits, scale, *sizes, size, count, *source.strides,
             KEEP=return_logits, **blocks,
         )  # fmt: skip
-    # The splits put together.
-    tops, totals = stats.unbind(-1)  # (B, splits, heads, M)
-    top = tops.amax(1, keepdim=True)
-    weights = torch.exp(tops - top)
-    total = (totals * weights).sum(1)
-    mixed = (out * weights.transpose(2, 3)[..., None]).sum(1) / total.transpose(1, 2)[..., None]
-    return mixed.flatten(2).to(q.dtype), logits, torch.stack([top.squeeze(1), total], -1)
+        combine_kernel[tokens, num_heads, batch](
+            sums, stats, out, softmax_stats, count, tokens, num_heads, depth, power(count, 1, 32),
+            blocks["BD"],
+        )  # fmt: skip
+    return out, logits, softmax_stats
 
 
 def backward(
