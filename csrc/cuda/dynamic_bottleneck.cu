@@ -1,11 +1,6 @@
 // The bottlenecks of deployed networks on CUDA devices, as mfkernels_cuda::dynamic_bottleneck.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
-#include "../ops/common.h"
 #include "dynamic_bottleneck.cuh"
+#include "launch.h"
 
 namespace mfk {
 namespace {
@@ -16,8 +11,6 @@ struct Launch {
   cuda::BottleneckSizes sizes;
   int tokens, heads;  // of the bridge
   int64_t blocks;
-  int device;
-  cudaStream_t stream;
 };
 
 cuda::MapStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
@@ -26,13 +19,9 @@ template <class T, int kColumns>
 void launch(const Launch& l, const Tensor& x, Tensor& y, const cuda::BottleneckWeights<T>& weights,
             const cuda::BridgeBack<T>& bridge) {
   const int bytes = cuda::BottleneckRooms<T>(l.sizes, 16 * kColumns).total;
-  int most = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, l.device));
-  STD_TORCH_CHECK(bytes <= most, kOp, ": ", l.sizes.inputs, " channels need ", bytes,
-                  " bytes of shared memory, and this device has ", most);
   const auto kernel = cuda::dynamic_bottleneck_kernel<T, kColumns>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<static_cast<unsigned>(l.blocks), cuda::kBottleneckThreads, bytes, l.stream>>>(
+  cuda::allow_shared(kOp, std::to_string(l.sizes.inputs) + " channels", kernel, bytes, x.get_device_index());
+  kernel<<<static_cast<unsigned>(l.blocks), cuda::kBottleneckThreads, bytes, cuda::stream_of(x)>>>(
       static_cast<const T*>(x.data_ptr()), strides_of(x), static_cast<T*>(y.data_ptr()), strides_of(y),
       weights, bridge, l.sizes);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -94,25 +83,15 @@ Tensor forward(const Tensor& x, const Tensor& slopes1, const Tensor& slopes2, co
   const auto tiles = [](int64_t pixels) { return (pixels + cuda::kTile - 1) / cuda::kTile; };
   const int64_t blocks = batch * tiles(x.size(2)) * tiles(x.size(3));
   STD_TORCH_CHECK(blocks < 2147483648, kOp, ": x is too large");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const Launch l{{static_cast<int>(inputs), static_cast<int>(hidden), static_cast<int>(outputs),
                   static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), skip},
                  static_cast<int>(tokens),
                  static_cast<int>(num_heads),
-                 blocks,
-                 x.get_device_index(),
-                 static_cast<cudaStream_t>(stream)};
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16:
-      launch<__nv_bfloat16>(l, x, y, given);
-      break;
-    case ScalarType::Half:
-      launch<__half>(l, x, y, given);
-      break;
-    default:
-      STD_TORCH_CHECK(false, kOp, ": x must be bfloat16 or float16");
-  }
+                 blocks};
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Float, kOp, ": x must be bfloat16 or float16");
+  cuda::with_type(kOp, "x", x, [&](auto number) {
+    if constexpr (sizeof number == 2) launch<decltype(number)>(l, x, y, given);
+  });
   return y;
 }
 

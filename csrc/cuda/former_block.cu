@@ -1,11 +1,7 @@
 // former_block on CUDA devices, as mfkernels_cuda::former_block.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
 #include "../ops/former_call.h"
 #include "former_block.cuh"
+#include "launch.h"
 
 namespace mfk {
 namespace {
@@ -13,7 +9,7 @@ namespace {
 using Given = std::optional<Tensor>;
 
 template <class T>
-void launch(const FormerCall& call, Tensor& y, int device, cudaStream_t stream) {
+void launch(const FormerCall& call, Tensor& y) {
   const FormerArgs& a = call.args;
   const cuda::FormerSizes sizes{static_cast<int>(a.tokens),
                                 static_cast<int>(a.width),
@@ -36,13 +32,10 @@ void launch(const FormerCall& call, Tensor& y, int device, cudaStream_t stream) 
     *pointers[i] = static_cast<const T*>(aligned[i].data_ptr());
   }
   const int bytes = cuda::FormerRooms(sizes).total * static_cast<int>(sizeof(float));
-  int most = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  STD_TORCH_CHECK(bytes <= most, "former_block: ", a.tokens, " tokens of width ", a.width, " need ", bytes,
-                  " bytes of shared memory, and this device has ", most, "; use the backend \"triton\"");
   const auto kernel = cuda::former_block_kernel<T>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<static_cast<unsigned>(a.batch), cuda::kThreads, bytes, stream>>>(
+  const std::string what = std::to_string(a.tokens) + " tokens of width " + std::to_string(a.width);
+  cuda::allow_shared("former_block", what, kernel, bytes, y.get_device_index());
+  kernel<<<static_cast<unsigned>(a.batch), cuda::kThreads, bytes, cuda::stream_of(y)>>>(
       static_cast<const T*>(a.x), static_cast<T*>(y.data_ptr()), weights, sizes);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -61,24 +54,7 @@ Tensor forward(const Tensor& tokens, const Tensor& qkv_weight, Given qkv_bias, c
                       call.args.batch < 2147483648,
                   "former_block: tokens are too many or too wide, use the backend \"triton\"");
   if (y.numel() == 0) return y;
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tokens.get_device_index(), &stream));
-  const auto run = [&](auto element) {
-    launch<decltype(element)>(call, y, tokens.get_device_index(), static_cast<cudaStream_t>(stream));
-  };
-  switch (tokens.scalar_type()) {
-    case ScalarType::Float:
-      run(float());
-      break;
-    case ScalarType::BFloat16:
-      run(__nv_bfloat16());
-      break;
-    case ScalarType::Half:
-      run(__half());
-      break;
-    default:
-      STD_TORCH_CHECK(false, "former_block: tokens must be float32, bfloat16 or float16");
-  }
+  cuda::with_type("former_block", "tokens", tokens, [&](auto number) { launch<decltype(number)>(call, y); });
   return y;
 }
 

@@ -1,10 +1,5 @@
 // The tokens of deployed Mobile-Former blocks on CUDA devices, as mfkernels_cuda::token_chain.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
-#include "../ops/common.h"
+#include "launch.h"
 #include "token_chain.cuh"
 
 namespace mfk {
@@ -17,18 +12,13 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 template <class T>
 void launch(const Tensor& tokens, const Tensor& gathered, const Tensor& packed,
             const std::vector<int64_t>& offsets, const cuda::ChainSizes& s, Four& results) {
-  const int device = tokens.get_device_index(),
-            bytes = cuda::chain_rooms(s).total * static_cast<int>(sizeof(float));
-  int most = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  STD_TORCH_CHECK(bytes <= most, kOp, ": ", s.former.tokens, " tokens of width ", s.former.width, " need ",
-                  bytes, " bytes of shared memory, and this device has ", most);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const int bytes = cuda::chain_rooms(s).total * static_cast<int>(sizeof(float));
   const auto kernel = cuda::token_chain_kernel<T>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const std::string what =
+      std::to_string(s.former.tokens) + " tokens of width " + std::to_string(s.former.width);
+  cuda::allow_shared(kOp, what, kernel, bytes, tokens.get_device_index());
   const auto to = [](Tensor& t) { return static_cast<T*>(t.data_ptr()); };
-  kernel<<<static_cast<unsigned>(s.samples), cuda::kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(
+  kernel<<<static_cast<unsigned>(s.samples), cuda::kThreads, bytes, cuda::stream_of(tokens)>>>(
       static_cast<const T*>(tokens.data_ptr()), static_cast<const T*>(gathered.data_ptr()),
       to(std::get<0>(results)), to(std::get<1>(results)), to(std::get<2>(results)), to(std::get<3>(results)),
       cuda::chain_weights(static_cast<const T*>(packed.data_ptr()), offsets.data()), s);
@@ -62,19 +52,8 @@ Four forward(const Tensor& given, const Tensor& gathered, const Tensor& packed, 
   if (batch == 0) return results;
   const Tensor dense = torch::stable::contiguous(gathered);
   const cuda::ChainSizes s = cuda::chain_sizes(all.data(), static_cast<float>(eps));
-  switch (tokens.scalar_type()) {
-    case ScalarType::Float:
-      launch<float>(tokens, dense, packed, offsets, s, results);
-      break;
-    case ScalarType::BFloat16:
-      launch<__nv_bfloat16>(tokens, dense, packed, offsets, s, results);
-      break;
-    case ScalarType::Half:
-      launch<__half>(tokens, dense, packed, offsets, s, results);
-      break;
-    default:
-      STD_TORCH_CHECK(false, kOp, ": tokens must be float32, bfloat16 or float16");
-  }
+  cuda::with_type(kOp, "tokens", tokens,
+                  [&](auto number) { launch<decltype(number)>(tokens, dense, packed, offsets, s, results); });
   return results;
 }
 

@@ -1,0 +1,48 @@
+// What the operators on CUDA devices do before a launch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "../ops/common.h"
+
+namespace mfk {
+namespace cuda {
+
+inline cudaStream_t stream_of(const Tensor& x) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Lets the kernel have so much shared memory, which `what` needs.
+template <class Kernel>
+void allow_shared(const char* op, const std::string& what, Kernel kernel, int bytes, int device) {
+  int most = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_TORCH_CHECK(bytes <= most, op, ": ", what, " need ", bytes,
+                  " bytes of shared memory, and this device has ", most, "; use the backend \"triton\"");
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+// run(number) with a number of x's type.
+template <class Run>
+void with_type(const char* op, const char* name, const Tensor& x, Run run) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return run(float());
+    case ScalarType::BFloat16:
+      return run(__nv_bfloat16());
+    case ScalarType::Half:
+      return run(__half());
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace cuda
+}  // namespace mfk
