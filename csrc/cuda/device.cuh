@@ -8,7 +8,7 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define MFK_DYNAMIC_SHARED(name) extern __shared__ float name[]
+#define MFK_DYNAMIC_SHARED(name) extern __shared__ __align__(16) float name[]
 #endif
 
 namespace mfk {

@@ -10,7 +10,7 @@ from ..nn.mobile_former_block import MobileFormerBlock
 from ..operators.dynamic_relu import dynamic_relu_reference
 from ..operators.former_to_mobile_attention import former_to_mobile_attention_reference
 
-MOST_OUTPUTS, MOST_TOKENS = 256, 8  # of the kernel
+MOST_OUTPUTS, MOST_TOKENS, TILE = 256, 8, 8  # of the kernel
 
 
 def dynamic_bottleneck_reference(
@@ -60,6 +60,15 @@ def dynamic_bottleneck(*arguments: Any) -> Tensor:
     """By the kernel, or on a CPU by its definition."""
     run: Any = dynamic_bottleneck_reference
     return (torch.ops.mfkernels_cuda.dynamic_bottleneck if arguments[0].is_cuda else run)(*arguments)
+
+
+def occupies_device(x: Tensor) -> bool:
+    """Whether a map has tiles for at least half of the multiprocessors: each tile is made by one, which all
+    hidden channels of fewer would keep longer than the library's convolutions take."""
+    if not x.is_cuda:
+        return True
+    tiles = x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE)
+    return 2 * tiles >= torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def is_bottleneck(block: Any) -> bool:

@@ -12,17 +12,18 @@ from ..native import CUDA_LACKS
 from ..nn.inputs import Pair
 from ..nn.mobile_former_block import MobileFormerBlock, MobileFormerDownsample
 from ..streams import side_by_side
-from .dynamic_bottleneck import dynamic_bottleneck, is_bottleneck
+from .dynamic_bottleneck import dynamic_bottleneck, is_bottleneck, occupies_device
 from .token_chain import Made, TokenChain, is_chain, token_chain_reference
 
 
 class FusedBlock(nn.Module):
     """A block of a Mobile-Former: all that is done with tokens alone is one kernel, beside Mobile's first
-    convolution; or all of Mobile is another one, after it, and wide maps stay on the chip.
+    convolution; or, where maps are large, all of Mobile is another one after it, and wide maps stay on the
+    chip.
 
     Args:
         block: one that `is_chain`.
-        whole: Mobile is one kernel; the block `is_bottleneck`, too.
+        whole: Mobile may be one kernel; the block `is_bottleneck`, too.
     """
 
     def __init__(self, block: nn.Module, whole: bool) -> None:
@@ -33,7 +34,7 @@ class FusedBlock(nn.Module):
         block: Any = self.block
         x, tokens = pair
         heads = block.global_local.num_heads
-        if self.whole:
+        if self.whole and occupies_device(x):
             made = self._tokens(x, tokens)
             layers = [layers[0] for layers in (block.conv1, block.conv2, block.conv3)]
             weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
