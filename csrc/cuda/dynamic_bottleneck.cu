@@ -76,10 +76,7 @@ Tensor forward(const Tensor& x, const Tensor& slopes1, const Tensor& slopes2, co
   if (y.numel() == 0) return y;
   Tensor given[] = {slopes1,        slopes2, expand,       expand_bias, depthwise,
                     depthwise_bias, project, project_bias, keys,        values};
-  for (Tensor& t : given) {
-    t = torch::stable::contiguous(t);
-    if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) t = torch::stable::clone(t);
-  }
+  for (Tensor& t : given) t = cuda::aligned(torch::stable::contiguous(t));
   const auto tiles = [](int64_t pixels) { return (pixels + cuda::kTile - 1) / cuda::kTile; };
   const int64_t blocks = batch * tiles(x.size(2)) * tiles(x.size(3));
   STD_TORCH_CHECK(blocks < 2147483648, kOp, ": x is too large");
@@ -100,11 +97,9 @@ Tensor forward(const Tensor& x, const Tensor& slopes1, const Tensor& slopes2, co
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels_cuda, m) {
   m.def(
-      "dynamic_bottleneck(Tensor x, Tensor slopes1, Tensor slopes2, Tensor expand_weight, Tensor "
-      "expand_bias, "
-      "Tensor depthwise_weight, Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, Tensor "
-      "keys, "
-      "Tensor values, int num_heads, bool skip) -> Tensor");
+      "dynamic_bottleneck(Tensor x, Tensor slopes1, Tensor slopes2, Tensor expand_weight, "
+      "Tensor expand_bias, Tensor depthwise_weight, Tensor depthwise_bias, Tensor project_weight, "
+      "Tensor project_bias, Tensor keys, Tensor values, int num_heads, bool skip) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels_cuda, CUDA, m) { m.impl("dynamic_bottleneck", TORCH_BOX(&mfk::forward)); }

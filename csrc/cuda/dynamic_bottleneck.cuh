@@ -13,7 +13,6 @@ namespace mfk {
 namespace cuda {
 
 constexpr int kBottleneckThreads = 256;
-constexpr int kBottleneckWarps = kBottleneckThreads / 32;
 constexpr int kTile = 8;                              // rows and columns of a tile
 constexpr int kHalo = kTile + 2;                      // ... with its border
 constexpr int kHaloRows = (kHalo * kHalo + 15) / 16;  // its pixels, in rows of a product's tiles

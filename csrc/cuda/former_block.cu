@@ -28,7 +28,7 @@ void launch(const FormerCall& call, Tensor& y) {
     const Tensor& t = call.parameters[i];
     *pointers[i] = nullptr;
     if (!t.defined()) continue;
-    aligned[i] = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+    aligned[i] = cuda::aligned(t);
     *pointers[i] = static_cast<const T*>(aligned[i].data_ptr());
   }
   const int bytes = cuda::FormerRooms(sizes).total * static_cast<int>(sizeof(float));

@@ -29,6 +29,11 @@ void allow_shared(const char* op, const std::string& what, Kernel kernel, int by
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
+// The tensor, or a copy of it where it does not begin as vectors of 16 bytes do.
+inline Tensor aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+}
+
 // run(number) with a number of x's type.
 template <class Run>
 void with_type(const char* op, const char* name, const Tensor& x, Run run) {

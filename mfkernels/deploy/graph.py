@@ -119,7 +119,7 @@ class Captured(nn.Module):
                 found.append(
                     _Shape(image, *_gpu.record(lambda form=form: self._run(form, image), self._pool))
                 )
-            except RuntimeError:
+            except RuntimeError:  # its kernels need more than this device has
                 if form is self.forms[0]:
                     raise
         return found[0] if len(found) == 1 else min(found, key=lambda shape: _gpu.time(shape.replay))
