@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import INTERPRETED, Map, add_to_mean, as_map, dot, power
+from ..triton_maps import Map, add_to_mean, as_map, dot, power, rounded
 
 
 @triton.jit
@@ -28,10 +28,7 @@ def load_tile(base, c, channels, c_stride, p, inside_p, p_stride):
 @triton.jit
 def squashed(x, inside):
     """sigmoid(x) in x's dtype, zero outside."""
-    y = tl.where(inside, tl.sigmoid(x.to(tl.float32)), 0.0)
-    if INTERPRETED:  # where rounding is another
-        return y
-    return y.to(x.dtype)
+    return rounded(tl.where(inside, tl.sigmoid(x.to(tl.float32)), 0.0), x)
 
 
 @triton.jit
@@ -241,7 +238,6 @@ class _Call:
         self.queries, self.keys = power(self.pixels, 16, side), power(self.pixels, 16, 32)
         self.rows = power(self.pixels, 16, 32)  # of the backward pass, which has two products at a time
         self.block_d, self.block_c = power(depth, 16, block), power(self.channels, 16, block)
-        self.stats = torch.empty((batch, 2, height * width), dtype=torch.float32, device=q.device)
 
     def _grid(self, side: int, channels: int, block: int) -> tuple[int, int, int]:
         return triton.cdiv(self.pixels, side), triton.cdiv(channels, block), self.batch * self.windows
@@ -250,8 +246,9 @@ class _Call:
         return self._forward(out, None, as_map(gate))
 
     def context(self) -> Tensor:
-        """v P^T, (B, C, H, W) in float32, and `stats`."""
+        """v P^T, (B, C, H, W) in float32, and `stats`, which the gradients need."""
         out = torch.empty(self.v.tensor.shape, dtype=torch.float32, device=self.v.tensor.device)
+        self.stats = out.new_empty(self.batch, 2, out.shape[2] * out.shape[3])
         return self._forward(out, self.stats, None)
 
     def _forward(self, out: Tensor, stats: Tensor | None, gate: Map | None) -> Tensor:
