@@ -277,8 +277,9 @@ class _Call:
         rows = torch.empty(shape, dtype=torch.float32, device=tokens.device)
         self.rows = dict(zip(sizes, rows.split(list(sizes.values()), 2), strict=True))
 
-    def launch(self, kernel: Any, *first: Any, names: str) -> Tensor:
-        """`kernel` with `first`, the result, and the parameters and rows of these names."""
+    def launch(self, kernel: Any, *first: Any, names: str, outputs: int) -> Tensor:
+        """`kernel` with `first`, the result, and the parameters and rows of these names; at most so many
+        outputs of a layer at once as stay in registers."""
         result = torch.empty(self.tokens.shape, dtype=self.tokens.dtype, device=self.tokens.device)
         if result.numel() == 0:
             return result
@@ -288,14 +289,17 @@ class _Call:
             self.rows["x"].stride(1), self.count, self.width, self.hidden, self.heads,
             self.width // self.heads, (self.width // self.heads) ** -0.5, self.eps,
             STANDARD=self.standard, FFN=self.ffn, BD=power(self.width, 16),
-            BN=power(max(self.width, self.hidden), 32, 64), BT=power(self.count, 16), num_warps=8,
+            BN=power(max(self.width, self.hidden), 32, outputs), BT=power(self.count, 16),
+            num_warps=8,
         )  # fmt: skip
         return result
 
     def forward(self) -> Tensor:
         layers = " ".join(self.parameters)
         rows = "x normed q k v weights attended sum1 second units active sum2 out"
-        return self.launch(forward_kernel, self.tokens, *self.tokens.stride(), names=f"{layers} {rows}")
+        return self.launch(
+            forward_kernel, self.tokens, *self.tokens.stride(), names=f"{layers} {rows}", outputs=64
+        )  # fmt: skip
 
     def backward(self, grad_out: Tensor) -> Tensor:
         return self.launch(
@@ -303,6 +307,7 @@ class _Call:
             names="qkv_w proj_w norm1_w fc1_w fc2_w norm2_w x q k v weights sum1 second units sum2 "
             "grad grad_sum2 norm2 grad_units grad_second norm1 grad_sum1 grad_attended logits grad_q grad_k "
             "grad_v grad_normed grad_x",
+            outputs=256 if self.width <= 128 else 128,
         )  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def forward(
     if q.numel() > 0:
         forward_kernel[count, num_heads, batch](
             source.tensor, q.contiguous(), sums, stats, logits, scale, *sizes, size, count, *source.strides,
-            KEEP=return_logits, **blocks,
+            KEEP=return_logits, **blocks | dict(num_warps=4),
         )  # fmt: skip
         combine_kernel[tokens, num_heads, batch](
             sums, stats, out, softmax_stats, count, tokens, num_heads, depth, power(count, 1, 32),
