@@ -51,11 +51,15 @@ def layers(batch: int = 1, networks: Sequence[str] | None = None) -> dict[str, l
     return {name: sorted(found, key=repr) for name, found in recorder.layers.items()}
 
 
+def is_tensor(value: object) -> bool:
+    return isinstance(value, tuple) and value[:1] == ("tensor",)
+
+
 def fill(layer: Layer, generator: torch.Generator) -> list:
     """Random arguments; matrices and kernels scaled so that sums are of the order of one."""
     arguments = []
     for value in layer:
-        if isinstance(value, tuple) and value[:1] == ("tensor",):
+        if is_tensor(value):
             shape = value[1:]
             width = max(1, shape[-1] if len(shape) == 2 else torch.Size(shape[1:]).numel() if shape else 1)
             scale = width**-0.5 if len(shape) in (2, 5) else 1.0

@@ -10,12 +10,14 @@ from test_deploy import make, randomise
 
 import mfkernels
 from mfkernels.deploy import fused_block, graph
+from mfkernels.deploy.activated_depthwise import activated_depthwise_of
 from mfkernels.deploy.dynamic_bottleneck import is_bottleneck
+from mfkernels.deploy.folding import fold_batch_norms
 from mfkernels.deploy.fused_block import FusedBlock, forms, with_fused_blocks
-from mfkernels.deploy.graph import MOST_SHAPES, Captured, deployed_on_gpu, fold_batch_norms
+from mfkernels.deploy.graph import MOST_SHAPES, Captured, deployed_on_gpu
 from mfkernels.deploy.token_chain import is_chain
 from mfkernels.models import MobileFormer
-from mfkernels.nn import MobileFormerBlock
+from mfkernels.nn import MobileFormerBlock, MobileFormerDownsample
 
 
 class Double:
@@ -85,7 +87,9 @@ def test_same_numbers(double, name):
             expected = model(image(seed=seed))
         got = deployed(image(seed=seed))
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
-    assert double.log == ["pool", "record", "replay", "event", *["wait", "replay", "event"] * 2]
+    forms = len(deployed.forms)
+    made = ["pool", *["record"] * forms, *["time"] * (forms if forms > 1 else 0)]
+    assert double.log == [*made, "replay", "event", *["wait", "replay", "event"] * 2]
 
 
 def small(double, dtype=torch.float32):
@@ -168,9 +172,10 @@ def test_fused_blocks_do_the_same(whole):
     assert (got - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
-def block(**others):
-    given = dict(expansion=2, token_dim=16, token_num=3) | others
-    return fold_batch_norms(MobileFormerBlock(8, 8, **given).eval())
+def block(kind=MobileFormerBlock, **others):
+    expansion = 2 if kind is MobileFormerBlock else (2, 4)
+    given = dict(expansion=expansion, token_dim=16, token_num=3) | others
+    return fold_batch_norms(kind(8, 8, **given).eval())
 
 
 def test_only_released_bottlenecks_are_one_kernel():
@@ -182,6 +187,21 @@ def test_only_released_bottlenecks_are_one_kernel():
     assert not is_bottleneck(MobileFormerBlock(8, 8, expansion=2, token_dim=16, token_num=3))
     wide = MobileFormerBlock(8, 257, expansion=2, token_dim=16, token_num=3).eval()
     assert not is_bottleneck(fold_batch_norms(wide))
+
+
+def test_only_released_depthwise_convolutions_are_one_kernel_with_their_activations():
+    others = [dict(kernel_size=(5, 5)), dict(se_flag=(2, 0, 2, 1)), dict(depthwise="maxdw")]
+    normal, down = block(), block(kind=MobileFormerDownsample)
+    for found, conv in ((normal, normal.conv2[0]), (down, down.conv3[0])):
+        assert activated_depthwise_of(found) is conv
+        for other in others:
+            assert activated_depthwise_of(block(kind=type(found), **other)) is None, other
+        conv.register_forward_hook(print)
+        assert activated_depthwise_of(found) is None
+    for other in (dict(stride=2), dict(before_skip=True)):
+        assert activated_depthwise_of(block(**other)) is None, other
+    assert activated_depthwise_of(block(kind=MobileFormerDownsample, depthwise="sepdw")) is None
+    assert activated_depthwise_of(MobileFormerBlock(8, 8, expansion=2, token_dim=16, token_num=3)) is None
 
 
 def test_only_released_token_chains_are_one_kernel():
@@ -199,14 +219,20 @@ def test_only_released_token_chains_are_one_kernel():
 
 def test_forms(monkeypatch):
     model = fold_batch_norms(tiny())
-    assert forms(model, torch.bfloat16) == [model]  # here are no kernels
-    monkeypatch.setattr(fused_block, "CUDA_LACKS", None)
     other = torch.nn.Sequential(model)
-    assert forms(other, torch.bfloat16) == [other]
-    for dtype, whole in ((torch.float32, [0]), (torch.bfloat16, [0, 2])):
-        first, *rest = forms(model, dtype)
-        assert first is model
-        assert [sum(getattr(block, "whole", False) for block in form.modules()) for form in rest] == whole
+    for triton, lacks, single, half in (
+        (False, "a compiler", [], []),
+        (True, "a compiler", [0], [0]),
+        (False, None, [0], [0, 2]),
+        (True, None, [0], [0, 2]),
+    ):
+        monkeypatch.setattr(fused_block, "TRITON_INSTALLED", triton)
+        monkeypatch.setattr(fused_block, "CUDA_LACKS", lacks)
+        assert forms(other, torch.bfloat16) == [other]
+        for dtype, whole in ((torch.float32, single), (torch.bfloat16, half)):
+            first, *rest = forms(model, dtype)
+            assert first is model
+            assert [sum(getattr(block, "whole", False) for block in form.modules()) for form in rest] == whole
     kept = deployed_on_gpu(tiny(), torch.bfloat16).forms
     assert {p.dtype for p in kept.state_dict().values() if p.is_floating_point()} == {torch.bfloat16}
     assert {id(p) for p in kept[2].parameters()} == {id(p) for p in kept[0].parameters()}
@@ -269,8 +295,9 @@ def test_on_a_gpu(name, dtype):
     """The same numbers, on another stream, too; and a graph it is: the network itself is not called."""
     model = make(name, num_classes=7).cuda()
     deployed = mfkernels.deploy(model, dtype=dtype)
-    kernels = mfkernels.backends.unavailable("cuda") is None and name.startswith("mobile_former")
-    assert len(deployed.forms) == 1 + kernels * (1 if dtype == torch.float32 else 2)
+    cuda, triton = (mfkernels.backends.unavailable(backend) is None for backend in ("cuda", "triton"))
+    fused = (cuda or triton) + (cuda and dtype != torch.float32)
+    assert len(deployed.forms) == 1 + fused * name.startswith("mobile_former")
     bound = 1e-3 if dtype == torch.float32 else 0.1
     for seed, stream in enumerate((torch.cuda.current_stream(), torch.cuda.Stream())):
         x = image(seed=seed).cuda()

@@ -2,7 +2,8 @@
 
     python triton_compile.py [--all] [OPERATOR ...]
 
-for the first shape of an operator's cases in every dtype, with --all for all of them (half an hour).
+for every layer of the released networks in every dtype, with --all for all chosen shapes of an operator's
+cases instead (half an hour).
 
 Runs the launchers on CPU tensors with the launch replaced by a note of its arguments; then compiles each
 kernel for each kind of arguments and each target. Prints a line of JSON for each: registers a thread and
@@ -16,19 +17,24 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import torch
 import triton
 from cases import modules
+from family_layers import is_tensor, layers
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import mfkernels
+from mfkernels.deploy.activated_depthwise_triton import activated_depthwise
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,10 +45,13 @@ TARGETS = {
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def launches(op, every_shape: bool) -> dict[str, tuple[str, str, dict, dict, dict]]:
-    """The kinds of launches of an operator: module, kernel, signature, constants and options, by a name."""
-    importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")  # before anything is interpreted
-    found = {}
+Kind = tuple[str, str, dict, dict, dict]  # of launches: module, kernel, signature, constants and options
+
+
+@contextmanager
+def noted() -> Iterator[dict[str, Kind]]:
+    """The kinds of the launches in the `with` block, none of which is made, by a name."""
+    found: dict[str, Kind] = {}
 
     def note(kernel: JITFunction, *args, grid, warmup, **kwargs):
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -55,23 +64,45 @@ def launches(op, every_shape: bool) -> dict[str, tuple[str, str, dict, dict, dic
         name = json.dumps([kernel.__module__, kernel.__name__, signature, values])
         found[name] = (kernel.__module__, kernel.__name__, signature, constants, options)
 
-    original = JITFunction.run
-    JITFunction.run = note
-    try:
-        for dtype in DTYPES:
-            for shape in op.CHOSEN if every_shape else op.CHOSEN[:1]:
-                sample = op.make(shape, torch.Generator().manual_seed(0)).map(
-                    lambda v, dtype=dtype: v.to(dtype).requires_grad_()
-                )
-                os.environ["TRITON_INTERPRET"] = "1"  # only so that CPU tensors are let through
-                with mfkernels.use_backend("triton"):
-                    outputs = sample.call(op.OP)
-                    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                    torch.autograd.grad(outputs, list(sample.given().values()), [o.detach() for o in outputs])
-                del os.environ["TRITON_INTERPRET"]
-    finally:
-        JITFunction.run = original
-    return found
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # only so that CPU tensors are let through
+        mfkernels.use_backend("triton"),
+    ):
+        yield found
+
+
+def launch_operator(op: ModuleType, dtype: torch.dtype, every_shape: bool) -> None:
+    """Forward and backward."""
+    if every_shape:
+        for shape in op.CHOSEN:
+            sample = op.make(shape, torch.Generator().manual_seed(0)).map(
+                lambda v: v.to(dtype).requires_grad_()
+            )
+            _differentiate(sample.call(op.OP), sample.given().values())
+        return
+    run = getattr(torch.ops.mfkernels, op.NAME)
+    for layer in layers()[op.NAME]:
+        arguments = [
+            torch.empty(value[1:], dtype=dtype, requires_grad=True) if is_tensor(value) else value
+            for value in layer
+        ]
+        _differentiate(run(*arguments), (a for a in arguments if isinstance(a, torch.Tensor)))
+
+
+def _differentiate(outputs: torch.Tensor | Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    outputs = [out for out in outputs if out.requires_grad]
+    torch.autograd.grad(outputs, list(inputs), [out.detach() for out in outputs], allow_unused=True)
+
+
+def launch_activated_depthwise(dtype: torch.dtype) -> None:
+    """Of deployed networks; both memory formats, with and without an activation before."""
+    weight, bias, slopes = torch.empty(16, 1, 3, 3), torch.empty(16), torch.empty(1, 2, 16)
+    for x in (torch.empty(1, 16, 9, 9), torch.empty(1, 9, 9, 16).permute(0, 3, 1, 2)):
+        for before in (None, slopes):
+            given = (x, before, weight, bias, slopes)
+            activated_depthwise(*(None if t is None else t.to(dtype) for t in given))
 
 
 def _type(value) -> str:
@@ -86,7 +117,12 @@ def build(module: str, kernel: str, signature: dict, constants: dict, options: d
     with mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""):  # `_ptxas` does that, and says more
         compiled = triton.compile(source, target=TARGETS[target], options=options)
     types = sorted({t for t in signature.values() if t.startswith("*")})
-    result = {"operator": module.split(".")[2], "kernel": kernel, "target": target, "types": types}
+    result = {
+        "operator": module.split(".")[2].removesuffix("_triton"),
+        "kernel": kernel,
+        "target": target,
+        "types": types,
+    }
     result["constants"] = {k: str(v) for k, v in (constants | options).items()}
     if target.startswith("sm"):
         return result | _ptxas(compiled.asm["ptx"], target)
@@ -112,10 +148,15 @@ def _ptxas(ptx: str, target: str) -> dict:
 
 def main() -> None:
     names = [name for name in sys.argv[1:] if name != "--all"]
-    kinds = {}
-    for op in modules():
-        if not names or op.NAME in names:
-            kinds |= launches(op, "--all" in sys.argv)
+    operators = [op for op in modules() if not names or op.NAME in names]
+    for op in operators:  # before anything is interpreted
+        importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")
+    with noted() as kinds:
+        for dtype in DTYPES:
+            for op in operators:
+                launch_operator(op, dtype, "--all" in sys.argv)
+            if not names or "activated_depthwise" in names:
+                launch_activated_depthwise(dtype)
     with ProcessPoolExecutor() as pool:
         jobs = [pool.submit(build, *kind, target) for kind in kinds.values() for target in TARGETS]
         for job in jobs:

@@ -28,9 +28,10 @@ _FAMILIES: dict[type, Any] = {
 
 def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A network for inference where it is. On a CPU: batch norms folded, weights packed, each block one fused
-    step. On a GPU: batch norms folded, and all kernels launched at once, by a CUDA graph; of a Mobile-Former,
-    where CUDA kernels are built, in the form that is the fastest there: as it is, with what blocks do with
-    tokens alone in one kernel, or in half precision with large maps' Mobile in another one, too.
+    step. On a GPU: batch norms folded, and all kernels launched at once, by a CUDA graph; of a Mobile-Former
+    in the form that is the fastest there: as it is; with depthwise convolutions and the activations around
+    them in one kernel, and, where CUDA kernels are built, what blocks do with tokens alone in another one; or
+    in half precision with all of large maps' Mobile in one, too.
 
     Args:
         model: a network of `mfkernels.models`, or of the released code as published, `accelerate`d or not; in

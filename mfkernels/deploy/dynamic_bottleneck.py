@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..nn.mobile_former_block import MobileFormerBlock
 from ..operators.dynamic_relu import dynamic_relu_reference
 from ..operators.former_to_mobile_attention import former_to_mobile_attention_reference
+from .folding import folded
 
 MOST_OUTPUTS, MOST_TOKENS, TILE = 256, 8, 8  # of the kernel
 
@@ -77,14 +78,10 @@ def is_bottleneck(block: Any) -> bool:
         return False
     if (block.act1.num_functions, block.act2.num_functions, block.act3.num_functions) != (2, 2, -1):
         return False
-    convolutions: tuple[Any, ...] = block.conv1, block.conv2, block.conv3
-    for layers in convolutions:
-        rest = list(layers)[1:]
-        if type(layers[0]) is not nn.Conv2d or any(type(layer) is not nn.Identity for layer in rest):
-            return False
-    if block.global_local.token_num > MOST_TOKENS:
+    layers: list[Any] = [block.conv1, block.conv2, block.conv3]
+    first, depthwise, last = map(folded, layers)
+    if first is None or depthwise is None or last is None or block.global_local.token_num > MOST_TOKENS:
         return False
-    first, depthwise, last = (layers[0] for layers in convolutions)
     plain = (
         depthwise.kernel_size == (3, 3) and depthwise.stride == (1, 1) and first.groups == last.groups == 1
     )

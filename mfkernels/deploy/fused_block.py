@@ -1,6 +1,7 @@
 """Mobile-Former blocks in few kernels on a GPU."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ from ..models.mobile_former import MobileFormer
 from ..native import CUDA_LACKS
 from ..nn.inputs import Pair
 from ..nn.mobile_former_block import MobileFormerBlock, MobileFormerDownsample
+from ..operators.dispatch import TRITON_INSTALLED
 from ..streams import side_by_side
+from .activated_depthwise import activated_depthwise, activated_depthwise_of
 from .dynamic_bottleneck import dynamic_bottleneck, is_bottleneck, occupies_device
 from .token_chain import Made, TokenChain, is_chain, token_chain_reference
 
 
 class FusedBlock(nn.Module):
     """A block of a Mobile-Former: all that is done with tokens alone is one kernel, beside Mobile's first
-    convolution; or, where maps are large, all of Mobile is another one after it, and wide maps stay on the
-    chip.
+    convolution, and a depthwise convolution with the dynamic ReLUs around it is another one; or, where maps
+    are large, all of Mobile is one, and wide maps stay on the chip.
 
     Args:
         block: one that `is_chain`.
@@ -28,7 +31,8 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: nn.Module, whole: bool) -> None:
         super().__init__()
-        self.block, self.whole, self.chain = block, whole, TokenChain(block)
+        self.block, self.whole = block, whole
+        self.chain = TokenChain(block) if CUDA_LACKS is None else None
 
     def forward(self, pair: Pair) -> Pair:
         block: Any = self.block
@@ -46,13 +50,34 @@ class FusedBlock(nn.Module):
 
         made, first = side_by_side(lambda: self._tokens(x, tokens), lambda: block.conv1(x), x, tokens)
         slopes = made.slopes1, made.slopes2
-        return block._mobile(x, first, made.tokens, None, slopes, back), made.tokens
+        conv = activated_depthwise_of(block) if TRITON_INSTALLED else None
+        if conv is None:
+            return block._mobile(x, first, made.tokens, None, slopes, back), made.tokens
+        return self._mobile(x, first, conv, *slopes, back), made.tokens
+
+    def _mobile(
+        self,
+        x: Tensor,
+        first: Tensor,
+        conv: nn.Conv2d,
+        slopes1: Tensor,
+        slopes2: Tensor,
+        back: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        block: Any = self.block
+        weights = conv.weight, conv.bias, slopes2
+        if isinstance(block, MobileFormerBlock):
+            out = block.conv3(activated_depthwise(first, slopes1, *weights))
+            return back(out + x if block.skip else out)
+        middle = block.conv2(ops.dynamic_relu(first, slopes1))
+        out = back(block.conv4(activated_depthwise(middle, None, *weights)) + middle)
+        return out + x if block.skip else out
 
     def _tokens(self, x: Tensor, tokens: Tensor) -> Made:
         bridge: Any = self.block.local_global
         q = bridge.q(tokens).transpose(0, 1)
         gathered = ops.mobile_to_former_attention(x, q, bridge.num_heads)
-        if x.is_cuda:
+        if self.chain is not None and x.is_cuda:
             return self.chain(tokens, gathered)
         return token_chain_reference(self.block, tokens, gathered)  # type: ignore[arg-type]
 
@@ -77,8 +102,9 @@ def with_fused_blocks(model: nn.Module, whole: bool) -> nn.Module | None:
 def forms(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
     """The network as it is, and with fused blocks where there are kernels: which one is the fastest is to be
     found where it runs."""
-    if CUDA_LACKS is not None or not isinstance(model, MobileFormer):
+    kernels = CUDA_LACKS is None
+    if not isinstance(model, MobileFormer) or not (kernels or TRITON_INSTALLED):
         return [model]
-    ways = (False,) if dtype == torch.float32 else (False, True)
+    ways = (False, True) if kernels and dtype != torch.float32 else (False,)
     fused = [with_fused_blocks(model, whole) for whole in ways]
     return [model, *(form for form in fused if form is not None)]

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..checks import check_tensor
 from ..models.iformer import IFormer
 from ..operators.runner import is_eager
+from .folding import fold_batch_norms
 from .fused_block import forms
 
 # Each keeps its input and its result; what is between them is shared by all.
@@ -28,18 +28,6 @@ def deployed_on_gpu(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return Captured(
         forms(model.fuse() if isinstance(model, IFormer) else fold_batch_norms(model), dtype), dtype
     )
-
-
-def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """In place, those that follow a convolution in an `nn.Sequential`."""
-    for layers in model.modules():
-        if not isinstance(layers, nn.Sequential):
-            continue
-        for i in range(1, len(layers)):
-            conv, norm = layers[i - 1], layers[i]
-            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
-                layers[i - 1], layers[i] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-    return model
 
 
 class _Shape(NamedTuple):

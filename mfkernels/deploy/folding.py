@@ -1,0 +1,28 @@
+"""Batch norms as a part of the convolutions before them."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..nn.inputs import has_hooks
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """In place, those that follow a convolution in an `nn.Sequential`."""
+    for layers in model.modules():
+        if not isinstance(layers, nn.Sequential):
+            continue
+        for i in range(1, len(layers)):
+            conv, norm = layers[i - 1], layers[i]
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+                layers[i - 1], layers[i] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return model
+
+
+def folded(layers: Iterable[nn.Module]) -> nn.Conv2d | None:
+    """The convolution that an `nn.Sequential` is when its batch norm is folded; None where it is more."""
+    conv, *rest = layers
+    if type(conv) is not nn.Conv2d or any(type(layer) is not nn.Identity for layer in rest):
+        return None
+    return None if conv.bias is None or has_hooks(conv) else conv
