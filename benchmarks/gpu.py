@@ -27,6 +27,7 @@ import mfkernels
 from mfkernels import ops
 from mfkernels.bench.run import network
 from mfkernels.checks import tensors_in
+from mfkernels.deploy.activated_depthwise import activated_depthwise
 from mfkernels.deploy.dynamic_bottleneck import dynamic_bottleneck
 from mfkernels.deploy.graph import Captured
 
@@ -291,7 +292,8 @@ def former(bench: Bench) -> None:
 
 
 def bottleneck(bench: Bench) -> None:
-    """Mobile of mobile_former_214m's blocks and the bridge to it, in one kernel and in six."""
+    """Mobile of mobile_former_214m's blocks and the bridge to it: in one kernel, in four with its depthwise
+    convolution and the activations around it in one, and in six."""
     cases = [(1, 40, 160, 28), (64, 40, 160, 28), (64, 112, 672, 14), (1, 40, 160, 256)]
     for batch, C, E, side in cases[: 1 if bench.quick else None]:
         dtype, gpu = bench.halves[0], bench.device.type == "cuda"
@@ -303,8 +305,14 @@ def bottleneck(bench: Bench) -> None:
         weights = normal(E, C, 1, 1), normal(E), normal(E, 1, 3, 3), normal(E), normal(C, E, 1, 1), normal(C)
         bridge = normal(batch, 6, C), normal(batch, 6, C), 2
 
-        def apart(
-            x: Tensor, slopes: Any = (slopes1, slopes2), w: Any = weights, bridge: Any = bridge
+        def in_four(
+            x: Tensor, w: Any = weights, bridge: Any = bridge, slopes: Any = (slopes1, slopes2)
+        ) -> Tensor:
+            hidden = activated_depthwise(F.conv2d(x, *w[:2]), slopes[0], *w[2:4], slopes[1])
+            return ops.former_to_mobile_attention(F.conv2d(hidden, *w[4:]) + x, *bridge)
+
+        def in_six(
+            x: Tensor, w: Any = weights, bridge: Any = bridge, slopes: Any = (slopes1, slopes2)
         ) -> Tensor:
             hidden = ops.dynamic_relu(F.conv2d(x, *w[:2]), slopes[0])
             hidden = ops.dynamic_relu(F.conv2d(hidden, *w[2:4], padding=1, groups=len(w[3])), slopes[1])
@@ -314,12 +322,16 @@ def bottleneck(bench: Bench) -> None:
         for words, layout in FORMATS.items():
             x = normal(batch, C, side, side).to(memory_format=layout)
             given = (x, slopes1, slopes2, *weights, *bridge, True)
-            runs = {"ours": lambda given=given: dynamic_bottleneck(*given), "apart": lambda x=x: apart(x)}
+            runs: dict[str, Way] = {"in one": lambda given=given: dynamic_bottleneck(*given)}
+            runs |= {"in four": lambda x=x, run=in_four: run(x), "in six": lambda x=x, run=in_six: run(x)}
             ways |= {f"{name}{words}": _recorded(run) if gpu else run for name, run in runs.items()}
         with torch.no_grad():
-            ours, others = split(bench.times(ways, calls=50))
-        what = f"dynamic_bottleneck {C}-{E}-{C}, {side}x{side}, batch {batch}"
-        bench.add("bottleneck", what, ours, others, "ms", 1.0)
+            times = bench.times(ways, calls=50)
+        what = f"{C}-{E}-{C}, {side}x{side}, batch {batch}"
+        for kernel, name in (("dynamic_bottleneck", "in one"), ("activated_depthwise", "in four")):
+            ours = min(value for way, value in times.items() if way.startswith(name))
+            others = {way: value for way, value in times.items() if not way.startswith(name)}
+            bench.add("bottleneck", f"{kernel} in {what}", ours, others, "ms", 1.0)
 
 
 def attention(bench: Bench) -> None:

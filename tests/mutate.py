@@ -113,7 +113,19 @@ MUTATIONS |= {
     )
     for op, (old, new) in TRITON.items()
 }
-FILES = ("test_contract.py", "test_deploy.py", "test_deploy_chain.py", "test_triton.py")
+MUTATIONS["activated_depthwise in Triton"] = (
+    "mfkernels/deploy/activated_depthwise_triton.py",
+    "e // (outputs // channels)",
+    "e % channels",
+    "test_activated_depthwise.py",
+)
+FILES = (
+    "test_activated_depthwise.py",
+    "test_contract.py",
+    "test_deploy.py",
+    "test_deploy_chain.py",
+    "test_triton.py",
+)
 
 
 def survives(folder: Path, file: str, old: str, new: str, tests: str) -> bool:

@@ -83,14 +83,14 @@ def test_the_cpu_kernels_are_back_afterwards():
 
 
 def test_kernels_compile_without_spills(tmp_path):
-    """For sm_80, sm_90, sm_100 and gfx942, in every dtype."""
+    """For sm_80, sm_90, sm_100 and gfx942, in every dtype, with the tiles of every layer of the networks."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     script = Path(__file__).with_name("triton_compile.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {r["operator"] for r in results} == {op.NAME for op in OPERATORS}
+    assert {r["operator"] for r in results} == {"activated_depthwise"} | {op.NAME for op in OPERATORS}
     assert {r["target"] for r in results} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     spilled = [r for r in results if r["spills"] > 0]
     assert not spilled, spilled
