@@ -2,8 +2,9 @@
 
     python triton_compile.py [--all] [OPERATOR ...]
 
-for every layer of the released networks in every dtype, with --all for all chosen shapes of an operator's
-cases instead (half an hour).
+for every layer of the released networks in float32 and bfloat16, and for the first of an operator's chosen
+shapes in float16, whose tiles and registers are those of bfloat16; with --all instead for all chosen shapes
+in every dtype (half an hour).
 
 Runs the launchers on CPU tensors with the launch replaced by a note of its arguments; then compiles each
 kernel for each kind of arguments and each target. Prints a line of JSON for each: registers a thread and
@@ -72,15 +73,15 @@ def noted() -> Iterator[dict[str, Kind]]:
         yield found
 
 
-def launch_operator(op: ModuleType, dtype: torch.dtype, every_shape: bool) -> None:
+def launch_shapes(op: ModuleType, dtype: torch.dtype, shapes: list[dict]) -> None:
     """Forward and backward."""
-    if every_shape:
-        for shape in op.CHOSEN:
-            sample = op.make(shape, torch.Generator().manual_seed(0)).map(
-                lambda v: v.to(dtype).requires_grad_()
-            )
-            _differentiate(sample.call(op.OP), sample.given().values())
-        return
+    for shape in shapes:
+        sample = op.make(shape, torch.Generator().manual_seed(0)).map(lambda v: v.to(dtype).requires_grad_())
+        _differentiate(sample.call(op.OP), sample.given().values())
+
+
+def launch_layers(op: ModuleType, dtype: torch.dtype) -> None:
+    """Forward and backward."""
     run = getattr(torch.ops.mfkernels, op.NAME)
     for layer in layers()[op.NAME]:
         arguments = [
@@ -154,7 +155,12 @@ def main() -> None:
     with noted() as kinds:
         for dtype in DTYPES:
             for op in operators:
-                launch_operator(op, dtype, "--all" in sys.argv)
+                if "--all" in sys.argv:
+                    launch_shapes(op, dtype, op.CHOSEN)
+                elif dtype == torch.float16:
+                    launch_shapes(op, dtype, op.CHOSEN[:1])
+                else:
+                    launch_layers(op, dtype)
             if not names or "activated_depthwise" in names:
                 launch_activated_depthwise(dtype)
     with ProcessPoolExecutor() as pool:
