@@ -96,6 +96,8 @@ def why_not(backend: str, x: Tensor) -> str | None:
 def use_kernels(op: str, x: Tensor) -> bool:
     """True where `torch.ops.mfkernels.<op>` is to run, False where the reference is."""
     if _backend == "auto":
+        if x.is_cpu:
+            return x.dtype in _CPU_DTYPES  # what why_not says, in a tenth of the time
         return why_not("triton" if x.device.type == "cuda" else "cpu", x) is None
     if _backend == "reference":
         return False

@@ -55,6 +55,8 @@ def check_argument(
 def match_autocast(*values: Any) -> tuple[Any, ...]:
     """The tensors in the widest of their dtypes where autocast is on: it leaves a network with a map in one
     dtype and coefficients in another. Where it is off, different dtypes are the caller's mistake."""
+    if not torch._C._is_any_autocast_enabled():
+        return values
     device = values[0].device.type if isinstance(values[0], Tensor) else "meta"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return values

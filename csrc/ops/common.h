@@ -77,6 +77,9 @@ inline Tensor with_huge_pages(Tensor t) {
   return t;
 }
 
+// The tensor itself where its numbers follow one another: asking PyTorch for it takes longer.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // An unwritten map in x's memory format; `empty_map` in mfkernels/operators/layout.py is its twin.
 inline Tensor empty_map(const Tensor& x, const std::vector<int64_t>& shape) {
   const auto format = is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
@@ -154,16 +157,44 @@ inline int64_t tile_pixels(int64_t rows, size_t element) {
   return std::min<int64_t>(std::max<int64_t>(fit, 32), 512);
 }
 
-// The sum over the splits of (B, heads, splits, M, C/heads), as (B, M, C) in x's dtype.
-inline Tensor merge_heads(const Tensor& partial, const Tensor& x, const std::vector<int64_t>& shape) {
-  const int64_t dims[] = {2};
-  Tensor sum = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1), false);
-  return torch::stable::reshape(
-      torch::stable::contiguous(torch::stable::transpose(torch::stable::to(sum, x.scalar_type()), 1, 2)),
-      shape);
-}
-
 // So many tasks that starting a thread for them is worth it; `work` is one task's number of steps.
 inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(work, 1)); }
+
+// The sum over the splits of (B, heads, splits, M, D), as (B, M, heads D) in x's dtype and this shape.
+// PyTorch's own operators would take longer for it than a small map's kernel.
+struct Parts {
+  int64_t batch, heads, splits, tokens, depth;
+};
+template <typename T>
+void sum_splits(const double* partial, const Parts& parts, T* out) {
+  const int64_t size = parts.tokens * parts.depth, width = parts.heads * parts.depth;
+  torch::stable::parallel_for(
+      0, parts.batch * parts.heads, grain(parts.splits * size), [&](int64_t begin, int64_t end) {
+        std::vector<double> sums(size);
+        for (int64_t i = begin; i < end; ++i) {
+          std::fill(sums.begin(), sums.end(), 0.0);
+          for (int64_t s = 0; s < parts.splits; ++s) {
+            const double* from = partial + (i * parts.splits + s) * size;
+            for (int64_t j = 0; j < size; ++j) sums[j] += from[j];
+          }
+          T* to = out + i / parts.heads * parts.tokens * width + i % parts.heads * parts.depth;
+          for (int64_t t = 0; t < parts.tokens; ++t) {
+            const double* row = sums.data() + t * parts.depth;
+            for (int64_t d = 0; d < parts.depth; ++d) to[t * width + d] = static_cast<T>(row[d]);
+          }
+        }
+      });
+}
+inline Tensor sum_splits(const Tensor& partial, const Parts& parts, const Tensor& x,
+                         const std::vector<int64_t>& shape) {
+  const bool is_float = x.scalar_type() == ScalarType::Float;
+  Tensor out = empty(shape, is_float ? ScalarType::Float : ScalarType::Double, x);
+  if (is_float) {
+    sum_splits(partial.const_data_ptr<double>(), parts, out.mutable_data_ptr<float>());
+    return out;
+  }
+  sum_splits(partial.const_data_ptr<double>(), parts, out.mutable_data_ptr<double>());
+  return x.scalar_type() == ScalarType::Double ? out : torch::stable::to(out, x.scalar_type());
+}
 
 }  // namespace mfk

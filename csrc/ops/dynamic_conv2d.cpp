@@ -57,20 +57,20 @@ struct Call {
     STD_TORCH_CHECK(fits, kOp, ": x is too small for the kernel");
     out_shape = {args.batch, outputs, args.out_height, args.out_width};
     args.x = map_of(x_in, is_channels_last(x_in), x);
-    weight = torch::stable::contiguous(weight_in);
-    basis = torch::stable::contiguous(basis_in);
-    attention = torch::stable::contiguous(attention_in);
+    weight = dense(weight_in);
+    basis = dense(basis_in);
+    attention = dense(attention_in);
     args.weight = weight.data_ptr();
     args.basis = basis.data_ptr();
     args.attention = attention.data_ptr();
     if (bias_in.has_value()) {
       check_argument(kOp, "bias", *bias_in, x_in, {outputs});
-      bias = torch::stable::contiguous(*bias_in);
+      bias = dense(*bias_in);
       args.bias = bias.data_ptr();
     }
     if (basis_bias_in.has_value()) {
       check_argument(kOp, "basis_bias", *basis_bias_in, x_in, {args.kernels, outputs});
-      basis_bias = torch::stable::contiguous(*basis_bias_in);
+      basis_bias = dense(*basis_bias_in);
       args.basis_bias = basis_bias.data_ptr();
     }
     // Sixteen channels of a map, or a group: one channel of a map that is channels last is slow to read.
@@ -113,8 +113,8 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const
   Call call(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, scale);
   DynamicConvArgs& args = call.args;
   if (is_channels_last(x) && (call.depthwise() || call.pointwise())) {
-    return channels_last(forward(torch::stable::contiguous(x), weight, basis, attention, bias, basis_bias,
-                                 stride, padding, dilation, groups, scale));
+    return channels_last(forward(dense(x), weight, basis, attention, bias, basis_bias, stride, padding,
+                                 dilation, groups, scale));
   }
   Tensor y = empty_map(x, call.out_shape), holder;
   args.y = map_of(y, is_channels_last(x), holder);
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   DynamicConvArgs& args = call.args;
   check_argument(kOp, "grad_out", grad_out, x, call.out_shape);
   if (is_channels_last(x) && (call.depthwise() || call.pointwise())) {
-    auto grads = backward(grad_out, torch::stable::contiguous(x), weight, basis, attention, bias, basis_bias,
-                          stride, padding, dilation, groups, scale);
+    auto grads = backward(grad_out, dense(x), weight, basis, attention, bias, basis_bias, stride, padding,
+                          dilation, groups, scale);
     std::get<0>(grads) = channels_last(std::get<0>(grads));
     return grads;
   }
@@ -196,9 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       depthwise   ? dynamic_depthwise_backward
       : pointwise ? dynamic_pointwise_backward_weight
                   : dynamic_conv2d_backward_weight);
-  const int64_t dims[] = {0};
-  Tensor sum = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1), false);
-  return {grad_x,    grad_weight,    grad_basis, torch::stable::to(sum, x.scalar_type()),
+  const Parts parts = {1, 1, partial.size(0), 1, args.batch * args.kernels};
+  return {grad_x,    grad_weight,    grad_basis, sum_splits(partial, parts, x, {args.batch, args.kernels}),
           grad_bias, grad_basis_bias};
 }
 

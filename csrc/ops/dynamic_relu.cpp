@@ -27,7 +27,7 @@ struct Call {
       STD_TORCH_CHECK(args.tokens >= 1, kOp, ": attention must have at least one token, got M = 0");
       check_argument(kOp, "attention", *attention_in, x_in,
                      {args.batch, args.tokens, x_in.size(2), x_in.size(3)});
-      attention = torch::stable::contiguous(*attention_in);
+      attention = dense(*attention_in);
       args.attention = attention.data_ptr();
     }
     const int64_t dims = attention_in.has_value() ? 4 : 3;
@@ -38,11 +38,11 @@ struct Call {
     coefficients = {args.batch, args.functions, args.channels};
     if (attention_in.has_value()) coefficients.insert(coefficients.begin() + 1, args.tokens);
     check_argument(kOp, "slopes", slopes_in, x_in, coefficients);
-    slopes = torch::stable::contiguous(slopes_in);
+    slopes = dense(slopes_in);
     args.slopes = slopes.data_ptr();
     if (intercepts_in.has_value()) {
       check_argument(kOp, "intercepts", *intercepts_in, x_in, coefficients);
-      intercepts = torch::stable::contiguous(*intercepts_in);
+      intercepts = dense(*intercepts_in);
       args.intercepts = intercepts.data_ptr();
     }
     args.x = map_of(x_in, is_channels_last(x_in), x);
@@ -74,13 +74,6 @@ Tensor forward(const Tensor& x, const Tensor& slopes, const std::optional<Tensor
   return y;
 }
 
-// The sum over the splits, in x's dtype and the shape of the coefficients.
-Tensor sum_splits(const Tensor& partial, const Tensor& x, const std::vector<int64_t>& shape) {
-  const int64_t dims[] = {1};
-  Tensor sum = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1), false);
-  return torch::stable::reshape(torch::stable::to(sum, x.scalar_type()), shape);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& x,
                                                     const Tensor& slopes,
                                                     const std::optional<Tensor>& intercepts,
@@ -110,8 +103,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   torch::stable::parallel_for(0, args.batch * splits.count,
                               grain(splits.size * args.channels * std::max<int64_t>(1, args.tokens)),
                               [&](int64_t begin, int64_t end) { dynamic_relu_backward(args, begin, end); });
-  return {grad_x, sum_splits(partial_slopes, x, call.coefficients),
-          intercepts.has_value() ? sum_splits(partial_intercepts, x, call.coefficients) : none,
+  const Parts parts = {args.batch, 1, splits.count, 1, per_sample};
+  return {grad_x, sum_splits(partial_slopes, parts, x, call.coefficients),
+          intercepts.has_value() ? sum_splits(partial_intercepts, parts, x, call.coefficients) : none,
           grad_attention};
 }
 

@@ -43,7 +43,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& tokens, const
   Call call(tokens, given, num_heads, form, eps);
   check_argument(kOp, "grad_out", grad_out, tokens, shape_of(tokens));
   FormerArgs& args = call.args;
-  const Tensor g = torch::stable::contiguous(grad_out);
+  const Tensor g = dense(grad_out);
   args.grad_y = g.data_ptr();
   std::vector<Tensor> grads = {empty(shape_of(tokens), tokens.scalar_type(), tokens)};
   args.grad_x = grads[0].data_ptr();

@@ -47,10 +47,10 @@ struct FormerCall {
                       " must be left out where fc1_weight is");
       if (!given[i].has_value()) continue;
       check_argument(kOp, kNames[i], *given[i], tokens, shapes[i]);
-      parameters[i] = torch::stable::contiguous(*given[i]);
+      parameters[i] = dense(*given[i]);
       *pointers[i] = parameters[i].data_ptr();
     }
-    x = torch::stable::contiguous(tokens);
+    x = dense(tokens);
     args.x = x.data_ptr();
   }
 };

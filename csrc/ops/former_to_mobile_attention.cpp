@@ -30,8 +30,8 @@ struct Call {
     const int64_t depth = args.channels / num_heads;
     args.scale = scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(depth));
     args.x = map_of(x_in, is_channels_last(x_in), x);
-    k = torch::stable::contiguous(k_in);
-    v = torch::stable::contiguous(v_in);
+    k = dense(k_in);
+    v = dense(v_in);
     args.k = k.data_ptr();
     args.v = v.data_ptr();
     args.tile = tile_pixels(2 * depth, args.dtype == Dtype::kDouble ? 8 : 4);
@@ -59,10 +59,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   Call call(x, k, v, num_heads, scale);
   check_argument(kOp, "grad_out", grad_out, x, shape_of(x));
   FormerToMobileArgs& args = call.args;
-  const std::vector<int64_t> parts = {args.batch, num_heads, args.splits, args.tokens,
-                                      args.channels / num_heads};
+  const Parts parts = {args.batch, num_heads, args.splits, args.tokens, args.channels / num_heads};
   Tensor grad_x = empty_map(x), holder_g, holder_x;
-  Tensor partial_k = empty(parts, ScalarType::Double, x), partial_v = empty(parts, ScalarType::Double, x);
+  const std::vector<int64_t> shape = {parts.batch, parts.heads, parts.splits, parts.tokens, parts.depth};
+  Tensor partial_k = empty(shape, ScalarType::Double, x), partial_v = empty(shape, ScalarType::Double, x);
   if (args.pixels == 0) {
     torch::stable::zero_(partial_k);
     torch::stable::zero_(partial_v);
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
     former_to_mobile_backward(args, begin, end);
   });
-  return {grad_x, merge_heads(partial_k, x, shape_of(k)), merge_heads(partial_v, x, shape_of(k))};
+  return {grad_x, sum_splits(partial_k, parts, x, shape_of(k)), sum_splits(partial_v, parts, x, shape_of(k))};
 }
 
 }  // namespace

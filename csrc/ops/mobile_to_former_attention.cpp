@@ -29,7 +29,7 @@ struct Call {
     const int64_t depth = args.channels / num_heads;
     args.scale = scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(depth));
     args.x = map_of(x_in, is_channels_last(x_in), x);
-    q = torch::stable::contiguous(q_in);
+    q = dense(q_in);
     args.q = q.data_ptr();
     args.tile = tile_pixels(depth, args.dtype == Dtype::kDouble ? 8 : 4);
     const Splits splits = split_pixels(args.pixels, (1024 + args.tile - 1) / args.tile * args.tile);
@@ -73,16 +73,16 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
   STD_TORCH_CHECK(shape_of(softmax_stats) == std::vector<int64_t>({args.batch, num_heads, args.tokens, 2}) &&
                       softmax_stats.scalar_type() == compute_type(x) && softmax_stats.is_cpu(),
                   kOp, ": softmax_stats must be the one that the forward pass gave");
-  Tensor given_out, given_logits, kept_stats = torch::stable::contiguous(softmax_stats);
+  Tensor given_out, given_logits, kept_stats = dense(softmax_stats);
   if (grad_out.has_value()) {
     check_argument(kOp, "grad_out", *grad_out, x, shape_of(q));
-    given_out = torch::stable::contiguous(*grad_out);
+    given_out = dense(*grad_out);
     args.grad_out = given_out.data_ptr();
   }
   if (grad_logits.has_value()) {
     check_argument(kOp, "grad_logits", *grad_logits, x,
                    {args.batch, num_heads, args.tokens, x.size(2), x.size(3)});
-    given_logits = torch::stable::contiguous(*grad_logits);
+    given_logits = dense(*grad_logits);
     args.grad_logits = given_logits.data_ptr();
   }
   const int64_t depth = args.channels / num_heads;
@@ -106,7 +106,8 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
   torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
     mobile_to_former_backward(args, begin, end);
   });
-  return {grad_x, merge_heads(partial, x, shape_of(q))};
+  const Parts parts = {args.batch, num_heads, args.splits, args.tokens, depth};
+  return {grad_x, sum_splits(partial, parts, x, shape_of(q))};
 }
 
 }  // namespace

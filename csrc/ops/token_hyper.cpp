@@ -36,13 +36,13 @@ struct Call {
         const std::vector<int64_t> shapes[] = {
             {net.hidden, args.width}, {net.hidden}, {net.outputs, net.hidden}, {net.outputs}};
         check_argument(kOp, name, t, token_in, shapes[j]);
-        parameters[4 * i + j] = torch::stable::contiguous(t);
+        parameters[4 * i + j] = dense(t);
         *pointers[j] = parameters[4 * i + j].data_ptr();
       }
       STD_TORCH_CHECK(net.outputs % functions == 0, kOp,
                       ": the outputs must be a multiple of num_functions, got ", net.outputs);
     }
-    token = torch::stable::contiguous(token_in);
+    token = dense(token_in);
     args.token = token.data_ptr();
   }
   std::vector<int64_t> shape(int64_t i) const {
@@ -77,7 +77,7 @@ std::vector<Tensor> backward(const Tensor& grad_slopes, const Tensor& grad_other
   HyperArgs& args = call.args;
   check_argument(kOp, "grad_slopes", grad_slopes, token, call.shape(0));
   if (args.networks == 2) check_argument(kOp, "grad_other", grad_other, token, call.shape(1));
-  const Tensor g[] = {torch::stable::contiguous(grad_slopes), torch::stable::contiguous(grad_other)};
+  const Tensor g[] = {dense(grad_slopes), dense(grad_other)};
   std::vector<Tensor> grads = {empty(shape_of(token), token.scalar_type(), token)};
   args.grad_token = grads[0].data_ptr();
   int64_t tasks = 0;

@@ -124,11 +124,19 @@ def is_eager() -> bool:
 
 
 def _tracked(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    if not torch.is_grad_enabled():
+        return False
+    for a in args:  # noqa: SIM110 (any() takes as long again)
+        if isinstance(a, Tensor) and a.requires_grad:
+            return True
+    return False
 
 
 def _kernels_check(args: tuple[Any, ...]) -> bool:
     """Those for CPUs do, except that they take True for one."""
-    if not isinstance(args[0], Tensor) or not args[0].is_cpu or any(a is True for a in args):
+    if not isinstance(args[0], Tensor) or not args[0].is_cpu:
         return False
+    for a in args:
+        if a is True:
+            return False
     return backends.current_backend() in ("auto", "cpu")
