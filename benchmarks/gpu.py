@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,10 @@ class Bench:
         return first.elapsed_time(last) / calls
 
 
-def split(times: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The fastest of our ways, and all of the others'."""
-    others = {name: value for name, value in times.items() if not name.startswith("ours")}
-    return min(value for name, value in times.items() if name.startswith("ours")), others
+def split(times: dict[str, float], first: str = "ours") -> tuple[float, dict[str, float]]:
+    """The fastest of our ways, whose names begin so, and all others."""
+    others = {name: value for name, value in times.items() if not name.startswith(first)}
+    return min(value for name, value in times.items() if name.startswith(first)), others
 
 
 def plain(run: Way) -> Way:
@@ -301,37 +302,36 @@ def bottleneck(bench: Bench) -> None:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, device=bench.device, dtype=dtype)  # noqa: B023
 
-        slopes1, slopes2 = normal(batch, 2, E), normal(batch, 2, E)
+        slopes = normal(batch, 2, E), normal(batch, 2, E)
         weights = normal(E, C, 1, 1), normal(E), normal(E, 1, 3, 3), normal(E), normal(C, E, 1, 1), normal(C)
-        bridge = normal(batch, 6, C), normal(batch, 6, C), 2
+        bridge, depthwise = (normal(batch, 6, C), normal(batch, 6, C), 2), weights[2:4]
 
-        def in_four(
-            x: Tensor, w: Any = weights, bridge: Any = bridge, slopes: Any = (slopes1, slopes2)
-        ) -> Tensor:
-            hidden = activated_depthwise(F.conv2d(x, *w[:2]), slopes[0], *w[2:4], slopes[1])
-            return ops.former_to_mobile_attention(F.conv2d(hidden, *w[4:]) + x, *bridge)
+        def in_four(hidden: Tensor, slopes: Any = slopes, depthwise: Any = depthwise) -> Tensor:
+            return activated_depthwise(hidden, slopes[0], *depthwise, slopes[1])
 
-        def in_six(
-            x: Tensor, w: Any = weights, bridge: Any = bridge, slopes: Any = (slopes1, slopes2)
-        ) -> Tensor:
-            hidden = ops.dynamic_relu(F.conv2d(x, *w[:2]), slopes[0])
-            hidden = ops.dynamic_relu(F.conv2d(hidden, *w[2:4], padding=1, groups=len(w[3])), slopes[1])
+        def in_six(hidden: Tensor, slopes: Any = slopes, depthwise: Any = depthwise) -> Tensor:
+            hidden = ops.dynamic_relu(hidden, slopes[0])
+            hidden = F.conv2d(hidden, *depthwise, padding=1, groups=hidden.shape[1])
+            return ops.dynamic_relu(hidden, slopes[1])
+
+        def around(middle: Any, x: Tensor, w: Any = weights, bridge: Any = bridge) -> Tensor:
+            hidden = middle(F.conv2d(x, *w[:2]))
             return ops.former_to_mobile_attention(F.conv2d(hidden, *w[4:]) + x, *bridge)
 
         ways: dict[str, Way] = {}
         for words, layout in FORMATS.items():
             x = normal(batch, C, side, side).to(memory_format=layout)
-            given = (x, slopes1, slopes2, *weights, *bridge, True)
-            runs: dict[str, Way] = {"in one": lambda given=given: dynamic_bottleneck(*given)}
-            runs |= {"in four": lambda x=x, run=in_four: run(x), "in six": lambda x=x, run=in_six: run(x)}
+            runs: dict[str, Way] = {
+                "in one": partial(dynamic_bottleneck, x, *slopes, *weights, *bridge, True),
+                "in four": partial(around, in_four, x),
+                "in six": partial(around, in_six, x),
+            }
             ways |= {f"{name}{words}": _recorded(run) if gpu else run for name, run in runs.items()}
         with torch.no_grad():
             times = bench.times(ways, calls=50)
         what = f"{C}-{E}-{C}, {side}x{side}, batch {batch}"
         for kernel, name in (("dynamic_bottleneck", "in one"), ("activated_depthwise", "in four")):
-            ours = min(value for way, value in times.items() if way.startswith(name))
-            others = {way: value for way, value in times.items() if not way.startswith(name)}
-            bench.add("bottleneck", f"{kernel} in {what}", ours, others, "ms", 1.0)
+            bench.add("bottleneck", f"{kernel} in {what}", *split(times, name), "ms", 1.0)
 
 
 def attention(bench: Bench) -> None:

@@ -44,8 +44,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 Kind = tuple[str, str, dict, dict, dict]  # of launches: module, kernel, signature, constants and options
 
 

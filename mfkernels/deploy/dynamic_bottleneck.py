@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..nn.mobile_former_block import MobileFormerBlock
 from ..operators.dynamic_relu import dynamic_relu_reference
 from ..operators.former_to_mobile_attention import former_to_mobile_attention_reference
+from .activated_depthwise import activated_depthwise_of
 from .folding import folded
 
 MOST_OUTPUTS, MOST_TOKENS, TILE = 256, 8, 8  # of the kernel
@@ -74,15 +75,14 @@ def occupies_device(x: Tensor) -> bool:
 
 def is_bottleneck(block: Any) -> bool:
     """Whether the kernel does what Mobile of the block does: a released one, with its batch norms folded."""
-    if not isinstance(block, MobileFormerBlock) or block.before_skip:
+    if not isinstance(block, MobileFormerBlock) or activated_depthwise_of(block) is None:
         return False
-    if (block.act1.num_functions, block.act2.num_functions, block.act3.num_functions) != (2, 2, -1):
+    if (block.act1.num_functions, block.act2.num_functions) != (2, 2):
         return False
-    layers: list[Any] = [block.conv1, block.conv2, block.conv3]
-    first, depthwise, last = map(folded, layers)
-    if first is None or depthwise is None or last is None or block.global_local.token_num > MOST_TOKENS:
+    if block.global_local.token_num > MOST_TOKENS:
         return False
-    plain = (
-        depthwise.kernel_size == (3, 3) and depthwise.stride == (1, 1) and first.groups == last.groups == 1
-    )
-    return plain and last.out_channels <= MOST_OUTPUTS
+    layers: list[Any] = [block.conv1, block.conv3]
+    first, last = map(folded, layers)
+    if first is None or last is None:
+        return False
+    return first.groups == last.groups == 1 and last.out_channels <= MOST_OUTPUTS
