@@ -59,7 +59,7 @@ inline __attribute__((always_inline)) int64_t former_work(const FormerArgs& args
   return sum;
 }
 
-constexpr int64_t kFormerOutputs = 16;  // of a task that makes gradients of weights
+constexpr int64_t kFormerOutputs = 48;  // of a task that makes gradients of weights
 
 // Tasks: one a group of `samples` samples; likewise; for each layer one a group of 16 outputs, and one for
 // the norms, numbered one after the other.

@@ -34,9 +34,9 @@ inline __attribute__((always_inline)) int64_t hyper_work(const HyperArgs& args) 
   return sum;
 }
 
-constexpr int64_t kHyperSamples = 16, kHyperOutputs = 16;  // of a task
+constexpr int64_t kHyperSamples = 32, kHyperOutputs = 48;  // of a task
 
-// Tasks: one a group of 16 samples; likewise; for each layer of each network one a group of 16 outputs,
+// Tasks: one a group of 32 samples; likewise; for each layer of each network one a group of 48 outputs,
 // numbered one after the other.
 MFK_DECLARE_KERNEL(token_hyper_forward, HyperArgs)
 MFK_DECLARE_KERNEL(token_hyper_backward, HyperArgs)

@@ -1,7 +1,9 @@
 // Linear layers and norms of a few rows (tokens), with weights as PyTorch has them: (outputs, inputs).
 #pragma once
 
+#include "sizes.h"
 #include "tile.h"
+#include "tile_gemm.h"
 
 namespace mfk {
 namespace MFK_ISA {
@@ -21,14 +23,16 @@ struct TokenLinear {
   int64_t outputs, inputs;
 };
 
+// `width` numbers, and zeros after them.
+template <class T, class C>
+MFK_INLINE void load_row(const T* from, int64_t width, C* to, int64_t stride) {
+  for (int64_t i = 0; i < stride; i += kLanes<C>) {
+    store(to + i, i < width ? load_upto(from + i, width - i) : vec<C>{});
+  }
+}
 template <class T, class C>
 void load_rows(const T* from, TokenRows<C> to) {
-  for (int64_t r = 0; r < to.count; ++r) {
-    for (int64_t i = 0; i < to.stride; i += kLanes<C>) {
-      const int64_t rest = to.width - i;
-      store(to.row(r) + i, rest > 0 ? load_upto(from + r * to.width + i, rest) : vec<C>{});
-    }
-  }
+  for (int64_t r = 0; r < to.count; ++r) load_row(from + r * to.width, to.width, to.row(r), to.stride);
 }
 template <class T, class C>
 void store_rows(TokenRows<C> from, T* to) {
@@ -48,10 +52,45 @@ MFK_INLINE vec<C> sums_across(vec<C> (&rows)[kLanes<C>]) {
   return sum;
 }
 
+// y = x W^T + b of many rows: they are in the lanes, so that their columns are transposed, not the weights.
+template <class T, class C>
+void linear_forward_columns(const TokenLinear<T>& linear, TokenRows<C> x, TokenRows<C> y) {
+  constexpr int64_t kOutputs = 48;
+  constexpr bool kConverted = !std::is_same<T, C>::value;
+  const int64_t width = round_up(x.count, kLanes<C>), inputs = linear.inputs;
+  const int64_t stride = kConverted ? padded(inputs) : inputs;
+  Buffer<C> columns(inputs * width), sums(kOutputs * width), converted(kConverted ? kOutputs * stride : 0);
+  load_tile<C>(FeatureMap<const C>{x.data, 0, 1, x.stride}, 0, 0, inputs, 0, x.count, columns);
+  for (int64_t o = 0; o < linear.outputs; o += kOutputs) {
+    const int64_t outputs = linear.outputs - o < kOutputs ? linear.outputs - o : kOutputs;
+    const C* weight;
+    if constexpr (kConverted) {
+      load_rows(linear.weight + o * inputs, TokenRows<C>{converted, outputs, inputs, stride});
+      weight = converted;
+    } else {
+      weight = linear.weight + o * inputs;
+    }
+    for (int64_t i = 0; i < outputs; ++i) {
+      const vec<C> bias = splat(linear.bias == nullptr ? C(0) : to_compute(linear.bias[o + i]));
+      for (int64_t j = 0; j < width; j += kLanes<C>) store(sums + i * width + j, bias);
+    }
+    multiply_pixels<C>(sums, width, sums, width, outputs, Matrix<C>{weight, stride, 1}, inputs, columns,
+                       width, width);
+    store_tile<C>(FeatureMap<C>{y.data, 0, 1, y.stride}, 0, o, outputs, 0, x.count, sums, width);
+  }
+  for (int64_t r = 0; r < y.count; ++r) {
+    for (int64_t i = linear.outputs; i < y.stride; ++i) y.row(r)[i] = 0;
+  }
+}
+
+// From so many rows on that is faster (measured).
+constexpr int64_t kManyRows = 12;
+
 // y = x W^T + b.
 template <class T, class C>
 void linear_forward(const TokenLinear<T>& linear, TokenRows<C> x, TokenRows<C> y) {
   constexpr int64_t n = kLanes<C>;
+  if (x.count >= kManyRows) return linear_forward_columns(linear, x, y);
   for (int64_t o = 0; o < y.stride; o += n) {
     const int64_t outputs = linear.outputs - o;  // in this vector, where fewer than n
     if (outputs <= 0) {
@@ -88,49 +127,43 @@ void linear_forward(const TokenLinear<T>& linear, TokenRows<C> x, TokenRows<C> y
 // x = g W, added to `start` where there is one: the gradient of a linear layer's input.
 template <class T, class C>
 void linear_backward(const TokenLinear<T>& linear, TokenRows<C> g, const C* start, TokenRows<C> x) {
-  constexpr int64_t n = kLanes<C>, kRows = 6;
-  for (int64_t i = 0; i < x.stride; i += n) {
-    const int64_t rest = linear.inputs - i;
-    for (int64_t r = 0; r < x.count; r += kRows) {
-      const int64_t rows = x.count - r < kRows ? x.count - r : kRows;
-      vec<C> total[kRows] = {};
-      for (int64_t o = 0; rest > 0 && o < linear.outputs;) {
-        vec<C> sums[kRows] = {};
-        const int64_t end = o + 8 < linear.outputs ? o + 8 : linear.outputs;
-        for (; o < end; ++o) {
-          const vec<C> weight = load_upto(linear.weight + o * linear.inputs + i, rest);
-          for (int64_t k = 0; k < kRows; ++k) sums[k] += g.row(k < rows ? r + k : r)[o] * weight;
-        }
-        for (int64_t k = 0; k < kRows; ++k) total[k] += sums[k];
-      }
-      for (int64_t k = 0; k < rows; ++k) {
-        if (start != nullptr) total[k] += load(start + (r + k) * x.stride + i);
-        store(x.row(r + k) + i, total[k]);
-      }
-    }
+  const int64_t whole = linear.inputs / kLanes<C> * kLanes<C>, rest = x.stride - whole;
+  auto columns = [&](int64_t first, int64_t width, auto weights) {
+    multiply_pixels<C>(x.data + first, x.stride, start == nullptr ? nullptr : start + first, x.stride,
+                       g.count, Matrix<C>{g.data, g.stride, 1}, linear.outputs, weights, width);
+  };
+  columns(0, whole, RowsBy<T>{linear.weight, linear.inputs});
+  if (rest == 0) return;
+  Buffer<C> last(linear.outputs * rest);  // not to read beyond the weights
+  for (int64_t o = 0; o < linear.outputs; ++o) {
+    load_row(linear.weight + o * linear.inputs + whole, linear.inputs - whole, last + o * rest, rest);
+  }
+  columns(whole, rest, RowsBy<C>{last, rest});
+}
+
+// The sums over rows of `value(r, i)`, i counting in vectors, for columns `from` to `to` - 1.
+template <class C, class T, class F>
+void sum_rows(int64_t rows, int64_t from, int64_t to, T* out, F value) {
+  constexpr int64_t n = kLanes<C>;
+  for (int64_t i = from; i < to; i += n) {
+    WideSum<C> total;
+    for (int64_t r = 0; r < rows; ++r) total.add(value(r, i));
+    double sums[n];
+    total.store_upto(sums, n);
+    for (int64_t j = 0; j < n && i + j < to; ++j) store_scalar(out + i + j, static_cast<C>(sums[j]));
   }
 }
 
 // dW[o] = sum_r g[r][o] x[r] and db[o] = sum_r g[r][o], for outputs o0 to o1 - 1.
 template <class T, class C>
 void linear_weight_gradient(TokenRows<C> g, TokenRows<C> x, int64_t o0, int64_t o1, T* weight, T* bias) {
-  constexpr int64_t n = kLanes<C>, kRun = 8;
-  for (int64_t o = o0; o < o1; ++o) {
-    for (int64_t i = 0; i < x.width; i += n) {
-      vec<C> total{};
-      for (int64_t r = 0; r < x.count;) {
-        vec<C> sum{};
-        const int64_t end = r + kRun < x.count ? r + kRun : x.count;
-        for (; r < end; ++r) sum += g.row(r)[o] * load(x.row(r) + i);
-        total += sum;
-      }
-      store_upto(weight + o * x.width + i, total, x.width - i);
-    }
-    if (bias == nullptr) continue;
-    long double sum = 0;
-    for (int64_t r = 0; r < x.count; ++r) sum += g.row(r)[o];
-    store_scalar(bias + o, static_cast<C>(sum));
-  }
+  Buffer<C> sums((o1 - o0) * x.stride);
+  const TokenRows<C> out{sums, o1 - o0, x.width, x.stride};
+  multiply_pixels<C>(out.data, out.stride, nullptr, 0, out.count, Matrix<C>{g.data + o0, 1, g.stride},
+                     x.count, x.data, x.stride, x.stride);
+  store_rows(out, weight + o0 * x.width);
+  if (bias == nullptr) return;
+  sum_rows<C>(g.count, o0, o1, bias, [&](int64_t r, int64_t i) { return load(g.row(r) + i); });
 }
 
 // The mean of `value(i)` over a row of `width`, i counting in vectors, in two parts: rounded to one, it would
@@ -212,22 +245,10 @@ void norm_backward(TokenRows<C> x, const C* scales, TokenRows<C> g, const T* gam
 // dgamma = sum_r g x and dbeta = sum_r g, of all columns.
 template <class T, class C>
 void norm_weight_gradient(TokenRows<C> x, TokenRows<C> g, T* gamma, T* beta) {
-  constexpr int64_t n = kLanes<C>;
-  for (int64_t i = 0; i < x.width; i += n) {
-    WideSum<C> products, sums;
-    for (int64_t r = 0; r < x.count; ++r) {
-      const vec<C> grad = load(g.row(r) + i);
-      products.add(grad * load(x.row(r) + i));
-      sums.add(grad);
-    }
-    double product[n], sum[n];
-    products.store_upto(product, n);
-    sums.store_upto(sum, n);
-    for (int64_t j = 0; j < n && i + j < x.width; ++j) {
-      store_scalar(gamma + i + j, static_cast<C>(product[j]));
-      store_scalar(beta + i + j, static_cast<C>(sum[j]));
-    }
-  }
+  auto grad = [&](int64_t r, int64_t i) { return load(g.row(r) + i); };
+  sum_rows<C>(x.count, 0, x.width, gamma,
+              [&](int64_t r, int64_t i) { return grad(r, i) * load(x.row(r) + i); });
+  sum_rows<C>(x.count, 0, x.width, beta, grad);
 }
 
 }  // namespace MFK_ISA

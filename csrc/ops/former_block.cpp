@@ -10,7 +10,7 @@ struct Call : FormerCall {
   Call(const Tensor& tokens, const Given (&given)[12], int64_t num_heads, const std::string& form, double eps)
       : FormerCall(tokens, given, num_heads, form, eps) {
     args.dtype = dtype_of(kOp, tokens);
-    args.samples = std::max<int64_t>(1, 24 / std::max<int64_t>(args.tokens, 1));
+    args.samples = std::max<int64_t>(1, 32 / std::max<int64_t>(args.tokens, 1));
   }
   template <class F>
   void run(F f) const {

@@ -10,9 +10,10 @@ from .library import former_block_by_library
 from .reference import former_block_reference
 
 OP = "former_block"
-# Tokens of a batch up to which the kernel was measured to be the faster one, forward and backward, or forward
-# alone.
-_TRAINED, _INFERRED = 24, 96
+# Where PyTorch's operators were measured to be faster: in training from so many multiplications by one (d, d)
+# matrix on, since the kernel's backward pass computes everything again; otherwise from so many tokens of a
+# batch on, but not in float32.
+_TRAINED, _INFERRED = 1_600_000, 96
 
 
 def former_block(
@@ -73,8 +74,9 @@ def former_block(
 
 
 def _by_library(tracked: bool, tokens: Tensor, *others: Any) -> bool:
-    """From so many tokens on PyTorch's matrix products make up for the calls between them."""
-    return tokens.shape[:2].numel() > (_TRAINED if tracked else _INFERRED)
+    if tracked:
+        return tokens.numel() * tokens.shape[-1:].numel() > _TRAINED
+    return tokens.dtype != torch.float32 and tokens.shape[:2].numel() > _INFERRED
 
 
 def _check(tokens: Tensor, *arguments: Any) -> None:
