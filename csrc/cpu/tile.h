@@ -63,6 +63,28 @@ MFK_INLINE void transpose(vec<C> (&rows)[kLanes<C>]) {
   detail::transpose_stage<C, 1>(rows);
 }
 
+// The sum of each vector's lanes, for a power of two of vectors: that of rows[i] in lane i. Their lanes are
+// added in pairs, and two vectors of sums share one from then on.
+template <class C, int kCount, int kStep = 1>
+MFK_INLINE vec<C> sums_across(vec<C> (&rows)[kCount]) {
+  constexpr auto lanes = std::make_index_sequence<kLanes<C>>();
+  if constexpr (kCount > 1) {
+    vec<C> pairs[kCount / 2];
+    for (int i = 0; i < kCount / 2; ++i) {
+      detail::swap_blocks<C, kStep>(rows[2 * i], rows[2 * i + 1], lanes);
+      pairs[i] = rows[2 * i] + rows[2 * i + 1];
+    }
+    return sums_across<C, kCount / 2, kStep * 2>(pairs);
+  } else if constexpr (kStep < kLanes<C>) {
+    vec<C> other = rows[0];
+    detail::swap_blocks<C, kStep>(rows[0], other, lanes);
+    rows[0] += other;
+    return sums_across<C, 1, kStep * 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
 template <class C>
 struct Tile {
   const C* data;

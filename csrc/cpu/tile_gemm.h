@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "vec.h"
+#include "tile.h"
 
 namespace mfk {
 namespace MFK_ISA {
@@ -81,31 +81,40 @@ MFK_INLINE void pixels_rows(C* out, int64_t out_stride, const C* start, int64_t 
 template <class C, int kRows, int kColumns>
 MFK_INLINE void reduce_block(double* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,
                              const C* b, int64_t b_stride, int64_t width) {
-  vec<C> acc[kRows][kColumns] = {};
+  constexpr int kSums = kRows * kColumns > 8 ? 16 : kRows * kColumns > 4 ? 8 : 4;
+  constexpr int kGroup = kSums < kLanes<C> ? kSums : kLanes<C>;
+  vec<C> acc[kSums / kGroup][kGroup] = {};
   for (int64_t p = 0; p < width; p += kLanes<C>) {
     vec<C> right[kColumns];
     for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * b_stride + p);
     for (int i = 0; i < kRows; ++i) {
       vec<C> left = load(a + i * a_stride + p);
-      for (int j = 0; j < kColumns; ++j) acc[i][j] += left * right[j];
+      for (int j = 0; j < kColumns; ++j) {
+        const int at = i * kColumns + j;
+        acc[at / kGroup][at % kGroup] += left * right[j];
+      }
     }
   }
+  C sums[kSums / kGroup * kLanes<C>];
+  for (int g = 0; g < kSums / kGroup; ++g) store(sums + g * kGroup, sums_across<C, kGroup>(acc[g]));
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kColumns; ++j) out[i * out_row + j * out_column] += sum_lanes<C>(acc[i][j]);
+    for (int j = 0; j < kColumns; ++j) out[i * out_row + j * out_column] += sums[i * kColumns + j];
   }
 }
+
+// As many rows as leave registers for the rest.
+constexpr int kReducedRows = MFK_VECTOR_BYTES == 64 ? 4 : 3, kReducedColumns = 4;
 
 template <class C, int kRows>
 MFK_INLINE void reduce_rows(double* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,
                             const C* b, int64_t b_stride, int64_t columns, int64_t width) {
-  int64_t j = 0;
-  for (; j + 4 <= columns; j += 4) {
-    reduce_block<C, kRows, 4>(out + j * out_column, out_row, out_column, a, a_stride, b + j * b_stride,
-                              b_stride, width);
-  }
-  for (; j < columns; ++j) {
-    reduce_block<C, kRows, 1>(out + j * out_column, out_row, out_column, a, a_stride, b + j * b_stride,
-                              b_stride, width);
+  for (int64_t j = 0; j < columns; j += kReducedColumns) {
+    with_constant<kReducedColumns>(columns - j < kReducedColumns ? columns - j : kReducedColumns,
+                                   [&](auto block) __attribute__((always_inline)) {
+                                     reduce_block<C, kRows, decltype(block)::value>(
+                                         out + j * out_column, out_row, out_column, a, a_stride,
+                                         b + j * b_stride, b_stride, width);
+                                   });
   }
 }
 
@@ -143,14 +152,13 @@ void multiply_reduce(double* out, int64_t out_row, int64_t out_column, int64_t r
   constexpr int64_t kRun = 16 * kLanes<C>;
   for (int64_t p = 0; p < width; p += kRun) {
     const int64_t run = width - p < kRun ? width - p : kRun;
-    int64_t i = 0;
-    for (; i + 3 <= rows; i += 3) {
-      detail::reduce_rows<C, 3>(out + i * out_row, out_row, out_column, a + i * a_stride + p, a_stride, b + p,
-                                b_stride, columns, run);
-    }
-    for (; i < rows; ++i) {
-      detail::reduce_rows<C, 1>(out + i * out_row, out_row, out_column, a + i * a_stride + p, a_stride, b + p,
-                                b_stride, columns, run);
+    for (int64_t i = 0; i < rows; i += detail::kReducedRows) {
+      const int64_t block = rows - i < detail::kReducedRows ? rows - i : detail::kReducedRows;
+      with_constant<detail::kReducedRows>(block, [&](auto block_rows) __attribute__((always_inline)) {
+        detail::reduce_rows<C, decltype(block_rows)::value>(out + i * out_row, out_row, out_column,
+                                                            a + i * a_stride + p, a_stride, b + p, b_stride,
+                                                            columns, run);
+      });
     }
   }
 }

@@ -43,15 +43,6 @@ void store_rows(TokenRows<C> from, T* to) {
   }
 }
 
-// The sum of each vector's lanes.
-template <class C>
-MFK_INLINE vec<C> sums_across(vec<C> (&rows)[kLanes<C>]) {
-  transpose<C>(rows);
-  vec<C> sum{};
-  for (int i = 0; i < kLanes<C>; ++i) sum += rows[i];
-  return sum;
-}
-
 // y = x W^T + b of many rows: they are in the lanes, so that their columns are transposed, not the weights.
 template <class T, class C>
 void linear_forward_columns(const TokenLinear<T>& linear, TokenRows<C> x, TokenRows<C> y) {
@@ -118,7 +109,7 @@ void linear_forward(const TokenLinear<T>& linear, TokenRows<C> x, TokenRows<C> y
         for (int64_t j = 0; j < n; ++j)
           totals[j] += value * load_part(weights[j] + whole, linear.inputs - whole);
       }
-      const vec<C> total = sums_across<C>(totals) + bias;
+      const vec<C> total = sums_across<C, n>(totals) + bias;
       store(y.row(r) + o, outputs >= n ? total : (first_lanes<C>(outputs) ? total : vec<C>{}));
     }
   }
