@@ -70,10 +70,10 @@ inline bool is_channels_last(const Tensor& x) {
   return !x.is_contiguous() && x.size(1) > 1 && x.stride(1) == 1;
 }
 
-// Memory of many megabytes is new each time, and a kernel would wait for each of its small pages.
+// Memory of some megabytes is often new, and a kernel would wait for each of its small pages.
 inline Tensor with_huge_pages(Tensor t) {
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
-  if (bytes >= size_t{4} << 20) advise_huge_pages(reinterpret_cast<uintptr_t>(t.data_ptr()), bytes);
+  if (bytes >= size_t{1} << 20) advise_huge_pages(reinterpret_cast<uintptr_t>(t.data_ptr()), bytes);
   return t;
 }
 
