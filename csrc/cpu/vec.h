@@ -6,11 +6,12 @@
 #pragma once
 
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <type_traits>
 #include <utility>
+
+#include "../task_memory.h"
 
 #ifndef MFK_ISA
 #error "MFK_ISA must be generic, avx2 or avx512: the build compiles this file once for each"
@@ -307,20 +308,18 @@ MFK_INLINE C max_lanes(vec<C> v) {
   return lanes[0];
 }
 
-// Uninitialised working memory for one task, aligned to a cache line.
+// Working memory of one task, not initialised. Buffers die in the reverse order of their making.
 template <class C>
 class Buffer {
  public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<C*>(aligned_alloc(64, (count * sizeof(C) + 63) / 64 * 64 + 64))) {
-    if (data_ == nullptr) abort();
-  }
-  ~Buffer() { free(data_); }
+  explicit Buffer(int64_t count) : bytes_(count * sizeof(C)), data_(static_cast<C*>(take_memory(bytes_))) {}
+  ~Buffer() { give_memory(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator C*() { return data_; }
 
  private:
+  size_t bytes_;
   C* data_;
 };
 

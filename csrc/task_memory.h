@@ -1,0 +1,14 @@
+// Working memory of kernels' tasks.
+#pragma once
+
+#include <stddef.h>
+
+namespace mfk {
+
+// `bytes` of it, not initialised, aligned to a cache line. Every thread keeps a stack of its own: memory from
+// the system would be new each time, and every page of it a fault, which takes longer than using it.
+void* take_memory(size_t bytes);
+// Gives it back, in the reverse order.
+void give_memory(void* memory, size_t bytes);
+
+}  // namespace mfk
