@@ -29,6 +29,7 @@ struct Window {
         column(i % a.windows_x * a.window_w),
         pixels(a.window_h * a.window_w) {}
 
+  int64_t tile_at(int64_t first) const { return pixels - first < kTile ? pixels - first : kTile; }
   // Calls f(i, p, count) for the runs that pixels `first` to first + count - 1 of the window are: the run's
   // place among them, its first pixel in the map, and its length.
   template <class F>
@@ -54,14 +55,14 @@ struct Window {
   }
   template <class T, class C>
   void store_pixels(const AnyMap& map, int64_t channels, int64_t first, int64_t count, const C* values,
-                    C* scratch) const {
+                    int64_t stride, C* scratch) const {
     for_runs(first, count, [&](int64_t i, int64_t p, int64_t run) {
       if (i == 0 && run == count) {
-        return store_tile<T>(map.as<T>(), b, 0, channels, p, run, values, kTile);
+        return store_tile<T>(map.as<T>(), b, 0, channels, p, run, values, stride);
       }
       for (int64_t c = 0; c < channels; ++c)
-        memcpy(scratch + c * kTile, values + c * kTile + i, run * sizeof(C));
-      store_tile<T>(map.as<T>(), b, 0, channels, p, run, scratch, kTile);
+        memcpy(scratch + c * stride, values + c * stride + i, run * sizeof(C));
+      store_tile<T>(map.as<T>(), b, 0, channels, p, run, scratch, stride);
     });
   }
 };
@@ -74,15 +75,16 @@ struct Pixels {
 
   Pixels(int64_t c, int64_t count)
       : data(c * round_up(count, kTile)), channels(c), stride(round_up(count, kTile)) {
-    for (int64_t i = 0; i < channels * stride; ++i) data[i] = 0;
+    clear();
   }
+  void clear() { memset(static_cast<C*>(data), 0, channels * stride * sizeof(C)); }
   template <class T>
   void load_from(const Window& window, const AnyMap& map, int64_t first, int64_t count, C* scratch) {
     window.load_pixels<T>(map, channels, first, count, static_cast<C*>(data), stride, scratch);
   }
   template <class T>
   void store_to(const Window& window, const AnyMap& map, int64_t first, int64_t count, C* scratch) {
-    window.store_pixels<T>(map, channels, first, count, static_cast<const C*>(data), scratch);
+    window.store_pixels<T>(map, channels, first, count, static_cast<const C*>(data), stride, scratch);
   }
   template <class F>
   void apply(F f) {
@@ -100,7 +102,6 @@ struct Queries {
   Pixels<C> k, v;              // of the whole window; v as the attention takes it
   Pixels<C> q, gate, context;  // of the tile
   Buffer<C> weights;           // (pixels, kTile): softmax(scale k^T q)
-  Buffer<C> tops, sums;        // kTile each
   Buffer<C> scratch;
   int64_t loaded = -1;
 
@@ -112,8 +113,6 @@ struct Queries {
         gate(a.channels, kTile),
         context(a.channels, kTile),
         weights(a.window_h * a.window_w * kTile),
-        tops(kTile),
-        sums(kTile),
         scratch((a.depth > a.channels ? a.depth : a.channels) * k.stride) {}
 
   void run(const Window& window, int64_t first, int64_t count) {
@@ -128,27 +127,20 @@ struct Queries {
     gate.template load_from<T>(window, args.gate, first, count, scratch);
     multiply_pixels<C>(weights, kTile, nullptr, 0, pixels, k.transposed(), args.depth,
                        static_cast<const C*>(q.data), kTile, kTile);
-    softmax_rows<C>(weights, static_cast<C>(args.scale), pixels, kTile, kTile, tops, sums);
+    softmax_rows<C>(weights, static_cast<C>(args.scale), pixels, kTile, kTile);
     multiply_pixels<C>(context.data, kTile, nullptr, 0, args.channels, v.matrix(), pixels,
                        static_cast<const C*>(weights), kTile, kTile);
   }
 };
 
-template <class F>
-MFK_INLINE void for_tiles(const ModulationArgs& args, int64_t begin, int64_t end, F f) {
-  const int64_t tiles = blocks_of(args.window_h * args.window_w, kTile);
-  for (int64_t task = begin; task < end; ++task) {
-    const Window window(args, task / tiles);
-    const int64_t first = task % tiles * kTile, rest = window.pixels - first;
-    f(window, first, rest < kTile ? rest : kTile);
-  }
-}
-
 template <class T>
 void forward(const ModulationArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   Queries<T> tile(args);
-  for_tiles(args, begin, end, [&](const Window& window, int64_t first, int64_t count) {
+  const int64_t tiles = blocks_of(args.window_h * args.window_w, kTile);
+  for (int64_t task = begin; task < end; ++task) {
+    const Window window(args, task / tiles);
+    const int64_t first = task % tiles * kTile, count = window.tile_at(first);
     tile.run(window, first, count);
     for (int64_t i = 0; i < args.channels * kTile; i += kLanes<C>) {
       const vec<C> context = load(tile.context.data + i);
@@ -156,96 +148,98 @@ void forward(const ModulationArgs& args, int64_t begin, int64_t end) {
             (args.outside ? sigmoid<C>(context) : context) * sigmoid<C>(load(tile.gate.data + i)));
     }
     tile.context.template store_to<T>(window, args.y, first, count, tile.scratch);
-  });
+  }
+}
+
+// The gradients of a window's keys and values, one below the other; v is as the attention took it.
+template <class T, class C>
+void store_keys(const ModulationArgs& args, const Window& window, Pixels<C>& grads, Pixels<C>& v,
+                C* scratch) {
+  const int64_t stride = grads.stride;
+  C* grad_v = grads.data + args.depth * stride;
+  for (int64_t i = 0; !args.outside && i < args.channels * stride; i += kLanes<C>) {
+    const vec<C> s = load(v.data + i);
+    store(grad_v + i, load(grad_v + i) * (s * (splat(C(1)) - s)));
+  }
+  const C *first = grads.data, *second = grad_v;
+  window.store_pixels<T>(args.grad_k, args.depth, 0, window.pixels, first, stride, scratch);
+  window.store_pixels<T>(args.grad_v, args.channels, 0, window.pixels, second, stride, scratch);
 }
 
 // With s = sigmoid(gate), c = v P^T and g the gradient of y: dgate = g c s (1 - s), dc = g s (with `outside`
 // c is its own sigmoid, and dc has that one's derivative), dP = v^T dc, dS = P (dP - sum_keys P dP) scale,
-// dq = k dS.
+// dq = k dS, dk = q dS^T, dv = dc P^T, and v's sigmoid.
 template <class T>
-void backward_q(const ModulationArgs& args, int64_t begin, int64_t end) {
+void backward(const ModulationArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   Queries<T> tile(args);
   const int64_t pixels = args.window_h * args.window_w;
   Pixels<C> g(args.channels, kTile), grad_q(args.depth, kTile);
+  Pixels<C> grad_keys(args.depth + args.channels, pixels);
   Buffer<C> grads(pixels * kTile);  // of the weights, then of the logits
-  for_tiles(args, begin, end, [&](const Window& window, int64_t first, int64_t count) {
-    tile.run(window, first, count);
-    g.template load_from<T>(window, args.grad_y, first, count, tile.scratch);
-    for (int64_t i = 0; i < args.channels * kTile; i += n) {
-      const vec<C> context = load(tile.context.data + i), grad = load(g.data + i);
-      const vec<C> s = sigmoid<C>(load(tile.gate.data + i)), one = splat(C(1));
-      const vec<C> out = args.outside ? sigmoid<C>(context) : context;
-      store(tile.gate.data + i, grad * out * (s * (one - s)));
-      store(g.data + i, grad * s * (args.outside ? out * (one - out) : one));
+  Buffer<C> columns(kTile * grad_keys.stride);
+  // Adds left (rows, queries) right^T (queries, keys) to the sums of keys.
+  auto add_keys = [&](int64_t row, int64_t rows, Matrix<C> left, const C* right, int64_t count) {
+    const Tile<C> keys =
+        load_tile<C>(FeatureMap<const C>{right, 0, 1, kTile}, 0, 0, count, 0, pixels, columns);
+    C* sums = grad_keys.data + row * grad_keys.stride;
+    multiply_pixels<C>(sums, grad_keys.stride, sums, grad_keys.stride, rows, left, count, keys.data,
+                       keys.stride, keys.stride);
+  };
+  for (int64_t task = begin; task < end; ++task) {
+    const Window window(args, task / args.groups);
+    const int64_t start = task % args.groups * args.group, rest = pixels - start;
+    grad_keys.clear();
+    for (int64_t first = start; first < start + (rest < args.group ? rest : args.group); first += kTile) {
+      const int64_t count = window.tile_at(first);
+      tile.run(window, first, count);
+      g.template load_from<T>(window, args.grad_y, first, count, tile.scratch);
+      for (int64_t i = 0; i < args.channels * kTile; i += n) {
+        const vec<C> context = load(tile.context.data + i), grad = load(g.data + i);
+        const vec<C> s = sigmoid<C>(load(tile.gate.data + i)), one = splat(C(1));
+        const vec<C> out = args.outside ? sigmoid<C>(context) : context;
+        store(tile.gate.data + i, grad * out * (s * (one - s)));
+        store(g.data + i, grad * s * (args.outside ? out * (one - out) : one));
+      }
+      tile.gate.template store_to<T>(window, args.grad_gate, first, count, tile.scratch);
+      multiply_pixels<C>(grads, kTile, nullptr, 0, pixels, tile.v.transposed(), args.channels,
+                         static_cast<const C*>(g.data), kTile, kTile);
+      softmax_rows_backward<C>(tile.weights, grads, static_cast<C>(args.scale), pixels, kTile, kTile);
+      multiply_pixels<C>(grad_q.data, kTile, nullptr, 0, args.depth, tile.k.matrix(), pixels,
+                         static_cast<const C*>(grads), kTile, kTile);
+      grad_q.template store_to<T>(window, args.grad_q, first, count, tile.scratch);
+      add_keys(0, args.depth, tile.q.matrix(), grads, count);
+      add_keys(args.depth, args.channels, g.matrix(), tile.weights, count);
     }
-    tile.gate.template store_to<T>(window, args.grad_gate, first, count, tile.scratch);
-    C* grad_context = static_cast<C*>(args.grad_context) + window.index * args.channels * pixels;
-    for (int64_t c = 0; c < args.channels; ++c) {
-      memcpy(grad_context + c * pixels + first, g.data + c * kTile, count * sizeof(C));
+    if (args.groups == 1) {
+      store_keys<T, C>(args, window, grad_keys, tile.v, tile.scratch);
+    } else {
+      const int64_t size = grad_keys.channels * grad_keys.stride;
+      memcpy(static_cast<C*>(args.partial) + task * size, grad_keys.data, size * sizeof(C));
     }
-    multiply_pixels<C>(grads, kTile, nullptr, 0, pixels, tile.v.transposed(), args.channels,
-                       static_cast<const C*>(g.data), kTile, kTile);
-    C pivots[kTile], means[kTile];
-    softmax_rows_backward<C>(tile.weights, grads, static_cast<C>(args.scale), pixels, kTile, kTile, pivots,
-                             means);
-    multiply_pixels<C>(grad_q.data, kTile, nullptr, 0, args.depth, tile.k.matrix(), pixels,
-                       static_cast<const C*>(grads), kTile, kTile);
-    grad_q.template store_to<T>(window, args.grad_q, first, count, tile.scratch);
-    C* softmax = static_cast<C*>(args.softmax) + window.index * 4 * pixels + first;
-    const C* kept[] = {tile.tops, tile.sums, pivots, means};
-    for (int i = 0; i < 4; ++i) memcpy(softmax + i * pixels, kept[i], count * sizeof(C));
-  });
+  }
 }
 
-// The same sums with keys in the lanes: dk = q dS^T, dv = dc P^T, and v's sigmoid.
 template <class T>
-void backward_k(const ModulationArgs& args, int64_t begin, int64_t end) {
+void backward_sum(const ModulationArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  constexpr int64_t n = kLanes<C>;
   const int64_t pixels = args.window_h * args.window_w;
-  Pixels<C> q(args.depth, pixels), k(args.depth, kTile), v(args.channels, kTile);
-  Pixels<C> grad_k(args.depth, kTile), grad_v(args.channels, kTile);
-  Buffer<C> weights(pixels * kTile), grads(pixels * kTile);
-  Buffer<C> scratch((args.depth > args.channels ? args.depth : args.channels) * q.stride);
-  int64_t loaded = -1;
-  for_tiles(args, begin, end, [&](const Window& window, int64_t first, int64_t count) {
-    if (window.index != loaded) {
-      loaded = window.index;
-      q.template load_from<T>(window, args.q, 0, pixels, scratch);
-    }
-    k.template load_from<T>(window, args.k, first, count, scratch);
-    v.template load_from<T>(window, args.v, first, count, scratch);
+  Pixels<C> grads(args.depth + args.channels, pixels), v(args.channels, pixels);
+  const int64_t size = grads.channels * grads.stride;
+  Buffer<C> scratch(size);
+  for (int64_t task = begin; task < end; ++task) {
+    const Window window(args, task);
+    v.template load_from<T>(window, args.v, 0, pixels, scratch);
     if (!args.outside) v.apply([](vec<C> x) { return sigmoid<C>(x); });
-    const C* grad_context = static_cast<const C*>(args.grad_context) + window.index * args.channels * pixels;
-    const C* tops = static_cast<const C*>(args.softmax) + window.index * 4 * pixels;
-    const C *sums = tops + pixels, *pivots = sums + pixels, *means = pivots + pixels;
-    multiply_pixels<C>(weights, kTile, nullptr, 0, pixels, q.transposed(), args.depth,
-                       static_cast<const C*>(k.data), kTile, kTile);
-    multiply_pixels<C>(grads, kTile, nullptr, 0, pixels, Matrix<C>{grad_context, 1, pixels}, args.channels,
-                       static_cast<const C*>(v.data), kTile, kTile);
-    const C scale = static_cast<C>(args.scale);
-    for (int64_t i = 0; i < pixels; ++i) {
-      for (int64_t j = i * kTile; j < (i + 1) * kTile; j += n) {
-        const vec<C> weight = exp(load(weights + j) * scale - tops[i]) / sums[i];
-        store(weights + j, weight);
-        store(grads + j, weight * (load(grads + j) - pivots[i] - means[i]) * scale);
-      }
+    const C* parts = static_cast<const C*>(args.partial) + task * args.groups * size;
+    for (int64_t i = 0; i < size; i += kLanes<C>) {
+      vec<C> sum = load(parts + i);
+      for (int64_t k = 1; k < args.groups; ++k) sum += load(parts + k * size + i);
+      store(grads.data + i, sum);
     }
-    multiply_pixels<C>(grad_k.data, kTile, nullptr, 0, args.depth, q.matrix(), pixels,
-                       static_cast<const C*>(grads), kTile, kTile);
-    multiply_pixels<C>(grad_v.data, kTile, nullptr, 0, args.channels, Matrix<C>{grad_context, pixels, 1},
-                       pixels, static_cast<const C*>(weights), kTile, kTile);
-    if (!args.outside) {
-      for (int64_t i = 0; i < args.channels * kTile; i += n) {
-        const vec<C> s = load(v.data + i);
-        store(grad_v.data + i, load(grad_v.data + i) * (s * (splat(C(1)) - s)));
-      }
-    }
-    grad_k.template store_to<T>(window, args.grad_k, first, count, scratch);
-    grad_v.template store_to<T>(window, args.grad_v, first, count, scratch);
-  });
+    store_keys<T, C>(args, window, grads, v, scratch);
+  }
 }
 
 }  // namespace
@@ -254,12 +248,12 @@ void modulation_attention_forward(const ModulationArgs& args, int64_t begin, int
   with_dtype(args.dtype, [&](auto element) { forward<decltype(element)>(args, begin, end); });
 }
 
-void modulation_attention_backward_q(const ModulationArgs& args, int64_t begin, int64_t end) {
-  with_dtype(args.dtype, [&](auto element) { backward_q<decltype(element)>(args, begin, end); });
+void modulation_attention_backward(const ModulationArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) { backward<decltype(element)>(args, begin, end); });
 }
 
-void modulation_attention_backward_k(const ModulationArgs& args, int64_t begin, int64_t end) {
-  with_dtype(args.dtype, [&](auto element) { backward_k<decltype(element)>(args, begin, end); });
+void modulation_attention_backward_sum(const ModulationArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.dtype, [&](auto element) { backward_sum<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace MFK_ISA

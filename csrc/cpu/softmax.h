@@ -29,10 +29,9 @@ MFK_INLINE vec<C> sum_terms(int64_t count, F term) {
   return total;
 }
 
-// softmax(scale * logits) in place; where asked for, each column's largest logit and sum of exponentials.
+// softmax(scale * logits) in place.
 template <class C>
-void softmax_rows(C* logits, C scale, int64_t count, int64_t stride, int64_t width, C* tops = nullptr,
-                  C* sums = nullptr) {
+void softmax_rows(C* logits, C scale, int64_t count, int64_t stride, int64_t width) {
   for (int64_t j = 0; j < width; j += kLanes<C>) {
     C* column = logits + j;
     vec<C> top = splat(-C(__builtin_inf()));
@@ -47,18 +46,15 @@ void softmax_rows(C* logits, C scale, int64_t count, int64_t stride, int64_t wid
       return weight;
     });
     for (int64_t i = 0; i < count; ++i) store(column + i * stride, load(column + i * stride) / sum);
-    if (tops != nullptr) store(tops + j, top);
-    if (sums != nullptr) store(sums + j, sum);
   }
 }
 
 // With w the weights and dP their gradients, in `grads`: w (dP - sum w dP) scale, the gradient of the logits
 // before they were scaled, in place. dP counts from that of the largest weight, the pivot: where this is
-// nearly one, the mean is nearly its dP, and their difference would lose its digits. Where asked for, each
-// column's pivot, and the mean less the pivot.
+// nearly one, the mean is nearly its dP, and their difference would lose its digits.
 template <class C>
-void softmax_rows_backward(const C* weights, C* grads, C scale, int64_t count, int64_t stride, int64_t width,
-                           C* pivots = nullptr, C* means = nullptr) {
+void softmax_rows_backward(const C* weights, C* grads, C scale, int64_t count, int64_t stride,
+                           int64_t width) {
   for (int64_t j = 0; j < width; j += kLanes<C>) {
     const C* weight = weights + j;
     C* grad = grads + j;
@@ -73,8 +69,6 @@ void softmax_rows_backward(const C* weights, C* grads, C scale, int64_t count, i
     for (int64_t i = 0; i < count; ++i) {
       store(grad + i * stride, load(weight + i * stride) * (load(grad + i * stride) - pivot - mean) * scale);
     }
-    if (pivots != nullptr) store(pivots + j, pivot);
-    if (means != nullptr) store(means + j, mean);
   }
 }
 

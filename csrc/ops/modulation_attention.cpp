@@ -49,12 +49,8 @@ struct Call {
   }
   int64_t windows() const { return args.batch * args.windows_y * args.windows_x; }
   int64_t pixels() const { return args.window_h * args.window_w; }
-  template <class F>
-  void run(F f) const {
-    const int64_t tiles = blocks_of(pixels(), kModulationTile);
-    const int64_t work = kModulationTile * pixels() * (args.depth + args.channels);
-    torch::stable::parallel_for(0, windows() * tiles, grain(work), f);
-  }
+  int64_t tiles() const { return blocks_of(pixels(), kModulationTile); }
+  int64_t work() const { return kModulationTile * pixels() * (args.depth + args.channels); }  // of a tile
 };
 
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
@@ -62,7 +58,9 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   Call call(q, k, v, gate, scale, form, window_size);
   Tensor y = empty_map(v), holder;
   call.args.y = map_of(y, is_channels_last(v), holder);
-  call.run([&](int64_t begin, int64_t end) { modulation_attention_forward(call.args, begin, end); });
+  torch::stable::parallel_for(
+      0, call.windows() * call.tiles(), grain(call.work()),
+      [&](int64_t begin, int64_t end) { modulation_attention_forward(call.args, begin, end); });
   return y;
 }
 
@@ -79,12 +77,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   Tensor holders[4], holder;
   for (int i = 0; i < 4; ++i) *maps[i] = map_of(grads[i], is_channels_last(*inputs[i]), holders[i]);
   args.grad_y = map_of(grad_out, is_channels_last(grad_out), holder);
-  Tensor grad_context = empty({call.windows(), args.channels, call.pixels()}, compute_type(q), q);
-  Tensor softmax = empty({call.windows(), 4, call.pixels()}, compute_type(q), q);
-  args.grad_context = grad_context.data_ptr();
-  args.softmax = softmax.data_ptr();
-  call.run([&](int64_t begin, int64_t end) { modulation_attention_backward_q(args, begin, end); });
-  call.run([&](int64_t begin, int64_t end) { modulation_attention_backward_k(args, begin, end); });
+  // Few groups, since each has sums of its own; but more than one where a window alone is work for many
+  // cores.
+  const int64_t wanted = std::clamp<int64_t>(call.tiles() / 8, 1, 8);
+  const int64_t tiles = std::max<int64_t>(1, blocks_of(call.tiles(), wanted));
+  args.group = tiles * kModulationTile;
+  args.groups = std::max<int64_t>(1, blocks_of(call.pixels(), args.group));
+  Tensor partial = empty({args.groups == 1 ? 0 : call.windows() * args.groups * modulation_sums(args)},
+                         compute_type(q), q);
+  args.partial = partial.data_ptr();
+  const int64_t tasks = call.pixels() == 0 ? 0 : call.windows() * args.groups;
+  torch::stable::parallel_for(0, tasks, grain(tiles * call.work()), [&](int64_t begin, int64_t end) {
+    modulation_attention_backward(args, begin, end);
+  });
+  if (args.groups > 1) {
+    torch::stable::parallel_for(
+        0, call.windows(), grain(args.groups * modulation_sums(args)),
+        [&](int64_t begin, int64_t end) { modulation_attention_backward_sum(args, begin, end); });
+  }
   return {grads[0], grads[1], grads[2], grads[3]};
 }
 
