@@ -26,21 +26,36 @@ MFK_INLINE vec<float> exp_series(vec<float> sixth, vec<float> r) {
   return p * r + 1.0f;
 }
 
+// p 2^n, n being shifted - kExpShift, for results that are normal numbers; NaN for NaN.
+MFK_INLINE vec<float> times_power(vec<float> p, vec<float> shifted) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p),
+                                                             reinterpret_cast<__m512>(shifted - kExpShift)));
+#else
+  // n onto the exponent bits.
+  const vec<float> y = reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(p) +
+                                                    (reinterpret_cast<mask<float>>(shifted) << 23));
+  return p != p ? p : y;
+#endif
+}
+// The same for any n from -126 to 129, where results may be infinite.
+MFK_INLINE vec<float> times_any_power(vec<float> p, vec<float> shifted) {
+#if defined(__AVX512F__)
+  return times_power(p, shifted);
+#else
+  // In two steps, since 2^128 has no exponent bits.
+  const mask<float> n = reinterpret_cast<mask<float>>(shifted) - 0x4b400000, half = n >> 1;
+  const vec<float> y = p * reinterpret_cast<vec<float>>((half + 127) << 23);
+  return y * reinterpret_cast<vec<float>>((n - half + 127) << 23);
+#endif
+}
+
 // exp(x), within 2 units in the last place; 0 where the result would be denormal, NaN for NaN.
 MFK_INLINE vec<float> exp(vec<float> x) {
-  const vec<float> low = splat(-87.336544f), high = splat(88.72283f);
-  vec<float> t = x < low ? low : x;
-  t = t > high ? high : t;
-  const ExpParts parts = exp_parts(t);
-  const mask<float> n = reinterpret_cast<mask<float>>(parts.shifted) - 0x4b400000;
+  const vec<float> low = splat(-87.336544f), infinite = splat(89.0f);
+  const ExpParts parts = exp_parts(smaller(infinite, larger(low, x)));
   const vec<float> p = exp_series(splat(1.0f / 5040) * parts.r + 1.0f / 720, parts.r);
-  // In two steps, since 2^128 has no exponent bits.
-  mask<float> half = n >> 1;
-  vec<float> y = p * reinterpret_cast<vec<float>>((half + 127) << 23);
-  y = y * reinterpret_cast<vec<float>>((n - half + 127) << 23);
-  y = x < low ? vec<float>{} : y;
-  y = x > high ? splat(__builtin_inff()) : y;
-  return x != x ? x : y;
+  return x < low ? vec<float>{} : times_any_power(p, parts.shifted);
 }
 MFK_INLINE vec<double> exp(vec<double> x) {
   const vec<double> low = splat(-708.3964185322641), high = splat(709.782712893384);
@@ -72,18 +87,6 @@ MFK_INLINE vec<double> exp(vec<double> x) {
   y = x < low ? vec<double>{} : y;
   y = x > high ? splat(__builtin_inf()) : y;
   return x != x ? x : y;
-}
-// p 2^n, n being shifted - kExpShift, for results that are normal numbers; NaN for NaN.
-MFK_INLINE vec<float> times_power(vec<float> p, vec<float> shifted) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<vec<float>>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p),
-                                                             reinterpret_cast<__m512>(shifted - kExpShift)));
-#else
-  // n onto the exponent bits.
-  const vec<float> y = reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(p) +
-                                                    (reinterpret_cast<mask<float>>(shifted) << 23));
-  return p != p ? p : y;
-#endif
 }
 // exp(x) for x <= 0, in half the steps of exp, within 2 units in the last place; where the result would be
 // denormal, the smallest normal number.

@@ -115,7 +115,8 @@ struct Queries {
         weights(a.window_h * a.window_w * kTile),
         scratch((a.depth > a.channels ? a.depth : a.channels) * k.stride) {}
 
-  void run(const Window& window, int64_t first, int64_t count) {
+  // The weights of the tile's queries.
+  void weigh(const Window& window, int64_t first, int64_t count) {
     const int64_t pixels = window.pixels;
     if (window.index != loaded) {
       loaded = window.index;
@@ -128,7 +129,10 @@ struct Queries {
     multiply_pixels<C>(weights, kTile, nullptr, 0, pixels, k.transposed(), args.depth,
                        static_cast<const C*>(q.data), kTile, kTile);
     softmax_rows<C>(weights, static_cast<C>(args.scale), pixels, kTile, kTile);
-    multiply_pixels<C>(context.data, kTile, nullptr, 0, args.channels, v.matrix(), pixels,
+  }
+  // v P^T
+  void mix(const Window& window) {
+    multiply_pixels<C>(context.data, kTile, nullptr, 0, args.channels, v.matrix(), window.pixels,
                        static_cast<const C*>(weights), kTile, kTile);
   }
 };
@@ -141,7 +145,8 @@ void forward(const ModulationArgs& args, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const Window window(args, task / tiles);
     const int64_t first = task % tiles * kTile, count = window.tile_at(first);
-    tile.run(window, first, count);
+    tile.weigh(window, first, count);
+    tile.mix(window);
     for (int64_t i = 0; i < args.channels * kTile; i += kLanes<C>) {
       const vec<C> context = load(tile.context.data + i);
       store(tile.context.data + i,
@@ -166,16 +171,16 @@ void store_keys(const ModulationArgs& args, const Window& window, Pixels<C>& gra
   window.store_pixels<T>(args.grad_v, args.channels, 0, window.pixels, second, stride, scratch);
 }
 
-// With s = sigmoid(gate), c = v P^T and g the gradient of y: dgate = g c s (1 - s), dc = g s (with `outside`
-// c is its own sigmoid, and dc has that one's derivative), dP = v^T dc, dS = P (dP - sum_keys P dP) scale,
-// dq = k dS, dk = q dS^T, dv = dc P^T, and v's sigmoid.
+// With s = sigmoid(gate), c = v P^T and g the gradient of y: dgate = g y (1 - s), dc = g s (with `outside`
+// that is of sigmoid(c), and dc has its derivative), dP = v^T dc, dS = P (dP - sum_keys P dP) scale, dq = k
+// dS, dk = q dS^T, dv = dc P^T, and v's sigmoid.
 template <class T>
 void backward(const ModulationArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   Queries<T> tile(args);
   const int64_t pixels = args.window_h * args.window_w;
-  Pixels<C> g(args.channels, kTile), grad_q(args.depth, kTile);
+  Pixels<C> y(args.channels, kTile), g(args.channels, kTile), grad_q(args.depth, kTile);
   Pixels<C> grad_keys(args.depth + args.channels, pixels);
   Buffer<C> grads(pixels * kTile);  // of the weights, then of the logits
   Buffer<C> columns(kTile * grad_keys.stride);
@@ -193,14 +198,20 @@ void backward(const ModulationArgs& args, int64_t begin, int64_t end) {
     grad_keys.clear();
     for (int64_t first = start; first < start + (rest < args.group ? rest : args.group); first += kTile) {
       const int64_t count = window.tile_at(first);
-      tile.run(window, first, count);
+      tile.weigh(window, first, count);
+      if (args.outside) tile.mix(window);
       g.template load_from<T>(window, args.grad_y, first, count, tile.scratch);
+      y.template load_from<T>(window, args.y, first, count, tile.scratch);
       for (int64_t i = 0; i < args.channels * kTile; i += n) {
-        const vec<C> context = load(tile.context.data + i), grad = load(g.data + i);
-        const vec<C> s = sigmoid<C>(load(tile.gate.data + i)), one = splat(C(1));
-        const vec<C> out = args.outside ? sigmoid<C>(context) : context;
-        store(tile.gate.data + i, grad * out * (s * (one - s)));
-        store(g.data + i, grad * s * (args.outside ? out * (one - out) : one));
+        const vec<C> grad = load(g.data + i), one = splat(C(1));
+        const vec<C> s = sigmoid<C>(load(tile.gate.data + i));
+        store(tile.gate.data + i, grad * load(y.data + i) * (one - s));
+        vec<C> slope = s;
+        if (args.outside) {
+          const vec<C> out = sigmoid<C>(load(tile.context.data + i));
+          slope *= out * (one - out);
+        }
+        store(g.data + i, grad * slope);
       }
       tile.gate.template store_to<T>(window, args.grad_gate, first, count, tile.scratch);
       multiply_pixels<C>(grads, kTile, nullptr, 0, pixels, tile.v.transposed(), args.channels,

@@ -64,19 +64,21 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                                                    const Tensor& v, const Tensor& gate,
-                                                    std::optional<double> scale, std::string form,
-                                                    std::optional<int64_t> window_size) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& out,
+                                                    const Tensor& q, const Tensor& k, const Tensor& v,
+                                                    const Tensor& gate, std::optional<double> scale,
+                                                    std::string form, std::optional<int64_t> window_size) {
   Call call(q, k, v, gate, scale, form, window_size);
   check_argument(kOp, "grad_out", grad_out, q, shape_of(v));
+  check_argument(kOp, "out", out, q, shape_of(v));
   ModulationArgs& args = call.args;
   Tensor grads[] = {empty_map(q), empty_map(k), empty_map(v), empty_map(gate)};
   const Tensor* inputs[] = {&q, &k, &v, &gate};
   AnyMap* maps[] = {&args.grad_q, &args.grad_k, &args.grad_v, &args.grad_gate};
-  Tensor holders[4], holder;
+  Tensor holders[4], holder_g, holder_y;
   for (int i = 0; i < 4; ++i) *maps[i] = map_of(grads[i], is_channels_last(*inputs[i]), holders[i]);
-  args.grad_y = map_of(grad_out, is_channels_last(grad_out), holder);
+  args.grad_y = map_of(grad_out, is_channels_last(grad_out), holder_g);
+  args.y = map_of(out, is_channels_last(out), holder_y);
   // Few groups, since each has sums of its own; but more than one where a window alone is work for many
   // cores.
   const int64_t wanted = std::clamp<int64_t>(call.tiles() / 8, 1, 8);
@@ -106,7 +108,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
       "modulation_attention(Tensor q, Tensor k, Tensor v, Tensor gate, float? scale=None, "
       "str form=\"released\", int? window_size=None) -> Tensor");
   m.def(
-      "modulation_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor gate, "
+      "modulation_attention_backward(Tensor grad_out, Tensor out, Tensor q, Tensor k, Tensor v, Tensor gate, "
       "float? scale=None, str form=\"released\", int? window_size=None) -> (Tensor grad_q, Tensor grad_k, "
       "Tensor grad_v, Tensor grad_gate)");
 }

@@ -9,7 +9,6 @@ from ..runner import Runner
 from .reference import modulation_attention_reference
 
 OP = "modulation_attention"
-_FEW_PIXELS = 256
 FORMS = ("released", "paper")
 
 
@@ -52,17 +51,6 @@ def modulation_attention(
     return _run(q, k, v, gate, scale, form, window_size)
 
 
-def _library(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
-    return like_map(modulation_attention_reference(q, k, v, *others), v)
-
-
-def _by_library(
-    tracked: bool, q: Tensor, k: Any, v: Any, gate: Any, scale: Any, form: Any, window_size: object
-) -> bool:
-    """In training, for so few pixels that all of their weights are no matter."""
-    return tracked and window_size is None and q.shape[2:].numel() <= _FEW_PIXELS
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, scale: float | None, form: str, window_size: int | None
 ) -> None:
@@ -96,12 +84,12 @@ def _(q, k, v, gate, scale=None, form="released", window_size=None):
 
 
 @torch.library.register_fake(f"mfkernels::{OP}_backward")
-def _(grad_out, q, k, v, gate, scale=None, form="released", window_size=None):
+def _(grad_out, out, q, k, v, gate, scale=None, form="released", window_size=None):
     return tuple(empty_map(x, x.shape) for x in (q, k, v, gate))
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
+    ctx.save_for_backward(output, *inputs[:4])
     ctx.settings = inputs[4:]
 
 
@@ -110,8 +98,4 @@ def _backward(ctx, grad_out):
     return *grads, None, None, None
 
 
-_run = Runner(
-    *(OP, modulation_attention_reference, _check, _setup_context, _backward),
-    library=_library,
-    by_library=_by_library,
-)
+_run = Runner(OP, modulation_attention_reference, _check, _setup_context, _backward)

@@ -56,8 +56,8 @@ def forward_kernel(
     q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p, o_b, o_c, o_p,
     SIGMOID: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
-    """out (B, C, H, W), one block of channels: the result; or without a gate the context v P^T, and
-    stats (B, 2, H W): largest logit and sum."""
+    """out (B, C, H, W), one block of channels: the result, or without a gate the context v P^T; stats
+    (B, 2, H W): largest logit and sum. One of them may be None."""
     pixels = WH * WW
     j = tl.program_id(0) * BQ + tl.arange(0, BQ)
     block = tl.program_id(1)
@@ -82,19 +82,21 @@ def forward_kernel(
         weights = tl.exp(logits - higher[:, None])
         rescale = tl.exp(top - higher)
         total = total * rescale + tl.sum(weights, 1)
-        value = load_tile(v + b * v_b, c, channels, v_c, at_k, inside_k, v_p)
-        if SIGMOID:
-            value = squashed(value, inside_k[None, :])
-        sums = sums * rescale[:, None] + dot(weights, tl.trans(value))
+        if out is not None:
+            value = load_tile(v + b * v_b, c, channels, v_c, at_k, inside_k, v_p)
+            if SIGMOID:
+                value = squashed(value, inside_k[None, :])
+            sums = sums * rescale[:, None] + dot(weights, tl.trans(value))
         top = higher
-    result = sums / total[:, None]
-    if gate is not None:
-        if not SIGMOID:
-            result = tl.sigmoid(result)
-        own = load_tile(gate + b * g_b, c, channels, g_c, at_q, inside_q, g_p)
-        result = result * tl.sigmoid(tl.trans(own.to(tl.float32)))
-    to = out + b * o_b + c.to(tl.int64)[None, :] * o_c + at_q[:, None] * o_p
-    tl.store(to, result.to(out.dtype.element_ty), inside_q[:, None] & (c < channels)[None, :])
+    if out is not None:
+        result = sums / total[:, None]
+        if gate is not None:
+            if not SIGMOID:
+                result = tl.sigmoid(result)
+            own = load_tile(gate + b * g_b, c, channels, g_c, at_q, inside_q, g_p)
+            result = result * tl.sigmoid(tl.trans(own.to(tl.float32)))
+        to = out + b * o_b + c.to(tl.int64)[None, :] * o_c + at_q[:, None] * o_p
+        tl.store(to, result.to(out.dtype.element_ty), inside_q[:, None] & (c < channels)[None, :])
     if stats is not None:
         size = pixels.to(tl.int64) * windows
         tl.store(stats + b * 2 * size + at_q, top, inside_q & (block == 0))
@@ -243,23 +245,27 @@ class _Call:
         return triton.cdiv(self.pixels, side), triton.cdiv(channels, block), self.batch * self.windows
 
     def result(self, out: Tensor, gate: Tensor) -> Tensor:
-        return self._forward(out, None, as_map(gate))
-
-    def context(self) -> Tensor:
-        """v P^T, (B, C, H, W) in float32, and `stats`, which the gradients need."""
-        out = torch.empty(self.v.tensor.shape, dtype=torch.float32, device=self.v.tensor.device)
-        self.stats = out.new_empty(self.batch, 2, out.shape[2] * out.shape[3])
-        return self._forward(out, self.stats, None)
-
-    def _forward(self, out: Tensor, stats: Tensor | None, gate: Map | None) -> Tensor:
-        if out.numel():
-            maps = (self.q, self.k, self.v, gate, as_map(out))
-            forward_kernel[self._grid(self.queries, self.channels, self.block_c)](
-                *(None if m is None else m.tensor for m in maps), stats, *self.sizes,
-                *(stride for m in maps for stride in ((0, 0, 0) if m is None else m.strides)),
-                SIGMOID=self.sigmoid, BC=self.block_c, BQ=self.queries, BK=self.keys, BX=self.chunk,
-            )  # fmt: skip
+        self._forward(out, None, as_map(gate))
         return out
+
+    def context(self) -> Tensor | None:
+        """Makes `stats`, which gradients need; in the paper's form v P^T, too, (B, C, H, W) in float32."""
+        shape, device = self.v.tensor.shape, self.v.tensor.device
+        self.stats = torch.empty(shape[0], 2, shape[2] * shape[3], device=device)
+        out = None if self.sigmoid else torch.empty(shape, device=device)
+        self._forward(out, self.stats, None)
+        return out
+
+    def _forward(self, out: Tensor | None, stats: Tensor | None, gate: Map | None) -> None:
+        if self.v.tensor.numel() == 0:
+            return
+        maps = (self.q, self.k, self.v, gate, None if out is None else as_map(out))
+        channels = 1 if out is None else self.channels
+        forward_kernel[self._grid(self.queries, channels, self.block_c)](
+            *(None if m is None else m.tensor for m in maps), stats, *self.sizes,
+            *(stride for m in maps for stride in ((0, 0, 0) if m is None else m.strides)),
+            SIGMOID=self.sigmoid, BC=self.block_c, BQ=self.queries, BK=self.keys, BX=self.chunk,
+        )  # fmt: skip
 
     def means(self, g: Map) -> Tensor:
         out = torch.empty_like(self.stats)
@@ -293,16 +299,18 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, scale: float | None = None,
-    form: str = "released", window_size: int | None = None,
+    grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor,
+    scale: float | None = None, form: str = "released", window_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if v.numel() == 0:
         return tuple(torch.zeros_like(x) for x in (q, k, v, gate))  # type: ignore[return-value]
     call = _Call(q, k, v, scale, form, window_size)
     context, s, g = call.context(), torch.sigmoid(gate.float()), grad_out.float()
-    out = torch.sigmoid(context) if form == "paper" else context
-    grad_gate = empty_map(gate, gate.shape).copy_(g * out * s * (1 - s))
-    grad_context = g * s if form == "released" else g * s * out * (1 - out)
+    grad_gate = empty_map(gate, gate.shape).copy_(g * out * (1 - s))
+    grad_context = g * s
+    if context is not None:
+        of_sigmoid = torch.sigmoid(context)
+        grad_context *= of_sigmoid * (1 - of_sigmoid)
     given = as_map(grad_context.to(v.dtype).contiguous())
     means = call.means(given)
     grads = [call.gradient(of, like, given, means) for of, like in (("q", q), ("k", k), ("v", v))]
