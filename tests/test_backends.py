@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import modules
 from family_layers import Recorder
-from test_contract import Comparison, channels_last, expect, same
+from test_contract import Comparison, expect
 
 import mfkernels
 from mfkernels import current_backend, native, ops, use_backend
@@ -100,28 +100,23 @@ def test_an_instruction_set_that_cannot_run_is_an_error(monkeypatch):
 
 
 LARGE = [
-    ("former_block", dict(B=9, T=6, d=64, h=128, heads=4)),
-    ("former_block", dict(B=9, T=6, d=64, h=0, heads=4)),
-    ("former_block", dict(B=9, T=6, d=64, h=128, heads=4, form="standard")),
-    ("modulation_attention", dict(B=2, D=16, C=32, H=7, W=7)),
+    dict(B=9, T=6, d=192, h=128, heads=4),
+    dict(B=9, T=6, d=192, h=0, heads=4),
+    dict(B=9, T=6, d=192, h=128, heads=4, form="standard"),
 ]
 
 
-@pytest.mark.parametrize("layout", [same, channels_last], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_by_the_library(dtype, layout):
-    """What PyTorch's own products do by default: outputs, gradients and memory format."""
-    for name, shape in LARGE:
-        op = next(op for op in modules() if name == op.NAME)
+def test_by_the_library(dtype):
+    """What PyTorch's own products do by default: outputs and gradients."""
+    op = next(op for op in modules() if op.NAME == "former_block")
+    for shape in LARGE:
         generator, comparison = torch.Generator().manual_seed(0), Comparison(op, dtype, "auto")
         for _ in range(4):
             sample = op.make(shape, generator)
-            comparison.add(expect(op, sample, generator, dtype), layout)
+            comparison.add(expect(op, sample, generator, dtype))
         comparison.check(f"{shape}")
-        sample = sample.map(lambda v: layout(v.to(dtype)).requires_grad_())
+        sample = sample.map(lambda v: v.to(dtype).requires_grad_())
         with Recorder() as recorder:
-            out = sample.call(op.OP)
-        assert name not in recorder.layers
-        if out.dim() == 4:
-            memory_format = torch.channels_last if layout is channels_last else torch.contiguous_format
-            assert out.is_contiguous(memory_format=memory_format)
+            sample.call(op.OP)
+        assert op.NAME not in recorder.layers

@@ -81,22 +81,26 @@ MFK_INLINE void pixels_rows(C* out, int64_t out_stride, const C* start, int64_t 
 template <class C, int kRows, int kColumns>
 MFK_INLINE void reduce_block(double* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,
                              const C* b, int64_t b_stride, int64_t width) {
-  constexpr int kSums = kRows * kColumns > 8 ? 16 : kRows * kColumns > 4 ? 8 : 4;
-  constexpr int kGroup = kSums < kLanes<C> ? kSums : kLanes<C>;
-  vec<C> acc[kSums / kGroup][kGroup] = {};
+  vec<C> acc[kRows * kColumns] = {};
   for (int64_t p = 0; p < width; p += kLanes<C>) {
     vec<C> right[kColumns];
     for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * b_stride + p);
     for (int i = 0; i < kRows; ++i) {
       vec<C> left = load(a + i * a_stride + p);
-      for (int j = 0; j < kColumns; ++j) {
-        const int at = i * kColumns + j;
-        acc[at / kGroup][at % kGroup] += left * right[j];
-      }
+      for (int j = 0; j < kColumns; ++j) acc[i * kColumns + j] += left * right[j];
     }
   }
-  C sums[kSums / kGroup * kLanes<C>];
-  for (int g = 0; g < kSums / kGroup; ++g) store(sums + g * kGroup, sums_across<C, kGroup>(acc[g]));
+  // Of doubles: the sums of lanes may cancel.
+  constexpr int kSums = kRows * kColumns > 8 ? 16 : kRows * kColumns > 4 ? 8 : 4;
+  constexpr int kGroup = kSums < kLanes<double> ? kSums : kLanes<double>;
+  double sums[kSums / kGroup * kLanes<double>];
+  for (int g = 0; g < kSums; g += kGroup) {
+    vec<double> group[kGroup];
+    for (int i = 0; i < kGroup; ++i) {
+      group[i] = g + i < kRows * kColumns ? wide_lanes<C>(acc[g + i]) : vec<double>{};
+    }
+    store(sums + g, sums_across<double, kGroup>(group));
+  }
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kColumns; ++j) out[i * out_row + j * out_column] += sums[i * kColumns + j];
   }

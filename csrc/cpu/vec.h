@@ -291,11 +291,16 @@ template <class C>
 MFK_INLINE double sum_lanes(const WideSum<C>& sum) {
   return sum_all(sum.folded());
 }
+// Fewer and wider lanes with the same sum.
 template <class C>
-MFK_INLINE double sum_lanes(vec<C> v) {
+MFK_INLINE vec<double> wide_lanes(vec<C> v) {
   WideSum<C> sum;
   sum.add(v);
-  return sum_lanes<C>(sum);
+  return sum.folded();
+}
+template <class C>
+MFK_INLINE double sum_lanes(vec<C> v) {
+  return sum_all(wide_lanes<C>(v));
 }
 
 template <class C>

@@ -10,11 +10,6 @@ def empty_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
-def like_map(y: Tensor, x: Tensor) -> Tensor:
-    """`y` in x's memory format, as `empty_map` knows it."""
-    return y.contiguous(memory_format=_memory_format(x))
-
-
 def _memory_format(x: Tensor) -> torch.memory_format:
     channels_last = not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1
     return torch.channels_last if channels_last else torch.contiguous_format

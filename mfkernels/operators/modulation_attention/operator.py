@@ -1,10 +1,8 @@
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...checks import check_argument, check_like, check_shape, check_tensor
-from ..layout import empty_map, like_map
+from ..layout import empty_map
 from ..runner import Runner
 from .reference import modulation_attention_reference
 
