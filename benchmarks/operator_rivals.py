@@ -65,11 +65,16 @@ def token_hyper_hardsigmoid(
 
 
 def batch_norm_by_library(x, weight, bias, mean=None, variance=None, eps=1e-5, activation="none"):
-    """PyTorch's own layer, of measured statistics, which have no gradients."""
-    mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)
-    y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps)
-    count = x.numel() / x.shape[1]
-    return F.gelu(y) if activation == "gelu" else y, mean, variance * ((count - 1) / count)
+    """PyTorch's own layer, of measured statistics, which have no gradients; given ones by two factors."""
+    if mean is None:
+        mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)
+        y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps)
+        count = x.numel() / x.shape[1]
+        variance = variance * ((count - 1) / count)
+    else:
+        factor = weight * (variance + eps).rsqrt()
+        y = x * factor.view(-1, 1, 1) + (bias - mean * factor).view(-1, 1, 1)
+    return F.gelu(y) if activation == "gelu" else y, mean, variance
 
 
 def pointwise_conv_bn_folded(x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):

@@ -49,9 +49,21 @@ MUTATIONS = {
     ),
     "modulation_attention": (
         "csrc/cpu/modulation_attention.cpp",
-        "grad * out * (s * (one - s))",
-        "grad * out * (s * (one + s))",
+        "load(y.data + i) * (one - s)",
+        "load(y.data + i) * (one + s)",
         "modulation_attention",
+    ),
+    "modulation_attention, several groups of queries": (
+        "csrc/cpu/modulation_attention.cpp",
+        "parts + k * size + i",
+        "parts + i",
+        "modulation_attention",
+    ),
+    "linear layers of many rows": (
+        "csrc/cpu/token_rows.h",
+        "linear.bias[o + i]",
+        "linear.bias[i]",
+        "token_hyper",
     ),
     "batch_norm": (
         "csrc/cpu/batch_norm.cpp",

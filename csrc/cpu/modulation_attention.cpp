@@ -171,9 +171,9 @@ void store_keys(const ModulationArgs& args, const Window& window, Pixels<C>& gra
   window.store_pixels<T>(args.grad_v, args.channels, 0, window.pixels, second, stride, scratch);
 }
 
-// With s = sigmoid(gate), c = v P^T and g the gradient of y: dgate = g y (1 - s), dc = g s (with `outside`
-// that is of sigmoid(c), and dc has its derivative), dP = v^T dc, dS = P (dP - sum_keys P dP) scale, dq = k
-// dS, dk = q dS^T, dv = dc P^T, and v's sigmoid.
+// With s = sigmoid(gate), c = v P^T and g the gradient of y:
+//   dgate = g y (1 - s), dc = g s (with `outside` that is of sigmoid(c), whose derivative dc has, too),
+//   dP = v^T dc, dS = P (dP - sum_keys P dP) scale, dq = k dS, dk = q dS^T, dv = dc P^T, and v's sigmoid.
 template <class T>
 void backward(const ModulationArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
