@@ -98,8 +98,9 @@ def test_digits(backend):
     train, test = order[:1400], order[1400:]
     torch.manual_seed(0)
     model = create_model("mobile_former_26m", num_classes=10)
-    # A recipe whose accuracy hangs little on rounding. At twice the rate and without smoothing starts that differ
-    # in the last place end between 95 and 99 % (five on kernels 95.2 to 98.5, four on definitions 97.0 to 98.7).
+    # A recipe whose accuracy hangs little on rounding. At twice the rate and without smoothing, starts that
+    # differ in the last place ended at 95.2 to 98.5 % (five, on kernels) and 97.0 to 98.7 % (four, on
+    # definitions).
     epochs, batch = 18, 100
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     steps = epochs * len(train) // batch
