@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import modules
 from family_layers import Recorder
-from test_contract import Comparison, expect
+from test_contract import Comparison, expect, reversed_axes, same
 
 import mfkernels
 from mfkernels import current_backend, native, ops, use_backend
@@ -106,17 +106,18 @@ LARGE = [
 ]
 
 
+@pytest.mark.parametrize("layout", [same, reversed_axes], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_by_the_library(dtype):
+def test_by_the_library(dtype, layout):
     """What PyTorch's own products do by default: outputs and gradients."""
     op = next(op for op in modules() if op.NAME == "former_block")
     for shape in LARGE:
         generator, comparison = torch.Generator().manual_seed(0), Comparison(op, dtype, "auto")
         for _ in range(4):
             sample = op.make(shape, generator)
-            comparison.add(expect(op, sample, generator, dtype))
+            comparison.add(expect(op, sample, generator, dtype), layout)
         comparison.check(f"{shape}")
-        sample = sample.map(lambda v: v.to(dtype).requires_grad_())
+        sample = sample.map(lambda v: layout(v.to(dtype)).requires_grad_())
         with Recorder() as recorder:
             sample.call(op.OP)
         assert op.NAME not in recorder.layers

@@ -61,7 +61,7 @@ inline __attribute__((always_inline)) int64_t former_work(const FormerArgs& args
 
 constexpr int64_t kFormerOutputs = 48;  // of a task that makes gradients of weights
 
-// Tasks: one a group of `samples` samples; likewise; for each layer one a group of 16 outputs, and one for
+// Tasks: one a group of `samples` samples; likewise; for each layer one a group of 48 outputs, and one for
 // the norms, numbered one after the other.
 MFK_DECLARE_KERNEL(former_block_forward, FormerArgs)
 MFK_DECLARE_KERNEL(former_block_backward, FormerArgs)
