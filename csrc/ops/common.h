@@ -70,26 +70,47 @@ inline bool is_channels_last(const Tensor& x) {
   return !x.is_contiguous() && x.size(1) > 1 && x.stride(1) == 1;
 }
 
-// Memory of some megabytes is often new, and a kernel would wait for each of its small pages.
-inline Tensor with_huge_pages(Tensor t) {
+// The tensor itself where its numbers follow one another: asking PyTorch for it takes longer.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// An unwritten tensor on x's device. Straight from the allocator: through the dispatcher, which finds an
+// operator by its name each time, it would take longer than a small kernel.
+inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                            ScalarType type, const Tensor& x) {
+  int32_t dtype, device, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  if (type == ScalarType::Float) dtype = aoti_torch_dtype_float32();
+  if (type == ScalarType::Double) dtype = aoti_torch_dtype_float64();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype, device, index, &handle));
+  const Tensor t(handle);
+  // Memory of some megabytes is often new, and a kernel would wait for each of its small pages.
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
   if (bytes >= size_t{1} << 20) advise_huge_pages(reinterpret_cast<uintptr_t>(t.data_ptr()), bytes);
   return t;
 }
 
-// The tensor itself where its numbers follow one another: asking PyTorch for it takes longer.
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// Of float32, float64 or x's dtype.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type, const Tensor& x) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  return empty_strided(shape, strides, type, x);
+}
 
 // An unwritten map in x's memory format; `empty_map` in mfkernels/operators/layout.py is its twin.
 inline Tensor empty_map(const Tensor& x, const std::vector<int64_t>& shape) {
-  const auto format = is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return with_huge_pages(
-      torch::stable::empty(shape, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format));
+  if (!is_channels_last(x)) return empty(shape, x.scalar_type(), x);
+  const int64_t channels = shape[1], row = shape[3] * channels;
+  return empty_strided(shape, {shape[2] * row, 1, row, channels}, x.scalar_type(), x);
 }
 inline Tensor empty_map(const Tensor& x) { return empty_map(x, shape_of(x)); }
 
-inline Tensor empty(std::vector<int64_t> shape, ScalarType type, const Tensor& x) {
-  return with_huge_pages(torch::stable::empty(shape, type, std::nullopt, x.device()));
+// The tensor itself where it has this dtype.
+inline Tensor as_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
 // A vector's numbers, of which there are few; and a vector of such numbers in this dtype.
@@ -100,7 +121,7 @@ inline std::vector<double> doubles(const Tensor& t) {
     for (size_t i = 0; i < values.size(); ++i) values[i] = from[i * t.stride(0)];
     return values;
   }
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
+  const Tensor wide = dense(as_type(t, ScalarType::Double));
   std::copy_n(wide.const_data_ptr<double>(), values.size(), values.begin());
   return values;
 }
@@ -113,7 +134,7 @@ inline Tensor from_doubles(const std::vector<double>& values, ScalarType type, c
   }
   Tensor out = empty(shape, ScalarType::Double, x);
   std::copy(values.begin(), values.end(), out.mutable_data_ptr<double>());
-  return type == ScalarType::Double ? out : torch::stable::to(out, type);
+  return as_type(out, type);
 }
 
 // For the gradient of an argument: empty, without elements where it was left out.
@@ -194,7 +215,7 @@ inline Tensor sum_splits(const Tensor& partial, const Parts& parts, const Tensor
     return out;
   }
   sum_splits(partial.const_data_ptr<double>(), parts, out.mutable_data_ptr<double>());
-  return x.scalar_type() == ScalarType::Double ? out : torch::stable::to(out, x.scalar_type());
+  return as_type(out, x.scalar_type());
 }
 
 }  // namespace mfk

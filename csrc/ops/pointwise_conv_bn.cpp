@@ -26,9 +26,8 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& gamma, const
   const auto bias = numbers("beta", beta), means = numbers("mean", mean),
              variances = numbers("variance", variance);
   for (int64_t o = 0; o < outputs; ++o) factor[o] /= std::sqrt(variances[o] + eps);
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(weight, compute_type(x)));
-  Tensor y = torch::stable::empty({x.size(0), outputs, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt,
-                                  x.device());
+  const Tensor wide = dense(as_type(weight, compute_type(x)));
+  Tensor y = empty({x.size(0), outputs, x.size(2), x.size(3)}, x.scalar_type(), x);
   Tensor holder_x, holder_y;
   const PointwiseConvBnArgs args{dtype,
                                  x.size(0),
@@ -36,7 +35,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& gamma, const
                                  outputs,
                                  x.size(2) * x.size(3),
                                  map_of(x, false, holder_x),
-                                 map_of(with_huge_pages(y), false, holder_y),
+                                 map_of(y, false, holder_y),
                                  activation == "gelu",
                                  wide.data_ptr(),
                                  means.data(),
