@@ -29,9 +29,9 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: "reference" (plain PyTorch, any device), "cpu" (our C++ kernels), "triton", "cuda", or
             "auto" (the default: the fastest that can run; "reference" where there is no kernel; PyTorch's
-            own matrix products where they are faster on a CPU: `former_block` for many tokens, and
-            `modulation_attention` of few pixels in training). "cuda", C++ kernels for CUDA devices, has
-            `former_block` alone, and is chosen by name alone: it has not been measured yet.
+            own matrix products where they are faster on a CPU: `former_block` for many tokens). "cuda",
+            C++ kernels for CUDA devices, has `former_block` alone, and is chosen by name alone: it has not
+            been measured yet.
             The choice holds for the whole process, as PyTorch's own backend flags do.
 
     Raises:
@@ -60,7 +60,7 @@ def current_backend() -> str:
     return _backend
 
 
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -78,7 +78,7 @@ def why_not(backend: str, x: Tensor) -> str | None:
     if backend == "cpu":
         if x.device.type not in ("cpu", "meta"):
             return f"runs on CPU tensors, got device {x.device}"
-        if x.dtype not in _CPU_DTYPES:
+        if x.dtype not in CPU_DTYPES:
             return f"runs in float32, float64 and bfloat16, got {x.dtype}"
     if backend == "cuda" and CUDA_LACKS is None:
         if x.device.type != "cuda":
@@ -97,7 +97,7 @@ def use_kernels(op: str, x: Tensor) -> bool:
     """True where `torch.ops.mfkernels.<op>` is to run, False where the reference is."""
     if _backend == "auto":
         if x.is_cpu:
-            return x.dtype in _CPU_DTYPES  # what why_not says, in a tenth of the time
+            return x.dtype in CPU_DTYPES  # what why_not says, in a tenth of the time
         return why_not("triton" if x.device.type == "cuda" else "cpu", x) is None
     if _backend == "reference":
         return False

@@ -2,8 +2,9 @@
 
     python tests/mutate.py FOLDER [NAME ...]
 
-works in FOLDER, on a copy of the sources. Mutations of C++ are built and take two minutes each, those of
-Triton kernels run interpreted; names choose some. Fails if the tests of a mutated kernel pass.
+works in FOLDER, on a copy of the sources, which is built there once, some minutes, and again where it is
+mutated. Triton kernels run interpreted. Names choose some mutations. Fails if the tests of a mutated kernel
+pass.
 """
 
 import os
@@ -43,8 +44,8 @@ MUTATIONS = {
     ),
     "global_response_norm": (
         "csrc/ops/global_response_norm.cpp",
-        "through_mean -= ",
-        "through_mean += ",
+        "sum -= call.gamma[c]",
+        "sum += call.gamma[c]",
         "global_response_norm",
     ),
     "modulation_attention": (
@@ -140,51 +141,47 @@ FILES = (
 )
 
 
-def survives(folder: Path, file: str, old: str, new: str, tests: str) -> bool:
-    source, target = folder / "source", folder / "built"
-    # Python sources are mutated where they were built.
-    python = file.endswith(".py")
-    if not (python and target.is_dir()):
-        for place in (source, target):
-            shutil.rmtree(place, ignore_errors=True)
-        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in names.splitlines():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
-        if not python:
-            (source / file).write_text(mutated(file, old, new))
-        quiet = ["-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
-        pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", target, source]
-        subprocess.run(pip, check=True)
-    if python:
-        (target / file).write_text(mutated(file, old, new))
+def copy_sources(source: Path) -> None:
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.splitlines():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+
+
+def survives(source: Path, target: Path, file: str, old: str, new: str, tests: str) -> bool:
+    before = (source / file).read_text()
+    (source / file).write_text(mutated(source / file, old, new))
+    quiet = ["-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--upgrade"]
+    # What was built stays in the sources' folder: only the mutated file is compiled again.
+    pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", target, source]
+    subprocess.run(pip, check=True)
     environment = os.environ | {"PYTHONPATH": str(target)}
     run = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-c", source / "pyproject.toml", "-k", tests]
     run += [source / "tests" / name for name in FILES]
     done = subprocess.run([sys.executable, *run], cwd=target, env=environment, capture_output=True, text=True)
-    if python:
-        shutil.copy(ROOT / file, target / file)
-    else:
-        shutil.rmtree(target)
+    (source / file).write_text(before)
     assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
     return done.returncode == 0
 
 
-def mutated(file: str, old: str, new: str) -> str:
-    text = (ROOT / file).read_text()
+def mutated(file: Path, old: str, new: str) -> str:
+    text = file.read_text()
     assert text.count(old) == 1, f"{file}: {old!r} stands there {text.count(old)} times"
     return text.replace(old, new)
 
 
 def main() -> None:
     folder, *names = sys.argv[1:]
-    shutil.rmtree(Path(folder) / "built", ignore_errors=True)  # of another time
+    source, target = (Path(folder).resolve() / name for name in ("source", "built"))
+    for place in (source, target):  # of another time
+        shutil.rmtree(place, ignore_errors=True)
+    copy_sources(source)
     alive = []
     for name, mutation in MUTATIONS.items():
         if names and name not in names:
             continue
-        alive += [name] * survives(Path(folder).resolve(), *mutation)
+        alive += [name] * survives(source, target, *mutation)
         print(f"{name}: {'NOT NOTICED' if name in alive else 'noticed'}", flush=True)
     sys.exit(1 if alive else 0)
 

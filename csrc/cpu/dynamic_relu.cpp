@@ -47,11 +47,16 @@ void forward_rows(const DynamicReluArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   const int64_t functions = K == 0 ? args.functions : K;
-  Buffer<vec<C>> slopes(functions), intercepts(functions);
+  // With a constant K arrays that the compiler keeps in registers.
+  vec<C> few[2][K == 0 ? 1 : K];
+  Buffer<vec<C>> many(K == 0 ? 2 * functions : 0);
+  vec<C>* slopes = K == 0 ? many : few[0];
+  vec<C>* intercepts = K == 0 ? many + functions : few[1];
   const auto x = args.x.as<const T>();
   const auto y = args.y.as<T>();
+  const int64_t whole = args.pixels / n * n, rest = args.pixels - whole;
+  int64_t b = begin / args.channels, c = begin % args.channels;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / args.channels, c = task % args.channels;
     for (int64_t k = 0; k < functions; ++k) {
       const int64_t at = (b * functions + k) * args.channels + c;
       slopes[k] = splat(to_compute(static_cast<const T*>(args.slopes)[at]));
@@ -61,13 +66,16 @@ void forward_rows(const DynamicReluArgs& args, int64_t begin, int64_t end) {
     }
     const T* in = x.at(b, c, 0);
     T* out = y.at(b, c, 0);
-    int64_t p = 0;
-    for (; p + n <= args.pixels; p += n) {
+    for (int64_t p = 0; p < whole; p += n) {
       store(out + p, largest<K, C>(load(in + p), slopes, intercepts, functions));
     }
-    if (p < args.pixels) {
-      const int64_t rest = args.pixels - p;
-      store_part(out + p, largest<K, C>(load_part(in + p, rest), slopes, intercepts, functions), rest);
+    if (rest > 0) {
+      store_part(out + whole, largest<K, C>(load_part(in + whole, rest), slopes, intercepts, functions),
+                 rest);
+    }
+    if (++c == args.channels) {
+      c = 0;
+      ++b;
     }
   }
 }
@@ -196,9 +204,9 @@ struct Functions : FunctionsRoom<C, K> {
 
 // Vectors of pixels, one channel: coefficients are constants of the loop.
 template <class T, int K>
-void backward_row(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0, int64_t p1,
-                  vec<compute_t<T>>* work, WideSum<compute_t<T>>* wide, double* slope_sums,
-                  double* intercept_sums) {
+MFK_INLINE void backward_row(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0, int64_t p1,
+                             vec<compute_t<T>>* work, WideSum<compute_t<T>>* wide, double* slope_sums,
+                             double* intercept_sums) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   Functions<C, K> f(args, work, wide);
@@ -211,19 +219,19 @@ void backward_row(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t p0,
   const T* x = args.x.as<const T>().at(b, c, 0);
   const T* g = args.grad_y.as<const T>().at(b, c, 0);
   T* grad_x = args.grad_x.as<T>().at(b, c, 0);
-  int64_t p = p0;
-  while (p + n <= p1) {
-    const int64_t run_end = p + kSteps * n < p1 - n + 1 ? p + kSteps * n : p1 - n + 1;
-    for (; p < run_end; p += n) {
+  for (int64_t p = p0; p < p1;) {
+    const int64_t run_end = p + kSteps * n < p1 ? p + kSteps * n : p1;
+    for (; p + n <= run_end; p += n) {
       store(grad_x + p, f.step(load(x + p), load(g + p), [](vec<C> part) { return part; }));
     }
-    f.end_run();
-  }
-  if (p < p1) {
-    const mask<C> inside = first_lanes<C>(p1 - p);
-    const vec<C> out = f.step(load_part(x + p, p1 - p), load_part(g + p, p1 - p),
-                              [&](vec<C> part) { return inside ? part : vec<C>{}; });
-    store_part(grad_x + p, out, p1 - p);
+    if (p < run_end) {
+      const int64_t rest = run_end - p;
+      const mask<C> inside = first_lanes<C>(rest);
+      const vec<C> out = f.step(load_part(x + p, rest), load_part(g + p, rest),
+                                [&](vec<C> part) { return inside ? part : vec<C>{}; });
+      store_part(grad_x + p, out, rest);
+      p = run_end;
+    }
     f.end_run();
   }
   for (int64_t k = 0; k < f.count; ++k) {

@@ -20,58 +20,50 @@ struct Run {
   }
 };
 
-// So many steps are summed in the compute type before the sum goes into a double: squares do not cancel, the
-// other two sums may.
-template <class C, int N>
-constexpr int64_t kSteps = sizeof(C) == 4 && N == 1 ? 4 : 1;
+// So many squares are summed in the compute type before the sum goes into a double; they do not cancel.
+template <class C>
+constexpr int64_t kSteps = sizeof(C) == 4 ? 4 : 1;
 
-// `term(i, run)` adds step i to N vectors.
-template <class C, int N, class Term>
-MFK_INLINE void sum_steps(int64_t steps, Term term, WideSum<C> (&sums)[N]) {
-  for (int64_t i = 0; i < steps;) {
-    vec<C> run[N] = {};
-    const int64_t end = i + kSteps<C, N> < steps ? i + kSteps<C, N> : steps;
-    for (; i < end; ++i) term(i, run);
-    for (int k = 0; k < N; ++k) sums[k].add(run[k]);
-  }
-}
-
-template <class T, int N>
+template <class T, bool kBoth>
 void sums(const ResponseSumsArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  constexpr int64_t n = kLanes<C>;
+  constexpr int64_t n = kLanes<C>, count = kBoth ? 3 : 1;
   double* out[3] = {args.squares, args.products, args.sums};
   const auto x = args.x.as<const T>(), g = args.g.as<const T>();
-  auto add = [](vec<C> value, vec<C> grad, vec<C>(&run)[N]) {
-    run[0] += value * value;
-    if constexpr (N == 3) {
-      run[1] += value * grad;
-      run[2] += grad;
-    }
-  };
   for (int64_t task = begin; task < end; ++task) {
     const Run run(args, task);
-    double* at[3];
-    for (int k = 0; k < N; ++k) at[k] = out[k] + run.b * args.channels + run.c;
+    const int64_t at = run.b * args.channels + run.c;
     const bool rows = args.x.stride_p == 1;
     const int64_t steps = rows ? blocks_of(args.pixels, n) : args.pixels;
     for (int64_t c = 0; c < run.channels; c += rows ? 1 : n) {
       const T* first = x.at(run.b, run.c + c, 0);
-      const T* grad = N == 3 ? g.at(run.b, run.c + c, 0) : first;
-      const int64_t step = rows ? n : x.stride_p, grad_step = rows || N == 1 ? step : g.stride_p;
-      WideSum<C> total[N];
-      sum_steps<C>(
-          steps,
-          [&](int64_t i, vec<C>(&part)[N]) {
-            const int64_t lanes = rows ? args.pixels - i * n : run.channels - c;
-            add(load_upto(first + i * step, lanes), load_upto(grad + i * grad_step, lanes), part);
-          },
-          total);
-      for (int k = 0; k < N; ++k) {
-        if (rows) {
-          at[k][c] = sum_lanes<C>(total[k]);
+      const T* grad = kBoth ? g.at(run.b, run.c + c, 0) : nullptr;
+      const int64_t step = rows ? n : x.stride_p, grad_step = rows ? n : g.stride_p;
+      auto lanes = [&](int64_t i) { return rows ? args.pixels - i * n : run.channels - c; };
+      WideSum<C> total[count];
+      for (int64_t i = 0; i < steps;) {
+        if constexpr (kBoth) {
+          const vec<C> value = load_upto(first + i * step, lanes(i));
+          const vec<C> by = load_upto(grad + i * grad_step, lanes(i));
+          total[0].add_product(value, value);
+          total[1].add_product(value, by);
+          total[2].add(by);
+          ++i;
         } else {
-          total[k].store_upto(at[k] + c, run.channels - c);
+          vec<C> squares{};
+          const int64_t last = i + kSteps<C> < steps ? i + kSteps<C> : steps;
+          for (; i < last; ++i) {
+            const vec<C> value = load_upto(first + i * step, lanes(i));
+            squares += value * value;
+          }
+          total[0].add(squares);
+        }
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        if (rows) {
+          out[k][at + c] = sum_lanes<C>(total[k]);
+        } else {
+          total[k].store_upto(out[k] + at + c, run.channels - c);
         }
       }
     }
@@ -92,7 +84,7 @@ void apply(const ResponseApplyArgs& args, int64_t begin, int64_t end) {
       const bool inside = c < run.channels;
       scale[c] = inside ? static_cast<C>(args.scale[at]) : 0;
       other[c] = kTwo && inside ? static_cast<C>(args.other[at]) : 0;
-      shift[c] = !kTwo && inside ? static_cast<C>(args.shift[at]) : 0;
+      shift[c] = !kTwo && inside ? static_cast<C>(args.shift[run.c + c]) : 0;
     }
     const bool rows = args.a.stride_p == 1;
     const int64_t steps = rows ? blocks_of(args.pixels, n) : args.pixels;
@@ -122,7 +114,7 @@ void apply(const ResponseApplyArgs& args, int64_t begin, int64_t end) {
 void response_sums(const ResponseSumsArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    args.both ? sums<T, 3>(args, begin, end) : sums<T, 1>(args, begin, end);
+    args.both ? sums<T, true>(args, begin, end) : sums<T, false>(args, begin, end);
   });
 }
 

@@ -6,7 +6,7 @@
 
 namespace mfk {
 
-// The two passes over a map; what lies between them is done per channel, in csrc/ops.
+// The two passes over a map; what lies between them is done in csrc/ops.
 struct ResponseSumsArgs {
   Dtype dtype;
   int64_t batch, channels, pixels;
@@ -15,7 +15,7 @@ struct ResponseSumsArgs {
   // (B, C) each: sums over the pixels of x^2, x g and g.
   double *squares, *products, *sums;
 };
-// out = scale * a + other * b with both, else scale * a + shift; factors (B, C).
+// out = scale * a + other * b with both, else scale * a + shift; scale and other (B, C), shift (C).
 struct ResponseApplyArgs {
   Dtype dtype;
   int64_t batch, channels, pixels;

@@ -42,11 +42,12 @@ struct Window {
       i += run;
     }
   }
-  // (channels, stride) from a map; columns from `count` to `stride` are not written.
+  // (channels, stride) from a map; columns beyond the last whole vector of `count` are not written.
   template <class T, class C>
   void load_pixels(const AnyMap& map, int64_t channels, int64_t first, int64_t count, C* out, int64_t stride,
                    C* scratch) const {
     for_runs(first, count, [&](int64_t i, int64_t p, int64_t run) {
+      if (run == count) return copy_tile<T>(map.as<const T>(), b, 0, channels, p, run, out, stride);
       const Tile<C> tile = load_tile<T>(map.as<const T>(), b, 0, channels, p, run, scratch);
       for (int64_t c = 0; c < channels; ++c) {
         memcpy(out + c * stride + i, tile.data + c * tile.stride, run * sizeof(C));
@@ -57,9 +58,7 @@ struct Window {
   void store_pixels(const AnyMap& map, int64_t channels, int64_t first, int64_t count, const C* values,
                     int64_t stride, C* scratch) const {
     for_runs(first, count, [&](int64_t i, int64_t p, int64_t run) {
-      if (i == 0 && run == count) {
-        return store_tile<T>(map.as<T>(), b, 0, channels, p, run, values, stride);
-      }
+      if (run == count) return store_tile<T>(map.as<T>(), b, 0, channels, p, run, values, stride);
       for (int64_t c = 0; c < channels; ++c)
         memcpy(scratch + c * stride, values + c * stride + i, run * sizeof(C));
       store_tile<T>(map.as<T>(), b, 0, channels, p, run, scratch, stride);

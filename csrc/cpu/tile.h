@@ -91,36 +91,47 @@ struct Tile {
   int64_t stride;  // from row to row
 };
 
-// Pixels p to p+count-1 of channels c to c+channels-1. `scratch` holds channels x round_up(count, lanes);
-// it is not touched where the map itself can serve as the tile.
+// Copies pixels p to p+count-1 of channels c to c+channels-1 into rows at a distance of `stride`, whole
+// vectors each.
 template <class T>
-Tile<compute_t<T>> load_tile(const FeatureMap<const T>& map, int64_t b, int64_t c, int64_t channels,
-                             int64_t p, int64_t count, compute_t<T>* scratch) {
+void copy_tile(const FeatureMap<const T>& map, int64_t b, int64_t c, int64_t channels, int64_t p,
+               int64_t count, compute_t<T>* out, int64_t stride) {
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   const T* first = map.at(b, c, p);
-  const int64_t width = round_up(count, n);
   if (map.stride_p == 1) {
-    if constexpr (sizeof(T) == sizeof(C)) {
-      if (width == count) return {reinterpret_cast<const C*>(first), map.stride_c};
-    }
     for (int64_t i = 0; i < channels; ++i) {
-      for (int64_t j = 0; j < width; j += n) {
-        store(scratch + i * width + j, load_upto(first + i * map.stride_c + j, count - j));
+      for (int64_t j = 0; j < count; j += n) {
+        store(out + i * stride + j, load_upto(first + i * map.stride_c + j, count - j));
       }
     }
-    return {scratch, width};
+    return;
   }
-  for (int64_t j = 0; j < width; j += n) {
+  for (int64_t j = 0; j < count; j += n) {
     for (int64_t i = 0; i < channels; i += n) {
       vec<C> rows[n];
       for (int64_t r = 0; r < n; ++r) {
         rows[r] = j + r < count ? load_upto(first + (j + r) * map.stride_p + i, channels - i) : vec<C>{};
       }
       transpose<C>(rows);
-      for (int64_t r = 0; r < n && i + r < channels; ++r) store(scratch + (i + r) * width + j, rows[r]);
+      for (int64_t r = 0; r < n && i + r < channels; ++r) store(out + (i + r) * stride + j, rows[r]);
     }
   }
+}
+
+// The same, except that where the map itself can serve as the tile nothing is copied. `scratch` holds
+// channels x round_up(count, lanes).
+template <class T>
+Tile<compute_t<T>> load_tile(const FeatureMap<const T>& map, int64_t b, int64_t c, int64_t channels,
+                             int64_t p, int64_t count, compute_t<T>* scratch) {
+  using C = compute_t<T>;
+  const int64_t width = round_up(count, kLanes<C>);
+  if constexpr (sizeof(T) == sizeof(C)) {
+    if (map.stride_p == 1 && width == count) {
+      return {reinterpret_cast<const C*>(map.at(b, c, p)), map.stride_c};
+    }
+  }
+  copy_tile<T>(map, b, c, channels, p, count, scratch, width);
   return {scratch, width};
 }
 

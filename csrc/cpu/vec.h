@@ -212,10 +212,19 @@ MFK_INLINE mask<C> first_lanes(int64_t n) {
 }
 
 // NaN wins, as in torch.amax.
-template <class V>
-MFK_INLINE V maximum(V a, V b) {
-  V larger = a > b ? a : b;
+MFK_INLINE vec<float> maximum(vec<float> a, vec<float> b) { return a != a ? a : larger(a, b); }
+MFK_INLINE vec<double> maximum(vec<double> a, vec<double> b) {
+  const vec<double> larger = a > b ? a : b;
   return a != a ? a : larger;
+}
+
+// As doubles. GCC 12 makes five instructions of this one.
+MFK_INLINE vec<double> widened(VectorOf<float, kLanes<double>>::type v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<double>>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(v)));
+#else
+  return __builtin_convertvector(v, vec<double>);
+#endif
 }
 
 // Sums over many pixels end in doubles: their error must not grow with the size of the map. `WideSum` holds
@@ -232,6 +241,7 @@ struct WideSum<double> {
     rest += (lanes - (sum - added)) + (v - added);
     lanes = sum;
   }
+  MFK_INLINE void add_product(vec<double> a, vec<double> b) { add(a * b); }
   MFK_INLINE void store_upto(double* p, int64_t n) const;
   // Where the sum is not finite, what was rounded off is not a number.
   MFK_INLINE vec<double> folded() const { return rest == rest ? lanes + rest : lanes; }
@@ -243,14 +253,20 @@ struct WideSum<float> {
   MFK_INLINE void add(vec<float> v) {
     typename VectorOf<float, kLanes<double>>::type half[2];
     memcpy(half, &v, sizeof v);
-    low += __builtin_convertvector(half[0], vec<double>);
-    high += __builtin_convertvector(half[1], vec<double>);
+    low += widened(half[0]);
+    high += widened(half[1]);
+  }
+  MFK_INLINE void add_product(vec<float> a, vec<float> b) {
+    typename VectorOf<float, kLanes<double>>::type left[2], right[2];
+    memcpy(left, &a, sizeof a);
+    memcpy(right, &b, sizeof b);
+    low += widened(left[0]) * widened(right[0]);
+    high += widened(left[1]) * widened(right[1]);
   }
   MFK_INLINE void add_square(vec<float> v, double times) {
     typename VectorOf<float, kLanes<double>>::type half[2];
     memcpy(half, &v, sizeof v);
-    const vec<double> first = __builtin_convertvector(half[0], vec<double>);
-    const vec<double> second = __builtin_convertvector(half[1], vec<double>);
+    const vec<double> first = widened(half[0]), second = widened(half[1]);
     low += times * first * first;
     high += times * second * second;
   }

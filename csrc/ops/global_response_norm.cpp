@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kOp = "global_response_norm";
 
-// The norms of the channels, and what is made of them: everything (B, C), in double.
+// What both passes share: everything (B, C), in double.
 struct Call {
   Dtype dtype;
   int64_t batch, channels, pixels;
@@ -15,7 +15,7 @@ struct Call {
   double eps;
   Tensor holder;
   AnyMap x;
-  std::vector<double> gamma, beta, norms, means, squares, products, sums;
+  std::vector<double> gamma, beta, squares;
 
   Call(const Tensor& x_in, const Tensor& gamma_in, const Tensor& beta_in, const std::string& mean, double e)
       : eps(e) {
@@ -33,46 +33,46 @@ struct Call {
     x = map_of(x_in, channels_last, holder);
     gamma = doubles(gamma_in);
     beta = doubles(beta_in);
-  }
-  int64_t tasks() const { return batch * blocks_of(channels, kResponseChannels); }
-  template <class F>
-  void run(F f) const {
-    torch::stable::parallel_for(0, tasks(), grain(pixels * kResponseChannels), f);
-  }
-  void measure(AnyMap g, bool both) {
     squares.resize(batch * channels);
-    if (both) {
-      products.resize(batch * channels);
-      sums.resize(batch * channels);
+  }
+
+  // Over the groups of channels of all samples: sums(begin, end) of tasks, then between(b, c0, c1, mean) the
+  // norms and what is made of them, then apply(begin, end). A channel that is its own mean needs no other,
+  // and is still in cache when it is applied; the mean over the channels waits for all of them.
+  template <class Sums, class Between, class Apply>
+  void run(Sums sums, Between between, Apply apply) const {
+    const int64_t groups = blocks_of(channels, kResponseChannels), work = pixels * kResponseChannels;
+    if (over_channels) {
+      torch::stable::parallel_for(0, batch * groups, grain(work), sums);
+      for (int64_t b = 0; b < batch; ++b) between(b, 0, channels, mean_norm(b));
+      torch::stable::parallel_for(0, batch * groups, grain(work), apply);
+      return;
     }
-    const ResponseSumsArgs args{dtype, batch, channels,       pixels,          x,
-                                g,     both,  squares.data(), products.data(), sums.data()};
-    run([&](int64_t begin, int64_t end) { response_sums(args, begin, end); });
-    norms.resize(batch * channels);
-    means.resize(batch * channels);
-    for (int64_t b = 0; b < batch; ++b) {
-      long double sum = 0;
-      for (int64_t c = 0; c < channels; ++c)
-        sum += norms[b * channels + c] = std::sqrt(squares[b * channels + c]);
-      for (int64_t c = 0; c < channels; ++c) {
-        means[b * channels + c] =
-            over_channels ? static_cast<double>(sum / channels) : norms[b * channels + c];
+    torch::stable::parallel_for(0, batch * groups, grain(2 * work), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t c = task % groups * kResponseChannels;
+        sums(task, task + 1);
+        between(task / groups, c, std::min(c + kResponseChannels, channels), 0);
+        apply(task, task + 1);
       }
-    }
+    });
+  }
+
+ private:
+  double mean_norm(int64_t b) const {
+    long double sum = 0;
+    for (int64_t c = 0; c < channels; ++c) sum += std::sqrt(squares[b * channels + c]);
+    return static_cast<double>(sum / channels);
   }
 };
 
 Tensor forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, std::string mean, double eps) {
   Call call(x, gamma, beta, mean, eps);
   Tensor y = empty_map(x), holder;
-  call.measure(AnyMap{}, false);
-  std::vector<double> scale(call.norms.size()), shift(call.norms.size());
-  for (size_t i = 0; i < scale.size(); ++i) {
-    const int64_t c = i % call.channels;
-    scale[i] = 1 + call.gamma[c] * call.norms[i] / (call.means[i] + eps);
-    shift[i] = call.beta[c];
-  }
-  const ResponseApplyArgs args{call.dtype,
+  std::vector<double> scale(call.squares.size());
+  const ResponseSumsArgs first{call.dtype, call.batch, call.channels,       call.pixels, call.x,
+                               AnyMap{},   false,      call.squares.data(), nullptr,     nullptr};
+  const ResponseApplyArgs last{call.dtype,
                                call.batch,
                                call.channels,
                                call.pixels,
@@ -82,8 +82,16 @@ Tensor forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, std::st
                                false,
                                scale.data(),
                                nullptr,
-                               shift.data()};
-  call.run([&](int64_t begin, int64_t end) { response_apply(args, begin, end); });
+                               call.beta.data()};
+  call.run([&](int64_t begin, int64_t end) { response_sums(first, begin, end); },
+           [&](int64_t b, int64_t c0, int64_t c1, double mean_norm) {
+             for (int64_t c = c0; c < c1; ++c) {
+               const double norm = std::sqrt(call.squares[b * call.channels + c]);
+               const double below = (call.over_channels ? mean_norm : norm) + call.eps;
+               scale[b * call.channels + c] = 1 + call.gamma[c] * norm / below;
+             }
+           },
+           [&](int64_t begin, int64_t end) { response_apply(last, begin, end); });
   return y;
 }
 
@@ -95,29 +103,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   check_argument(kOp, "grad_out", grad_out, x, shape_of(x));
   Tensor grad_x = empty_map(x), holder_g, holder_x;
   const AnyMap g = map_of(grad_out, call.channels_last, holder_g);
-  call.measure(g, true);
   const int64_t channels = call.channels;
-  std::vector<double> grad_gamma(channels), grad_beta(channels), scale(call.norms.size()),
-      other(call.norms.size());
-  for (int64_t b = 0; b < call.batch; ++b) {
-    long double through_mean = 0;  // the gradient of the mean
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = b * channels + c;
-      const double below = call.means[i] + eps, norm = call.norms[i];
-      grad_gamma[c] += norm / below * call.products[i];
-      grad_beta[c] += call.sums[i];
-      scale[i] = 1 + call.gamma[c] * norm / below;
-      through_mean -= call.gamma[c] * call.products[i] * norm / (below * below);
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = b * channels + c;
-      const double below = call.means[i] + eps, norm = call.norms[i], dn = call.gamma[c] * call.products[i];
-      const double dnorm = call.over_channels ? dn / below + static_cast<double>(through_mean / channels)
-                                              : dn * eps / (below * below);
-      other[i] = norm == 0 ? 0 : dnorm / norm;
-    }
-  }
-  const ResponseApplyArgs args{call.dtype,
+  const size_t count = call.squares.size();
+  std::vector<double> products(count), sums(count), scale(count), other(count);
+  const ResponseSumsArgs first{call.dtype, call.batch,          channels,        call.pixels, call.x, g,
+                               true,       call.squares.data(), products.data(), sums.data()};
+  const ResponseApplyArgs last{call.dtype,
                                call.batch,
                                channels,
                                call.pixels,
@@ -128,7 +119,37 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
                                scale.data(),
                                other.data(),
                                nullptr};
-  call.run([&](int64_t begin, int64_t end) { response_apply(args, begin, end); });
+  call.run([&](int64_t begin, int64_t end) { response_sums(first, begin, end); },
+           [&](int64_t b, int64_t c0, int64_t c1, double mean_norm) {
+             double through_mean = 0;  // a channel's share of the gradient of the mean
+             if (call.over_channels) {
+               long double sum = 0;
+               for (int64_t c = c0; c < c1; ++c) {
+                 const int64_t i = b * channels + c;
+                 sum -= call.gamma[c] * products[i] * std::sqrt(call.squares[i]);
+               }
+               const double below = mean_norm + call.eps;
+               through_mean = static_cast<double>(sum / channels) / (below * below);
+             }
+             for (int64_t c = c0; c < c1; ++c) {
+               const int64_t i = b * channels + c;
+               const double norm = std::sqrt(call.squares[i]), dn = call.gamma[c] * products[i];
+               const double below = (call.over_channels ? mean_norm : norm) + call.eps;
+               const double dnorm =
+                   call.over_channels ? dn / below + through_mean : dn * call.eps / (below * below);
+               scale[i] = 1 + call.gamma[c] * norm / below;
+               other[i] = norm == 0 ? 0 : dnorm / norm;
+               products[i] *= norm / below;  // from here on a sample's part of dgamma
+             }
+           },
+           [&](int64_t begin, int64_t end) { response_apply(last, begin, end); });
+  std::vector<double> grad_gamma(channels), grad_beta(channels);
+  for (int64_t b = 0; b < call.batch; ++b) {
+    for (int64_t c = 0; c < channels; ++c) {
+      grad_gamma[c] += products[b * channels + c];
+      grad_beta[c] += sums[b * channels + c];
+    }
+  }
   return {grad_x, from_doubles(grad_gamma, x.scalar_type(), x), from_doubles(grad_beta, x.scalar_type(), x)};
 }
 

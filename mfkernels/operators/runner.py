@@ -70,8 +70,7 @@ class Runner:
         eager = is_eager()
         if eager and _kernels_check(args):
             try:
-                if backends.use_kernels(self._op, x):
-                    return self._run(args)
+                return self._run(args)
             except Exception as error:
                 refused = error
         self._check(*args)
@@ -134,9 +133,10 @@ def _tracked(args: tuple[Any, ...]) -> bool:
 
 def _kernels_check(args: tuple[Any, ...]) -> bool:
     """Those for CPUs do, except that they take True for one."""
-    if not isinstance(args[0], Tensor) or not args[0].is_cpu:
+    x = args[0]
+    if not (isinstance(x, Tensor) and x.is_cpu and x.dtype in backends.CPU_DTYPES):
         return False
     for a in args:
         if a is True:
             return False
-    return backends.current_backend() in ("auto", "cpu")
+    return backends.current_backend() == "auto"
