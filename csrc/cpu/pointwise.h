@@ -27,26 +27,41 @@ constexpr int kRows = 4;
 #endif
 constexpr int kVectors = 3;
 
-// Some rows and vectors of pixels, of the last of which only `rest` lanes exist, from row `first` on.
+// Adds the products of `count` inputs from `j` on to the sums of some rows and vectors of pixels, of the last
+// of which only `rest` lanes exist.
+template <int kRows, int kVectors, bool kWhole, class T, class C>
+MFK_INLINE void add_products(vec<C> (&sums)[kRows][kVectors], const C* a, int64_t a_row, int64_t a_column,
+                             int64_t count, const T* b, int64_t b_stride, int64_t rest) {
+  constexpr int n = kLanes<C>;
+  for (int64_t j = 0; j < count; ++j) {
+    vec<C> column[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const T* from = b + j * b_stride + v * n;
+      column[v] = kWhole || v + 1 < kVectors ? load(from) : load_upto(from, rest);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const vec<C> factor = splat(a[r * a_row + j * a_column]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * column[v];
+    }
+  }
+}
+
+// These sums from row `first` on.
 template <int kChain, int kRows, int kVectors, bool kWhole, class T, class C, class Epilogue>
 MFK_INLINE void block(T* out, int64_t out_stride, int64_t first, Matrix<C> a, int64_t depth, const T* b,
                       int64_t b_stride, int64_t rest, Epilogue epilogue) {
   constexpr int n = kLanes<C>;
   vec<C> total[kRows][kVectors] = {};
-  for (int64_t j = 0; j < depth;) {
-    const int64_t end = j + kChain < depth ? j + kChain : depth;
-    vec<C> sums[kRows][kVectors] = {};
-    for (; j < end; ++j) {
-      vec<C> column[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        const T* from = b + j * b_stride + v * n;
-        column[v] = kWhole || v + 1 < kVectors ? load(from) : load_upto(from, rest);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const vec<C> factor = splat(a.data[(first + r) * a.row + j * a.column]);
-        for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * column[v];
-      }
+  for (int64_t j = 0; j < depth; j += kChain) {
+    const C* from = a.data + first * a.row + j * a.column;
+    const int64_t count = depth - j < kChain ? depth - j : kChain;
+    if (j == 0) {  // mostly all there are: in registers, without a second set of sums
+      add_products<kRows, kVectors, kWhole>(total, from, a.row, a.column, count, b, b_stride, rest);
+      continue;
     }
+    vec<C> sums[kRows][kVectors] = {};
+    add_products<kRows, kVectors, kWhole>(sums, from, a.row, a.column, count, b + j * b_stride, b_stride,
+                                          rest);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) total[r][v] += sums[r][v];
     }
@@ -122,7 +137,9 @@ void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t dep
     const int64_t end = p + fit < blocks_end ? p + fit : blocks_end;
     run(std::integral_constant<int, kVectors>(), std::true_type(), p, end, n);
   }
-  const int64_t few = a.column == 1 && width % n <= most ? width % n : 0;
+  // Where there are few inputs a vector that is mostly empty takes less time than sums over its lanes.
+  const bool by_lanes = a.column == 1 && width % n <= most && 12 * (width % n) <= depth;
+  const int64_t few = by_lanes ? width % n : 0;
   const int64_t vectors_end = width - few;
   with_constant<kVectors>(blocks_of(vectors_end - blocks_end, n), [&](auto vectors) {
     run(vectors, std::false_type(), blocks_end, vectors_end,
