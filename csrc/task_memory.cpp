@@ -1,8 +1,10 @@
 #include "task_memory.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include <algorithm>
+#include <atomic>
 
 namespace mfk {
 namespace {
@@ -37,16 +39,23 @@ thread_local Stack stack;
 // Whole cache lines, and one to part the memory from its neighbour's.
 size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64 + 64; }
 
-}  // namespace
+std::atomic<bool> poisoned{false};
 
-void* take_memory(size_t bytes) {
-  bytes = rounded(bytes);
+void* take(size_t bytes) {
   if (stack.taken == 0 && stack.size < std::min(stack.most, kMost)) stack.grow();
   stack.taken += bytes;
   stack.most = std::max(stack.most, stack.taken);
   if (stack.size - stack.used < bytes) return allocate(bytes);
   void* memory = stack.block + stack.used;
   stack.used += bytes;
+  return memory;
+}
+
+}  // namespace
+
+void* take_memory(size_t bytes) {
+  void* memory = take(rounded(bytes));
+  if (memory_is_poisoned()) memset(memory, 0xff, bytes);
   return memory;
 }
 
@@ -60,5 +69,8 @@ void give_memory(void* memory, size_t bytes) {
     free(memory);
   }
 }
+
+void poison_memory(bool on) { poisoned = on; }
+bool memory_is_poisoned() { return poisoned.load(std::memory_order_relaxed); }
 
 }  // namespace mfk

@@ -11,4 +11,8 @@ void* take_memory(size_t bytes);
 // Gives it back, in the reverse order.
 void give_memory(void* memory, size_t bytes);
 
+// For tests: from now on memory given out, here and as tensors, is NaN until it is written.
+__attribute__((visibility("default"))) void poison_memory(bool on);
+bool memory_is_poisoned();
+
 }  // namespace mfk

@@ -13,6 +13,7 @@ from torch import Tensor
 from wide import narrow, widen
 
 import mfkernels
+from mfkernels import _C
 
 OPERATORS = modules()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -106,13 +107,15 @@ def cotangents_of(op, sample: Sample, generator: torch.Generator) -> dict[str, T
 
 @contextmanager
 def poisoned():
-    """Every new tensor of PyTorch, ours included, holds NaN until it is written."""
+    """New tensors, PyTorch's and ours, and the kernels' working memory hold NaN until they are written."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    _C.poison_memory(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
     try:
         yield
     finally:
+        _C.poison_memory(False)
         torch.use_deterministic_algorithms(before)
 
 

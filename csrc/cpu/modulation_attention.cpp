@@ -102,7 +102,7 @@ struct Queries {
   Pixels<C> q, gate, context;  // of the tile
   Buffer<C> weights;           // (pixels, kTile): softmax(scale k^T q)
   Buffer<C> scratch;
-  int64_t loaded = -1;
+  int64_t loaded = -1, width = 0;  // the window; the tile's queries in whole vectors
 
   explicit Queries(const ModulationArgs& a)
       : args(a),
@@ -117,6 +117,7 @@ struct Queries {
   // The weights of the tile's queries.
   void weigh(const Window& window, int64_t first, int64_t count) {
     const int64_t pixels = window.pixels;
+    width = round_up(count, kLanes<C>);
     if (window.index != loaded) {
       loaded = window.index;
       k.template load_from<T>(window, args.k, 0, pixels, scratch);
@@ -126,13 +127,13 @@ struct Queries {
     q.template load_from<T>(window, args.q, first, count, scratch);
     gate.template load_from<T>(window, args.gate, first, count, scratch);
     multiply_pixels<C>(weights, kTile, nullptr, 0, pixels, k.transposed(), args.depth,
-                       static_cast<const C*>(q.data), kTile, kTile);
-    softmax_rows<C>(weights, static_cast<C>(args.scale), pixels, kTile, kTile);
+                       static_cast<const C*>(q.data), kTile, width);
+    softmax_rows<C>(weights, static_cast<C>(args.scale), pixels, kTile, width);
   }
   // v P^T
   void mix(const Window& window) {
     multiply_pixels<C>(context.data, kTile, nullptr, 0, args.channels, v.matrix(), window.pixels,
-                       static_cast<const C*>(weights), kTile, kTile);
+                       static_cast<const C*>(weights), kTile, width);
   }
 };
 
@@ -214,10 +215,10 @@ void backward(const ModulationArgs& args, int64_t begin, int64_t end) {
       }
       tile.gate.template store_to<T>(window, args.grad_gate, first, count, tile.scratch);
       multiply_pixels<C>(grads, kTile, nullptr, 0, pixels, tile.v.transposed(), args.channels,
-                         static_cast<const C*>(g.data), kTile, kTile);
-      softmax_rows_backward<C>(tile.weights, grads, static_cast<C>(args.scale), pixels, kTile, kTile);
+                         static_cast<const C*>(g.data), kTile, tile.width);
+      softmax_rows_backward<C>(tile.weights, grads, static_cast<C>(args.scale), pixels, kTile, tile.width);
       multiply_pixels<C>(grad_q.data, kTile, nullptr, 0, args.depth, tile.k.matrix(), pixels,
-                         static_cast<const C*>(grads), kTile, kTile);
+                         static_cast<const C*>(grads), kTile, tile.width);
       grad_q.template store_to<T>(window, args.grad_q, first, count, tile.scratch);
       add_keys(0, args.depth, tile.q.matrix(), grads, count);
       add_keys(args.depth, args.channels, g.matrix(), tile.weights, count);
