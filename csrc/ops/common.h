@@ -92,7 +92,7 @@ inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector
   // Memory of some megabytes is often new, and a kernel would wait for each of its small pages.
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
   if (bytes >= size_t{1} << 20) advise_huge_pages(reinterpret_cast<uintptr_t>(t.data_ptr()), bytes);
-  if (memory_is_poisoned()) std::memset(t.data_ptr(), 0xff, bytes);
+  if (bytes > 0 && memory_is_poisoned()) std::memset(t.data_ptr(), 0xff, bytes);
   return t;
 }
 

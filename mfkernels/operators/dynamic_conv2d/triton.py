@@ -260,6 +260,8 @@ def _convolve(
         return
     rows, sources = channels // groups, source.shape[1] // groups
     block_r, block_p = power(rows, 16, 32), power(pixels, 16, 64)
+    if block_r == block_p == 32:
+        block_p = 64  # of 32 by 32 ptxas spills
     blocks = triton.cdiv(rows, block_r)
     grid = (triton.cdiv(pixels, block_p), groups * blocks, batch)
     dense_kernel[grid](
@@ -289,7 +291,10 @@ def _weight_gradients(
     first = (x, g, basis, attention, out, shares, kernels, weight.numel(), batch, split)
     maps = (*x.shape[2:], *g.shape[2:], *kernel, *settings, *x.stride(), *g.stride())
     if inputs == 1:
-        depthwise_weight_kernel[(*tiles, splits)](*first, outputs, rows, *maps, BO=8, BP=128, BK=block_k)
+        # Of a single kernel ptxas spills.
+        depthwise_weight_kernel[(*tiles, splits)](
+            *first, outputs, rows, *maps, BO=8, BP=128, BK=max(2, block_k)
+        )  # fmt: skip
     else:
         dense_weight_kernel[(*tiles, splits)](
             *first, rows, inputs, blocks, *maps, BO=block_o, BD=block_d, BP=16, BK=block_k
