@@ -16,7 +16,7 @@ lint: .venv/installed
 	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
 	.venv/bin/mypy
 
-# Address and undefined-behaviour sanitizers over the tests of the kernels (some ten minutes); thread
+# Address and undefined-behaviour sanitizers over the tests of the kernels (an hour or more); thread
 # sanitizer over the threaded parts on plain threads.
 SANITIZED = build/sanitize
 sanitize: .venv/installed
