@@ -34,6 +34,18 @@ void load_coefficients(const void* source, int64_t b, const DynamicReluArgs& arg
   }
 }
 
+// Those of one channel, each in all lanes.
+template <class T, class V>
+MFK_INLINE void load_channel(const DynamicReluArgs& args, int64_t b, int64_t c, int64_t functions, V* slopes,
+                             V* intercepts) {
+  for (int64_t k = 0; k < functions; ++k) {
+    const int64_t at = (b * functions + k) * args.channels + c;
+    slopes[k] = splat(to_compute(static_cast<const T*>(args.slopes)[at]));
+    intercepts[k] =
+        args.intercepts == nullptr ? V{} : splat(to_compute(static_cast<const T*>(args.intercepts)[at]));
+  }
+}
+
 template <int K, class C>
 MFK_INLINE vec<C> largest(vec<C> x, const vec<C>* slopes, const vec<C>* intercepts, int64_t functions) {
   const int64_t count = K == 0 ? functions : K;
@@ -57,13 +69,7 @@ void forward_rows(const DynamicReluArgs& args, int64_t begin, int64_t end) {
   const int64_t whole = args.pixels / n * n, rest = args.pixels - whole;
   int64_t b = begin / args.channels, c = begin % args.channels;
   for (int64_t task = begin; task < end; ++task) {
-    for (int64_t k = 0; k < functions; ++k) {
-      const int64_t at = (b * functions + k) * args.channels + c;
-      slopes[k] = splat(to_compute(static_cast<const T*>(args.slopes)[at]));
-      intercepts[k] = args.intercepts == nullptr
-                          ? vec<C>{}
-                          : splat(to_compute(static_cast<const T*>(args.intercepts)[at]));
-    }
+    load_channel<T>(args, b, c, functions, slopes, intercepts);
     const T* in = x.at(b, c, 0);
     T* out = y.at(b, c, 0);
     for (int64_t p = 0; p < whole; p += n) {
@@ -210,12 +216,7 @@ MFK_INLINE void backward_row(const DynamicReluArgs& args, int64_t b, int64_t c, 
   using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
   Functions<C, K> f(args, work, wide);
-  for (int64_t k = 0; k < f.count; ++k) {
-    const int64_t at = (b * f.count + k) * args.channels + c;
-    f.slopes[k] = splat(to_compute(static_cast<const T*>(args.slopes)[at]));
-    f.intercepts[k] =
-        args.intercepts == nullptr ? vec<C>{} : splat(to_compute(static_cast<const T*>(args.intercepts)[at]));
-  }
+  load_channel<T>(args, b, c, f.count, f.slopes, f.intercepts);
   const T* x = args.x.as<const T>().at(b, c, 0);
   const T* g = args.grad_y.as<const T>().at(b, c, 0);
   T* grad_x = args.grad_x.as<T>().at(b, c, 0);

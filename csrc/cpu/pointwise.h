@@ -27,7 +27,7 @@ constexpr int kRows = 4;
 #endif
 constexpr int kVectors = 3;
 
-// Adds the products of `count` inputs from `j` on to the sums of some rows and vectors of pixels, of the last
+// Adds the products of the first `count` inputs to the sums of some rows and vectors of pixels, of the last
 // of which only `rest` lanes exist.
 template <int kRows, int kVectors, bool kWhole, class T, class C>
 MFK_INLINE void add_products(vec<C> (&sums)[kRows][kVectors], const C* a, int64_t a_row, int64_t a_column,
@@ -51,17 +51,16 @@ template <int kChain, int kRows, int kVectors, bool kWhole, class T, class C, cl
 MFK_INLINE void block(T* out, int64_t out_stride, int64_t first, Matrix<C> a, int64_t depth, const T* b,
                       int64_t b_stride, int64_t rest, Epilogue epilogue) {
   constexpr int n = kLanes<C>;
+  const C* from = a.data + first * a.row;
+  // Mostly these are all: in registers, without a second set of sums.
   vec<C> total[kRows][kVectors] = {};
-  for (int64_t j = 0; j < depth; j += kChain) {
-    const C* from = a.data + first * a.row + j * a.column;
+  add_products<kRows, kVectors, kWhole>(total, from, a.row, a.column, depth < kChain ? depth : kChain, b,
+                                        b_stride, rest);
+  for (int64_t j = kChain; j < depth; j += kChain) {
     const int64_t count = depth - j < kChain ? depth - j : kChain;
-    if (j == 0) {  // mostly all there are: in registers, without a second set of sums
-      add_products<kRows, kVectors, kWhole>(total, from, a.row, a.column, count, b, b_stride, rest);
-      continue;
-    }
     vec<C> sums[kRows][kVectors] = {};
-    add_products<kRows, kVectors, kWhole>(sums, from, a.row, a.column, count, b + j * b_stride, b_stride,
-                                          rest);
+    add_products<kRows, kVectors, kWhole>(sums, from + j * a.column, a.row, a.column, count, b + j * b_stride,
+                                          b_stride, rest);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) total[r][v] += sums[r][v];
     }
