@@ -80,13 +80,13 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                             ScalarType type, const Tensor& x) {
   int32_t dtype, device, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   if (type == ScalarType::Float) dtype = aoti_torch_dtype_float32();
   if (type == ScalarType::Double) dtype = aoti_torch_dtype_float64();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype, device, index, &handle));
   const Tensor t(handle);
   // Memory of some megabytes is often new, and a kernel would wait for each of its small pages.
