@@ -8,6 +8,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "../ops/common.h"
 
 namespace mfk {
@@ -19,14 +23,19 @@ inline cudaStream_t stream_of(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Lets the kernel have so much shared memory, which `what` needs.
+// Lets the kernel have as much shared memory as the device has, once; `what` needs so many bytes of it. Were
+// it each launch's own number, another thread could lower it between this call and the launch.
 template <class Kernel>
 void allow_shared(const char* op, const std::string& what, Kernel kernel, int bytes, int device) {
   int most = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   STD_TORCH_CHECK(bytes <= most, op, ": ", what, " need ", bytes,
                   " bytes of shared memory, and this device has ", most, "; use the backend \"triton\"");
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  static std::mutex mutex;
+  static std::set<std::pair<Kernel, int>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!allowed.emplace(kernel, device).second) return;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 // The tensor, or a copy of it where it does not begin as vectors of 16 bytes do.
