@@ -92,6 +92,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and PyTorch finds none"))
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32(request, monkeypatch):
+    """On a GPU cuDNN would compute the definitions' convolutions in TF32."""
+    if request.node.get_closest_marker("gpu"):
+        for setting in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
+            monkeypatch.setattr(setting, "fp32_precision", "ieee")
+
+
 @pytest.fixture(params=mfkernels.native.ISAS)
 def instruction_set(request):
     """Runs the test once for each instruction set that this machine can run."""

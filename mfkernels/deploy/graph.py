@@ -6,7 +6,8 @@ import statistics
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +42,8 @@ class _Shape(NamedTuple):
 class Captured(nn.Module):
     """A network whose kernels are recorded when it first sees a shape, and then launched all at once.
 
-    The graphs of the last `MOST_SHAPES` shapes are kept, in one pool of memory. Where a network cannot be
-    recorded, a warning says why, and it runs as it is.
+    The graphs of the last `MOST_SHAPES` shapes are kept, in one pool of memory. A shape for which the network
+    cannot be recorded runs as it is, and a warning says why.
 
     Args:
         forms: the network, in eval mode, on a GPU; and others that do the same. For each shape that one is
@@ -56,8 +57,8 @@ class Captured(nn.Module):
         self._reset()
 
     def _reset(self) -> None:
-        self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
-        self._lock, self._pool, self._done, self._plain = threading.Lock(), None, None, False
+        self._shapes: OrderedDict[Any, _Shape | None] = OrderedDict()  # None: it cannot be recorded
+        self._lock, self._pool, self._done = threading.Lock(), None, None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) images on the network's device, in float32 or its dtype, to its result in theirs.
@@ -66,24 +67,22 @@ class Captured(nn.Module):
             TypeError, ValueError: an input that does not fit, named.
         """
         self._check(x)
-        if self._plain or x.numel() == 0 or not is_eager() or _gpu.is_recording():
+        if x.numel() == 0 or not is_eager() or _gpu.is_recording():
             return self._run(self.forms[0], x)
         # Not in inference mode: what the graphs keep is written by later calls, which may be outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad(), _gpu.on(x.device):
             key = x.dtype, x.shape, x.stride()
             if key not in self._shapes:
-                try:
-                    self._shapes[key] = self._record(x)
-                except RuntimeError as error:
-                    self._plain = True
-                    self._shapes.clear()
-                    reason = str(error).strip().splitlines()[0]
-                    warnings.warn(f"deploy: runs without a CUDA graph: {reason}", stacklevel=2)
-                    return self._run(self.forms[0], x)
+                self._shapes[key] = self._record_or_warn(x)
                 if len(self._shapes) > MOST_SHAPES:
+                    if self._done is not None:  # its image may still be read, on another stream than it is of
+                        _gpu.finish(self._done)
                     self._shapes.popitem(last=False)
             self._shapes.move_to_end(key)
-            image, output, replay = self._shapes[key]
+            shape = self._shapes[key]
+            if shape is None:
+                return self._run(self.forms[0], x)
+            image, output, replay = shape
             # The graphs' memory is one: a call on another stream waits for the one before it.
             if self._done is not None:
                 _gpu.wait(self._done)
@@ -94,8 +93,17 @@ class Captured(nn.Module):
         return result
 
     def _run(self, form: nn.Module, x: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _without_tf32():
             return form(x.to(self.dtype)).to(x.dtype)
+
+    def _record_or_warn(self, x: Tensor) -> _Shape | None:
+        try:
+            return self._record(x)
+        except Exception as error:  # Triton's, of too few resources, are of no narrower class
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            what = f"deploy: images of shape {tuple(x.shape)} run without a CUDA graph: {reason[0]}"
+            warnings.warn(what, stacklevel=3)
+            return None
 
     def _record(self, x: Tensor) -> _Shape:
         image = torch.empty_like(x).copy_(x)
@@ -107,7 +115,7 @@ class Captured(nn.Module):
                 found.append(
                     _Shape(image, *_gpu.record(lambda form=form: self._run(form, image), self._pool))
                 )
-            except RuntimeError:  # its kernels need more than this device has
+            except Exception:  # its kernels need more than this device has
                 if form is self.forms[0]:
                     raise
         return found[0] if len(found) == 1 else min(found, key=lambda shape: _gpu.time(shape.replay))
@@ -125,7 +133,7 @@ class Captured(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs cannot be copied or pickled: a copy records its own."""
-        hidden = ("_shapes", "_lock", "_pool", "_done", "_plain")
+        hidden = ("_shapes", "_lock", "_pool", "_done")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,11 +146,32 @@ class Captured(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[return-value]
 
 
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Have libraries compute float32 in float32: by default cuDNN rounds a convolution's inputs to the 10
+    bits of TF32. Compilers are left to their own settings."""
+    if not is_eager():
+        yield
+        return
+    # Recurrent layers, too: PyTorch's older flag, which others may read meanwhile, has one setting for both.
+    cudnn: Any = torch.backends.cudnn
+    settings = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
 class _Cuda:
     """PyTorch's graphs; tests have a double of it."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._recording = threading.Lock()
 
     def is_recording(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -161,9 +190,17 @@ class _Cuda:
     def wait(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream().wait_event(event)
 
+    def finish(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
     def record(self, run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
         """What `run` returns, and what does its work again. It runs three times before: libraries choose
-        their kernels and get their memory then, which they cannot while they are recorded."""
+        their kernels and get their memory then, which they cannot while they are recorded. One thread at a
+        time: all networks are recorded on the same stream of a device."""
+        with self._recording:
+            return self._record(run, pool)
+
+    def _record(self, run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
         device = torch.device("cuda", torch.cuda.current_device())
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream()
