@@ -3,12 +3,16 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test lint sanitize mutate clean
+.PHONY: demo test vision lint sanitize mutate clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# Networks and users of timm, transformers and torchvision, with the newest PyTorch (ten minutes).
+vision: .venv/installed .venv-vision/installed
+	.venv-vision/bin/python -m pytest -m vision tests/test_vision.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

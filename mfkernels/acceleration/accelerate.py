@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import tensors_in
-from . import dynamic_mobile_former, iformer, mobile_former, sequential
+from . import dynamic_mobile_former, iformer, iformer_timm, mobile_former, sequential
 from .adopt import Unfit, give_back, hooked
 from .settings import Found, random_inputs
 
@@ -21,6 +21,7 @@ Rule = Callable[[nn.Module], nn.Module | None]
 _KNOWN: tuple[Callable[[nn.Module], Found], ...] = (
     *mobile_former.RULES,
     *dynamic_mobile_former.RULES,
+    *iformer_timm.RULES,
     *iformer.RULES,
     *sequential.RULES,
 )
@@ -62,11 +63,11 @@ class Report:
 def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
     """Replace the parts of a network that mfkernels can run faster, in place, for training and for inference.
 
-    Known are the classes of the released Mobile-Former, DMF and iFormer, by their names, attributes and
-    shapes; they are not imported. Known is also PyTorch's own `nn.Sequential`, in any network, where batch
-    norms are in it. Each replacement is tried before it is made, with random weights against
-    the original: what does not give the same numbers is left alone. Layers, parameters and buffers stay the
-    same objects under the same names, so optimizers, wrappers and checkpoints go on working.
+    Known are the classes of the released Mobile-Former, DMF and iFormer, and of timm's iFormer, by their
+    names, attributes and shapes; they are not imported. Known is also PyTorch's own `nn.Sequential`, in any
+    network, where batch norms are in it. Each replacement is tried before it is made, with random weights
+    against the original: what does not give the same numbers is left alone. Layers, parameters and buffers
+    stay the same objects under the same names, so optimizers, wrappers and checkpoints go on working.
 
     Args:
         model: any network. A second call changes nothing. In networks of `mfkernels.models` there is nothing
@@ -90,15 +91,16 @@ def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
 
 
 def as_ours(model: nn.Module) -> nn.Module | None:
-    """A released network, accelerated or not, as the same network of `mfkernels.models`, with copies of its
-    weights; None where it is no such network. Raises Unfit if it only looks like one."""
+    """A released network or one of timm, accelerated or not, as the same network of `mfkernels.models`, with
+    copies of its weights; None where it is no such network. Raises Unfit if it only looks like one."""
     plain = copy.deepcopy(model)
     restore(plain)
-    for family in (mobile_former, dynamic_mobile_former, iformer):
+    for family in (mobile_former, dynamic_mobile_former, iformer, iformer_timm):
         with _recognising():
             new: Any = family.network(plain)
         if new is not None:
-            _compare(plain, new, random_inputs((2, new.in_channels, 64, 64)))
+            random = _randomised(plain)  # at first: parameters may have another order in the other network
+            _compare_results(random, family.network(random), random_inputs((2, new.in_channels, 64, 64)))
             return new
     return None
 
@@ -195,13 +197,15 @@ def _check_parameters(rule: Rule, old: nn.Module, new: nn.Module) -> None:
 
 def _compare(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
     """Both with the same random weights, in float64 and eval mode: the same results, or Unfit."""
+    _compare_results(_randomised(old), _randomised(new), inputs)
+
+
+def _compare_results(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
     results = []
     for module in (old, new):
-        trial = copy.deepcopy(module).cpu().double().eval()
-        _randomise(trial)
         with torch.no_grad():
             try:
-                results.append(tensors_in(trial(*inputs)))
+                results.append(tensors_in(module(*inputs)))
             except Exception as error:
                 raise Unfit(f"it does not run as the released class does: {error}") from error
     theirs, ours = results
@@ -213,7 +217,9 @@ def _compare(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
         raise Unfit("it computes something else than the released class")
 
 
-def _randomise(module: nn.Module) -> None:
+def _randomised(module: nn.Module) -> nn.Module:
+    """A copy in float64 and eval mode."""
+    module = copy.deepcopy(module).cpu().double().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         width = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
@@ -223,3 +229,4 @@ def _randomise(module: nn.Module) -> None:
         if isinstance(inner, _BatchNorm) and inner.running_mean is not None and inner.running_var is not None:
             inner.running_mean.copy_(torch.randn(inner.num_features, generator=generator) / 2)
             inner.running_var.copy_(torch.rand(inner.num_features, generator=generator) + 0.5)
+    return module

@@ -14,7 +14,8 @@ def fused_sequential(old: Any) -> Found:
     if type(old) is not nn.Sequential:
         return None
     kinds = [type(layer) for layer in old]
-    released = any(a.__name__ == "Conv2d_BN" and b is nn.GELU for a, b in pairwise(kinds))
+    iformer = ("Conv2d_BN", "ConvNorm")  # the released one and timm's
+    released = any(a.__name__ in iformer and b is nn.GELU for a, b in pairwise(kinds))
     first = next((m for m in old.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None or not (released or nn.BatchNorm2d in kinds):
         return None

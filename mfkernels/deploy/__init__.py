@@ -34,8 +34,9 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     in half precision with all of large maps' Mobile in one, too.
 
     Args:
-        model: a network of `mfkernels.models`, or of the released code as published, `accelerate`d or not; in
-            eval mode. It is left as it is; later changes of its weights do not reach the result.
+        model: a network of `mfkernels.models`, of the released code as published, or timm's iFormer,
+            `accelerate`d or not; in eval mode. It is left as it is; later changes of its weights do not reach
+            the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16: on a GPU, or on processors that
             multiply it (AVX512-BF16); on a GPU torch.float16, too. Sums are float32 in each.
 

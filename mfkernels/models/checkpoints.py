@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .iformer import IFormer
+from .timm_names import timm_name
+
 # Where training scripts keep the weights, in the order in which we look. Weights averaged over training
 # (EMA) come last: a file with both was saved for its "state_dict" or "model".
 _KEYS = ("state_dict", "model", "state_dict_ema", "model_ema")
@@ -19,7 +22,8 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     Args:
         model: a model of `create_model`, or any part of one.
         state_dict: names and tensors, or a checkpoint that holds them under "state_dict", "model",
-            "state_dict_ema" or "model_ema" (looked for in this order). A prefix "module." is removed.
+            "state_dict_ema" or "model_ema" (looked for in this order). A prefix "module." is removed. For an
+            `IFormer` it may be one of timm's iFormer, too, which has other names.
 
     Raises:
         TypeError: no state dict in `state_dict`.
@@ -28,6 +32,9 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """
     tensors = _find_tensors(state_dict)
     expected = model.state_dict()
+    if isinstance(model, IFormer):
+        ours = {timm_name(name): name for name in expected}
+        tensors = {ours.get(name, name): value for name, value in tensors.items()}
     counters = {name for name in expected if name.endswith("num_batches_tracked")}
     missing = [name for name in expected if name not in tensors and name not in counters]
     unknown = [name for name in tensors if name not in expected]
