@@ -46,7 +46,7 @@ def create_model(
     num_classes: int = 1000,
     checkpoint: str | Path | None = None,
     features_only: bool = False,
-    out_indices: Sequence[int] | None = None,
+    out_indices: Sequence[int] | int | None = None,
     **options: Any,
 ) -> nn.Module:
     """A released network, with random weights or those of a checkpoint.
@@ -57,7 +57,7 @@ def create_model(
         checkpoint: path of released weights, see `load_released` for what it may hold. Read with
             `torch.load(weights_only=True)`.
         features_only: a backbone, which returns the last map of each size: a `FeaturePyramid`.
-        out_indices: which of these maps.
+        out_indices: which of these maps; a number: the last so many.
         **options: settings that replace those of the released model; see `MobileFormer`,
             `DynamicMobileFormer` and `IFormer`, for example `token_id=-1` (spatial-aware dynamic ReLU),
             `token_num`, `token_dim`, `ffn=False`, `mixing="mlp"`, `kernel_size=(5, 5)`, `image_size`,

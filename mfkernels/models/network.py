@@ -21,6 +21,7 @@ class Stage(NamedTuple):
 class Network(nn.Module):
     """A network for classification, whose maps make a pyramid."""
 
+    in_channels: int
     feature_stages: tuple[Stage, ...]
     head_modules: tuple[str, ...]  # what comes after the last map; some may not be there
     grad_checkpointing = False
