@@ -1,10 +1,13 @@
 #include "task_memory.h"
 
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
 #include <atomic>
+#include <stdexcept>
+#include <string>
 
 namespace mfk {
 namespace {
@@ -18,7 +21,10 @@ constexpr size_t kMost = size_t{4} << 20;
 
 void* allocate(size_t bytes) {
   void* memory = aligned_alloc(64, bytes);
-  if (memory == nullptr) abort();
+  if (memory == nullptr) {
+    throw std::runtime_error("mfkernels: no memory for " + std::to_string(bytes) +
+                             " bytes of working memory");
+  }
   return memory;
 }
 
@@ -28,10 +34,11 @@ struct Stack {
   size_t taken = 0, most = 0;  // in the block and beside it; so far
 
   ~Stack() { free(block); }
+  // Not at all where there is no memory for it.
   void grow() {
     free(block);
-    size = std::min(most, kMost);
-    block = static_cast<char*>(allocate(size));
+    block = static_cast<char*>(aligned_alloc(64, std::min(most, kMost)));
+    size = block == nullptr ? 0 : std::min(most, kMost);
   }
 };
 thread_local Stack stack;
@@ -43,18 +50,22 @@ std::atomic<bool> poisoned{false};
 
 void* take(size_t bytes) {
   if (stack.taken == 0 && stack.size < std::min(stack.most, kMost)) stack.grow();
+  void* memory;
+  if (stack.size - stack.used < bytes) {
+    memory = allocate(bytes);
+  } else {
+    memory = stack.block + stack.used;
+    stack.used += bytes;
+  }
   stack.taken += bytes;
   stack.most = std::max(stack.most, stack.taken);
-  if (stack.size - stack.used < bytes) return allocate(bytes);
-  void* memory = stack.block + stack.used;
-  stack.used += bytes;
   return memory;
 }
 
 }  // namespace
 
 void* take_memory(size_t bytes) {
-  void* memory = take(rounded(bytes));
+  void* memory = take(bytes > PTRDIFF_MAX ? PTRDIFF_MAX / 64 * 64 : rounded(bytes));
   if (memory_is_poisoned()) memset(memory, 0xff, bytes);
   return memory;
 }

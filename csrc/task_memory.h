@@ -5,8 +5,8 @@
 
 namespace mfk {
 
-// `bytes` of it, not initialised, aligned to a cache line. Every thread keeps a stack of its own: memory from
-// the system would be new each time, and every page of it a fault, which takes longer than using it.
+// `bytes` of it, not initialised, aligned to a cache line; throws where there is no more. A thread keeps a
+// stack: memory from the system would be new each time, every page of it a fault, longer than its use.
 void* take_memory(size_t bytes);
 // Gives it back, in the reverse order.
 void give_memory(void* memory, size_t bytes);

@@ -16,7 +16,7 @@ struct Call {
   std::vector<double> weight, bias;
 
   Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, const std::string& activation) {
-    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
+    check_axes(kOp, "x", x_in, 4, "(B, C, H, W)");
     STD_TORCH_CHECK(activation == "none" || activation == "gelu", kOp,
                     ": activation must be 'none' or 'gelu', got '", activation, "'");
     dtype = dtype_of(kOp, x_in);
@@ -48,7 +48,7 @@ struct Call {
   void run(bool apart, F f) const {
     const int64_t size = norm_channels(x), groups = blocks_of(channels, size);
     const int64_t tasks = apart ? batch * groups : groups, samples = apart ? 1 : batch;
-    torch::stable::parallel_for(0, tasks, grain(samples * pixels * size / 4), f);
+    parallel_for(tasks, grain(samples * pixels * size / 4), f);
   }
 };
 

@@ -10,8 +10,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -58,7 +60,24 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// `t` has this shape, and x's dtype and device.
+// `t` is so small that products of its sizes do not overflow: sizes may be large where another one is zero,
+// or where elements share their memory.
+constexpr int64_t kMostElements = int64_t{1} << 40;
+inline void check_size(const char* op, const char* name, const Tensor& t) {
+  double elements = 1;
+  for (const int64_t size : t.sizes()) elements *= std::max<int64_t>(size, 1);
+  STD_TORCH_CHECK(elements <= kMostElements, op, ": ", name, " must have at most 2^40 elements, got shape ",
+                  shape_text(shape_of(t)));
+}
+
+// `t` has so many axes, such as "(B, C, H, W)", and is not too large.
+inline void check_axes(const char* op, const char* name, const Tensor& t, int64_t count, const char* axes) {
+  STD_TORCH_CHECK(t.dim() == count, op, ": ", name, " must have ", count, " dimensions ", axes, ", got ",
+                  t.dim());
+  check_size(op, name, t);
+}
+
+// `t` has this shape, and x's dtype and device, and is not too large.
 inline void check_argument(const char* op, const char* name, const Tensor& t, const Tensor& x,
                            const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(shape_of(t) == shape, op, ": ", name, " must have shape ", shape_text(shape), ", got ",
@@ -66,6 +85,15 @@ inline void check_argument(const char* op, const char* name, const Tensor& t, co
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x");
   STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), op, ": ", name,
                   " must be on the device of x");
+  check_size(op, name, t);
+}
+
+// Channels in so many heads.
+inline void check_heads(const char* op, int64_t num_heads, int64_t channels, const char* of) {
+  const bool divide =
+      num_heads >= 1 && num_heads <= std::max<int64_t>(channels, 1) && channels % num_heads == 0;
+  STD_TORCH_CHECK(divide, op, ": num_heads must be positive and divide ", of, ", got ", num_heads, " for ",
+                  channels);
 }
 
 inline bool is_channels_last(const Tensor& x) {
@@ -86,8 +114,9 @@ inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype, device, index, &handle));
+  const auto code =
+      aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype, device, index, &handle);
+  STD_TORCH_CHECK(code == TORCH_SUCCESS, "mfkernels: no memory for a tensor of shape ", shape_text(shape));
   const Tensor t(handle);
   // Memory of some megabytes is often new, and a kernel would wait for each of its small pages.
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
@@ -99,7 +128,11 @@ inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector
 // Of float32, float64 or x's dtype.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type, const Tensor& x) {
   std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  bool overflow = false;
+  for (size_t i = shape.size(); i-- > 1;) {
+    overflow |= __builtin_mul_overflow(strides[i], std::max<int64_t>(shape[i], 1), &strides[i - 1]);
+  }
+  STD_TORCH_CHECK(!overflow, "mfkernels: no memory for a tensor of shape ", shape_text(shape));
   return empty_strided(shape, strides, type, x);
 }
 
@@ -181,6 +214,22 @@ inline int64_t tile_pixels(int64_t rows, size_t element) {
   return std::min<int64_t>(std::max<int64_t>(fit, 32), 512);
 }
 
+// f(begin, end) over the tasks, on PyTorch's threads. What a task throws, working memory that is not there,
+// is thrown here: through PyTorch's C functions would come no more than that something was.
+template <class F>
+void parallel_for(int64_t tasks, int64_t grain, const F& f) {
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr error;
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
 // So many tasks that starting a thread for them is worth it; `work` is one task's number of steps.
 inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(work, 1)); }
 
@@ -192,22 +241,21 @@ struct Parts {
 template <typename T>
 void sum_splits(const double* partial, const Parts& parts, T* out) {
   const int64_t size = parts.tokens * parts.depth, width = parts.heads * parts.depth;
-  torch::stable::parallel_for(
-      0, parts.batch * parts.heads, grain(parts.splits * size), [&](int64_t begin, int64_t end) {
-        std::vector<double> sums(size);
-        for (int64_t i = begin; i < end; ++i) {
-          std::fill(sums.begin(), sums.end(), 0.0);
-          for (int64_t s = 0; s < parts.splits; ++s) {
-            const double* from = partial + (i * parts.splits + s) * size;
-            for (int64_t j = 0; j < size; ++j) sums[j] += from[j];
-          }
-          T* to = out + i / parts.heads * parts.tokens * width + i % parts.heads * parts.depth;
-          for (int64_t t = 0; t < parts.tokens; ++t) {
-            const double* row = sums.data() + t * parts.depth;
-            for (int64_t d = 0; d < parts.depth; ++d) to[t * width + d] = static_cast<T>(row[d]);
-          }
-        }
-      });
+  parallel_for(parts.batch * parts.heads, grain(parts.splits * size), [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(size);
+    for (int64_t i = begin; i < end; ++i) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t s = 0; s < parts.splits; ++s) {
+        const double* from = partial + (i * parts.splits + s) * size;
+        for (int64_t j = 0; j < size; ++j) sums[j] += from[j];
+      }
+      T* to = out + i / parts.heads * parts.tokens * width + i % parts.heads * parts.depth;
+      for (int64_t t = 0; t < parts.tokens; ++t) {
+        const double* row = sums.data() + t * parts.depth;
+        for (int64_t d = 0; d < parts.depth; ++d) to[t * width + d] = static_cast<T>(row[d]);
+      }
+    }
+  });
 }
 inline Tensor sum_splits(const Tensor& partial, const Parts& parts, const Tensor& x,
                          const std::vector<int64_t>& shape) {

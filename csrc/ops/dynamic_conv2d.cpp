@@ -1,5 +1,7 @@
 #include "../cpu/dynamic_conv2d.h"
 
+#include <array>
+
 #include "common.h"
 
 namespace mfk {
@@ -8,17 +10,30 @@ namespace {
 constexpr const char* kOp = "dynamic_conv2d";
 using Ints = std::vector<int64_t>;
 
+// The output's height or width. Of settings that say the same the smallest are taken: a kernel of one place
+// has no dilation, and a step beyond the map is one.
+int64_t output_size(int64_t size, int64_t kernel, int64_t padding, int64_t& stride, int64_t& dilation) {
+  if (kernel == 1) dilation = 1;
+  const __int128 whole = size + 2 * static_cast<__int128>(padding),
+                 reach = static_cast<__int128>(dilation) * (kernel - 1) + 1;
+  STD_TORCH_CHECK(reach <= whole, kOp, ": x is too small for the kernel");
+  STD_TORCH_CHECK(whole <= INT64_MAX, kOp, ": padding must be below 2^62, got ", padding);
+  stride = std::min(stride, static_cast<int64_t>(whole));
+  return static_cast<int64_t>((whole - reach) / stride + 1);
+}
+
 struct Call {
   DynamicConvArgs args{};
   Tensor x, weight, basis, attention, bias, basis_bias;
   Ints out_shape;
+  bool sparse;  // most of the padded map is read by nobody
 
   Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& basis_in, const Tensor& attention_in,
        const std::optional<Tensor>& bias_in, const std::optional<Tensor>& basis_bias_in, const Ints& stride,
        const Ints& padding, const Ints& dilation, int64_t groups, double scale) {
-    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
-    STD_TORCH_CHECK(weight_in.dim() == 4, kOp, ": weight must have 4 dimensions, got ", weight_in.dim());
-    STD_TORCH_CHECK(basis_in.dim() == 5, kOp, ": basis must have 5 dimensions, got ", basis_in.dim());
+    check_axes(kOp, "x", x_in, 4, "(B, C, H, W)");
+    check_axes(kOp, "weight", weight_in, 4, "(O, C / groups, kh, kw)");
+    check_axes(kOp, "basis", basis_in, 5, "(K, O, C / groups, kh, kw)");
     STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, kOp,
                     ": stride, padding and dilation must be pairs");
     const int64_t channels = x_in.size(1), outputs = weight_in.size(0);
@@ -50,12 +65,16 @@ struct Call {
                           std::min(dilation[0], dilation[1]) >= 1;
     STD_TORCH_CHECK(positive, kOp,
                     ": weight must not be empty, stride and dilation positive, padding not negative");
-    args.out_height = (args.height + 2 * padding[0] - dilation[0] * (args.kernel_h - 1) - 1) / stride[0] + 1;
-    args.out_width = (args.width + 2 * padding[1] - dilation[1] * (args.kernel_w - 1) - 1) / stride[1] + 1;
-    const bool fits = args.height + 2 * padding[0] > dilation[0] * (args.kernel_h - 1) &&
-                      args.width + 2 * padding[1] > dilation[1] * (args.kernel_w - 1);
-    STD_TORCH_CHECK(fits, kOp, ": x is too small for the kernel");
+    args.out_height = output_size(args.height, args.kernel_h, padding[0], args.stride_h, args.dilation_h);
+    args.out_width = output_size(args.width, args.kernel_w, padding[1], args.stride_w, args.dilation_w);
     out_shape = {args.batch, outputs, args.out_height, args.out_width};
+    const double taps = static_cast<double>(args.kernel_h * args.kernel_w), out_height = args.out_height,
+                 pixels = out_height * args.out_width;
+    STD_TORCH_CHECK(
+        std::max<double>(args.batch, 1) * std::max(outputs, channels) * taps * pixels <= kMostElements, kOp,
+        ": the result would be too large, ", shape_text(out_shape));
+    const double planes = (args.height + 2.0 * padding[0]) * (args.width + 2.0 * padding[1]);
+    sparse = planes > 4096 + 16 * (args.height * args.width + taps * pixels);
     args.x = map_of(x_in, is_channels_last(x_in), x);
     weight = dense(weight_in);
     basis = dense(basis_in);
@@ -78,6 +97,7 @@ struct Call {
         std::min<int64_t>(std::max<int64_t>(1, 16 / std::max(args.inputs, args.outputs)), groups);
     args.out_block = args.outputs;
     args.in_block = args.inputs;
+    if (sparse) return;
     // So many rows that the inputs of a group stay in the second-level cache.
     const int64_t row = args.group_block * args.inputs * args.stride_h * (args.width + 2 * padding[1]);
     args.rows = std::min(std::max(32768 / std::max<int64_t>(row, 1), args.kernel_h), args.out_height);
@@ -99,12 +119,46 @@ struct Call {
   int64_t depthwise_blocks() const { return blocks_of(args.groups, kDepthwiseChannels); }
 };
 
+// Where the padded map is sparse: a 1x1 convolution of what each place of the kernel reads, by PyTorch's own
+// operators aten::im2col and, for the gradient, aten::col2im.
+struct Unfolded {
+  Tensor columns, weight, basis;
+  Ints kernel, dilation, padding, stride, size;
+
+  Unfolded(const Call& call, const Tensor& x, const Tensor& weight_in, const Tensor& basis_in)
+      : kernel{call.args.kernel_h, call.args.kernel_w},
+        dilation{call.args.dilation_h, call.args.dilation_w},
+        padding{call.args.padding_h, call.args.padding_w},
+        stride{call.args.stride_h, call.args.stride_w},
+        size{call.args.height, call.args.width} {
+    using torch::stable::detail::from;
+    const int64_t outputs = weight_in.size(0), taps = kernel[0] * kernel[1];
+    std::array<StableIValue, 5> stack{from(dense(x)), from(kernel), from(dilation), from(padding),
+                                      from(stride)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::im2col", "", stack.data(), TORCH_ABI_VERSION));
+    columns =
+        torch::stable::reshape(torch::stable::detail::to<Tensor>(stack[0]),
+                               {x.size(0), x.size(1) * taps, call.args.out_height, call.args.out_width});
+    weight = torch::stable::reshape(weight_in, {outputs, call.depth(), 1, 1});
+    basis = torch::stable::reshape(basis_in, {basis_in.size(0), outputs, call.depth(), 1, 1});
+  }
+  // Gradients of x, from those of the columns.
+  Tensor folded(const Tensor& grads) const {
+    using torch::stable::detail::from;
+    const Tensor wide = as_type(torch::stable::flatten(grads, 2, 3), compute_type(grads));
+    std::array<StableIValue, 6> stack{from(wide),     from(size),    from(kernel),
+                                      from(dilation), from(padding), from(stride)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::col2im", "", stack.data(), TORCH_ABI_VERSION));
+    return as_type(torch::stable::detail::to<Tensor>(stack[0]), grads.scalar_type());
+  }
+};
+const Ints kOnes = {1, 1}, kZeros = {0, 0};
+
 Tensor channels_last(const Tensor& x) { return torch::stable::contiguous(x, MemoryFormat::ChannelsLast); }
 
 void run(const DynamicConvArgs& args, int64_t tasks, int64_t work,
          void (*kernel)(const DynamicConvArgs&, int64_t, int64_t)) {
-  torch::stable::parallel_for(0, tasks, grain(work),
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(tasks, grain(work), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const Tensor& attention,
@@ -112,6 +166,12 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const
                Ints dilation, int64_t groups, double scale) {
   Call call(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, scale);
   DynamicConvArgs& args = call.args;
+  if (call.sparse) {
+    const Unfolded u(call, x, weight, basis);
+    const Tensor y = forward(u.columns, u.weight, u.basis, attention, bias, basis_bias, kOnes, kZeros, kOnes,
+                             groups, scale);
+    return is_channels_last(x) ? channels_last(y) : y;
+  }
   if (is_channels_last(x) && (call.depthwise() || call.pointwise())) {
     return channels_last(forward(dense(x), weight, basis, attention, bias, basis_bias, stride, padding,
                                  dilation, groups, scale));
@@ -147,6 +207,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Call call(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, scale);
   DynamicConvArgs& args = call.args;
   check_argument(kOp, "grad_out", grad_out, x, call.out_shape);
+  if (call.sparse) {
+    const Unfolded u(call, x, weight, basis);
+    auto grads = backward(grad_out, u.columns, u.weight, u.basis, attention, bias, basis_bias, kOnes, kZeros,
+                          kOnes, groups, scale);
+    const Tensor grad_x = u.folded(std::get<0>(grads));
+    std::get<0>(grads) = is_channels_last(x) ? channels_last(grad_x) : grad_x;
+    std::get<1>(grads) = torch::stable::reshape(std::get<1>(grads), shape_of(weight));
+    std::get<2>(grads) = torch::stable::reshape(std::get<2>(grads), shape_of(basis));
+    return grads;
+  }
   if (is_channels_last(x) && (call.depthwise() || call.pointwise())) {
     auto grads = backward(grad_out, dense(x), weight, basis, attention, bias, basis_bias, stride, padding,
                           dilation, groups, scale);

@@ -15,14 +15,13 @@ struct Call {
 
   Call(const Tensor& x_in, const Tensor& slopes_in, const std::optional<Tensor>& intercepts_in,
        const std::optional<Tensor>& attention_in) {
-    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
+    check_axes(kOp, "x", x_in, 4, "(B, C, H, W)");
     args.dtype = dtype_of(kOp, x_in);
     args.batch = x_in.size(0);
     args.channels = x_in.size(1);
     args.pixels = x_in.size(2) * x_in.size(3);
     if (attention_in.has_value()) {
-      STD_TORCH_CHECK(attention_in->dim() == 4, kOp, ": attention must have 4 dimensions (B, M, H, W), got ",
-                      attention_in->dim());
+      check_axes(kOp, "attention", *attention_in, 4, "(B, M, H, W)");
       args.tokens = attention_in->size(1);
       STD_TORCH_CHECK(args.tokens >= 1, kOp, ": attention must have at least one token, got M = 0");
       check_argument(kOp, "attention", *attention_in, x_in,
@@ -31,8 +30,7 @@ struct Call {
       args.attention = attention.data_ptr();
     }
     const int64_t dims = attention_in.has_value() ? 4 : 3;
-    STD_TORCH_CHECK(slopes_in.dim() == dims, kOp, ": slopes must have ", dims,
-                    " dimensions, (B, K, C), or (B, M, K, C) with attention, got ", slopes_in.dim());
+    check_axes(kOp, "slopes", slopes_in, dims, "(B, K, C), or with attention (B, M, K, C)");
     args.functions = slopes_in.size(dims - 2);
     STD_TORCH_CHECK(args.functions >= 1, kOp, ": slopes must hold at least one function, got K = 0");
     coefficients = {args.batch, args.functions, args.channels};
@@ -69,8 +67,8 @@ Tensor forward(const Tensor& x, const Tensor& slopes, const std::optional<Tensor
     tasks = args.batch * (rows ? args.channels : args.pixels);
     work = rows ? args.pixels : args.channels;
   }
-  torch::stable::parallel_for(0, tasks, grain(work),
-                              [&](int64_t begin, int64_t end) { dynamic_relu_forward(args, begin, end); });
+  parallel_for(tasks, grain(work),
+               [&](int64_t begin, int64_t end) { dynamic_relu_forward(args, begin, end); });
   return y;
 }
 
@@ -100,9 +98,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   args.grad_attention = mixed ? grad_attention.data_ptr() : nullptr;
   args.grad_y = map_of(grad_out, channels_last, holder_g);
   args.grad_x = map_of(grad_x, channels_last, holder_x);
-  torch::stable::parallel_for(0, args.batch * splits.count,
-                              grain(splits.size * args.channels * std::max<int64_t>(1, args.tokens)),
-                              [&](int64_t begin, int64_t end) { dynamic_relu_backward(args, begin, end); });
+  parallel_for(args.batch * splits.count,
+               grain(splits.size * args.channels * std::max<int64_t>(1, args.tokens)),
+               [&](int64_t begin, int64_t end) { dynamic_relu_backward(args, begin, end); });
   const Parts parts = {args.batch, 1, splits.count, 1, per_sample};
   return {grad_x, sum_splits(partial_slopes, parts, x, call.coefficients),
           intercepts.has_value() ? sum_splits(partial_intercepts, parts, x, call.coefficients) : none,

@@ -16,7 +16,7 @@ struct Call : FormerCall {
   void run(F f) const {
     if (args.tokens == 0) return;
     const int64_t work = args.samples * args.tokens * args.width * (4 * args.width + 2 * args.hidden);
-    torch::stable::parallel_for(0, blocks_of(args.batch, args.samples), grain(work), f);
+    parallel_for(blocks_of(args.batch, args.samples), grain(work), f);
   }
 };
 
@@ -61,9 +61,8 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& tokens, const
     if (!args.ffn && (array == kGradHidden || array == kGradSecond)) continue;
     tasks += blocks_of(former_width(args, array), kFormerOutputs);
   }
-  torch::stable::parallel_for(
-      0, tasks, grain(kFormerOutputs * args.width * args.batch * args.tokens),
-      [&](int64_t begin, int64_t end) { former_block_backward_weight(args, begin, end); });
+  parallel_for(tasks, grain(kFormerOutputs * args.width * args.batch * args.tokens),
+               [&](int64_t begin, int64_t end) { former_block_backward_weight(args, begin, end); });
   return grads;
 }
 

@@ -16,7 +16,7 @@ struct FormerCall {
     constexpr const char* kNames[] = {"qkv_weight",   "qkv_bias",   "proj_weight",  "proj_bias",
                                       "norm1_weight", "norm1_bias", "fc1_weight",   "fc1_bias",
                                       "fc2_weight",   "fc2_bias",   "norm2_weight", "norm2_bias"};
-    STD_TORCH_CHECK(tokens.dim() == 3, kOp, ": tokens must have 3 dimensions (B, T, d), got ", tokens.dim());
+    check_axes(kOp, "tokens", tokens, 3, "(B, T, d)");
     STD_TORCH_CHECK(form == "released" || form == "standard", kOp,
                     ": form must be 'released' or 'standard', got '", form, "'");
     args.standard = form == "standard";
@@ -26,11 +26,11 @@ struct FormerCall {
     args.width = tokens.size(2);
     args.heads = num_heads;
     args.eps = eps;
-    STD_TORCH_CHECK(args.width >= 1 && num_heads >= 1 && args.width % num_heads == 0, kOp,
-                    ": num_heads must be positive and divide the width of tokens, got ", num_heads);
+    STD_TORCH_CHECK(args.width >= 1, kOp, ": tokens must have a width of at least 1");
+    check_heads(kOp, num_heads, args.width, "the width of tokens");
     STD_TORCH_CHECK(args.ffn || !args.standard, kOp, ": the standard form needs fc1_weight");
     if (args.ffn) {
-      STD_TORCH_CHECK(given[6]->dim() == 2, kOp, ": fc1_weight must have 2 dimensions");
+      check_axes(kOp, "fc1_weight", *given[6], 2, "(h, d)");
       args.hidden = given[6]->size(0);
     }
     const int64_t d = args.width, queries = args.standard ? 3 * d : d, hidden = args.hidden;

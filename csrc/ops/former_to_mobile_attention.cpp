@@ -13,8 +13,8 @@ struct Call {
 
   Call(const Tensor& x_in, const Tensor& k_in, const Tensor& v_in, int64_t num_heads,
        std::optional<double> scale) {
-    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
-    STD_TORCH_CHECK(k_in.dim() == 3, kOp, ": k must have 3 dimensions (B, M, C), got ", k_in.dim());
+    check_axes(kOp, "x", x_in, 4, "(B, C, H, W)");
+    check_axes(kOp, "k", k_in, 3, "(B, M, C)");
     args.dtype = dtype_of(kOp, x_in);
     args.batch = x_in.size(0);
     args.channels = x_in.size(1);
@@ -24,9 +24,7 @@ struct Call {
     check_argument(kOp, "k", k_in, x_in, {args.batch, args.tokens, args.channels});
     check_argument(kOp, "v", v_in, x_in, {args.batch, args.tokens, args.channels});
     STD_TORCH_CHECK(args.tokens >= 1, kOp, ": k must hold at least one token, got M = 0");
-    STD_TORCH_CHECK(num_heads >= 1 && args.channels % num_heads == 0, kOp,
-                    ": num_heads must be positive and divide the channels of x, got ", num_heads, " for ",
-                    args.channels, " channels");
+    check_heads(kOp, num_heads, args.channels, "the channels of x");
     const int64_t depth = args.channels / num_heads;
     args.scale = scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(depth));
     args.x = map_of(x_in, is_channels_last(x_in), x);
@@ -48,9 +46,8 @@ Tensor forward(const Tensor& x, const Tensor& k, const Tensor& v, int64_t num_he
   Call call(x, k, v, num_heads, scale);
   Tensor y = empty_map(x), holder;
   call.args.y = map_of(y, is_channels_last(x), holder);
-  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
-    former_to_mobile_forward(call.args, begin, end);
-  });
+  parallel_for(call.tasks(), grain(call.work()),
+               [&](int64_t begin, int64_t end) { former_to_mobile_forward(call.args, begin, end); });
   return y;
 }
 
@@ -71,9 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   args.partial_v = partial_v.mutable_data_ptr<double>();
   args.grad_y = map_of(grad_out, is_channels_last(x), holder_g);
   args.grad_x = map_of(grad_x, is_channels_last(x), holder_x);
-  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
-    former_to_mobile_backward(args, begin, end);
-  });
+  parallel_for(call.tasks(), grain(call.work()),
+               [&](int64_t begin, int64_t end) { former_to_mobile_backward(args, begin, end); });
   return {grad_x, sum_splits(partial_k, parts, x, shape_of(k)), sum_splits(partial_v, parts, x, shape_of(k))};
 }
 

@@ -19,7 +19,7 @@ struct Call {
 
   Call(const Tensor& x_in, const Tensor& gamma_in, const Tensor& beta_in, const std::string& mean, double e)
       : eps(e) {
-    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
+    check_axes(kOp, "x", x_in, 4, "(B, C, H, W)");
     STD_TORCH_CHECK(mean == "channels" || mean == "released", kOp,
                     ": mean must be 'channels' or 'released', got '", mean, "'");
     dtype = dtype_of(kOp, x_in);
@@ -43,12 +43,12 @@ struct Call {
   void run(Sums sums, Between between, Apply apply) const {
     const int64_t groups = blocks_of(channels, kResponseChannels), work = pixels * kResponseChannels;
     if (over_channels) {
-      torch::stable::parallel_for(0, batch * groups, grain(work), sums);
+      parallel_for(batch * groups, grain(work), sums);
       for (int64_t b = 0; b < batch; ++b) between(b, 0, channels, mean_norm(b));
-      torch::stable::parallel_for(0, batch * groups, grain(work), apply);
+      parallel_for(batch * groups, grain(work), apply);
       return;
     }
-    torch::stable::parallel_for(0, batch * groups, grain(2 * work), [&](int64_t begin, int64_t end) {
+    parallel_for(batch * groups, grain(2 * work), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t c = task % groups * kResponseChannels;
         sums(task, task + 1);

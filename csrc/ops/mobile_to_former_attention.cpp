@@ -12,8 +12,8 @@ struct Call {
   Tensor x, q;
 
   Call(const Tensor& x_in, const Tensor& q_in, int64_t num_heads, std::optional<double> scale) {
-    STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x_in.dim());
-    STD_TORCH_CHECK(q_in.dim() == 3, kOp, ": q must have 3 dimensions (B, M, C), got ", q_in.dim());
+    check_axes(kOp, "x", x_in, 4, "(B, C, H, W)");
+    check_axes(kOp, "q", q_in, 3, "(B, M, C)");
     args.dtype = dtype_of(kOp, x_in);
     args.batch = x_in.size(0);
     args.channels = x_in.size(1);
@@ -21,9 +21,7 @@ struct Call {
     args.tokens = q_in.size(1);
     args.heads = num_heads;
     check_argument(kOp, "q", q_in, x_in, {args.batch, args.tokens, args.channels});
-    STD_TORCH_CHECK(num_heads >= 1 && args.channels % num_heads == 0, kOp,
-                    ": num_heads must be positive and divide the channels of x, got ", num_heads, " for ",
-                    args.channels, " channels");
+    check_heads(kOp, num_heads, args.channels, "the channels of x");
     STD_TORCH_CHECK(args.pixels >= 1, kOp, ": x must have at least one pixel, got ",
                     shape_text(shape_of(x_in)));
     const int64_t depth = args.channels / num_heads;
@@ -53,9 +51,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& q, int
   Tensor partial = empty({call.tasks(), args.tokens, 2 + args.channels / num_heads}, ScalarType::Double, x);
   args.logits = return_logits ? logits.data_ptr() : nullptr;
   args.partial = partial.mutable_data_ptr<double>();
-  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
-    mobile_to_former_forward(args, begin, end);
-  });
+  parallel_for(call.tasks(), grain(call.work()),
+               [&](int64_t begin, int64_t end) { mobile_to_former_forward(args, begin, end); });
   MobileToFormerCombineArgs last{args.dtype,     args.channels,
                                  args.tokens,    args.heads,
                                  args.splits,    partial.const_data_ptr<double>(),
@@ -100,12 +97,10 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
   args.softmax_stats = kept_stats.data_ptr();
   args.partial = partial.mutable_data_ptr<double>();
   args.grad_x = map_of(grad_x, is_channels_last(x), holder);
-  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
-    mobile_to_former_backward_weights(args, begin, end);
-  });
-  torch::stable::parallel_for(0, call.tasks(), grain(call.work()), [&](int64_t begin, int64_t end) {
-    mobile_to_former_backward(args, begin, end);
-  });
+  parallel_for(call.tasks(), grain(call.work()),
+               [&](int64_t begin, int64_t end) { mobile_to_former_backward_weights(args, begin, end); });
+  parallel_for(call.tasks(), grain(call.work()),
+               [&](int64_t begin, int64_t end) { mobile_to_former_backward(args, begin, end); });
   const Parts parts = {args.batch, num_heads, args.splits, args.tokens, depth};
   return {grad_x, sum_splits(partial, parts, x, shape_of(q))};
 }

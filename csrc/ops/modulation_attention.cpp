@@ -13,8 +13,8 @@ struct Call {
 
   Call(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& gate_in,
        std::optional<double> scale, const std::string& form, std::optional<int64_t> window_size) {
-    STD_TORCH_CHECK(q_in.dim() == 4, kOp, ": q must have 4 dimensions (B, D, H, W), got ", q_in.dim());
-    STD_TORCH_CHECK(v_in.dim() == 4, kOp, ": v must have 4 dimensions (B, C, H, W), got ", v_in.dim());
+    check_axes(kOp, "q", q_in, 4, "(B, D, H, W)");
+    check_axes(kOp, "v", v_in, 4, "(B, C, H, W)");
     STD_TORCH_CHECK(form == "released" || form == "paper", kOp, ": form must be 'released' or 'paper', got '",
                     form, "'");
     const int64_t height = q_in.size(2), width = q_in.size(3);
@@ -33,7 +33,7 @@ struct Call {
       const int64_t size = *window_size;
       STD_TORCH_CHECK(size >= 1 && height % size == 0 && width % size == 0, kOp,
                       ": window_size must be positive and divide height and width, got ", size);
-      args.window_h = args.window_w = size;
+      args.window_h = args.window_w = height * width == 0 ? 1 : size;
       args.windows_y = height / size;
       args.windows_x = width / size;
     } else {
@@ -58,9 +58,8 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   Call call(q, k, v, gate, scale, form, window_size);
   Tensor y = empty_map(v), holder;
   call.args.y = map_of(y, is_channels_last(v), holder);
-  torch::stable::parallel_for(
-      0, call.windows() * call.tiles(), grain(call.work()),
-      [&](int64_t begin, int64_t end) { modulation_attention_forward(call.args, begin, end); });
+  parallel_for(call.windows() * call.tiles(), grain(call.work()),
+               [&](int64_t begin, int64_t end) { modulation_attention_forward(call.args, begin, end); });
   return y;
 }
 
@@ -89,13 +88,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
                          compute_type(q), q);
   args.partial = partial.data_ptr();
   const int64_t tasks = call.pixels() == 0 ? 0 : call.windows() * args.groups;
-  torch::stable::parallel_for(0, tasks, grain(tiles * call.work()), [&](int64_t begin, int64_t end) {
-    modulation_attention_backward(args, begin, end);
-  });
+  parallel_for(tasks, grain(tiles * call.work()),
+               [&](int64_t begin, int64_t end) { modulation_attention_backward(args, begin, end); });
   if (args.groups > 1) {
-    torch::stable::parallel_for(
-        0, call.windows(), grain(args.groups * modulation_sums(args)),
-        [&](int64_t begin, int64_t end) { modulation_attention_backward_sum(args, begin, end); });
+    parallel_for(call.windows(), grain(args.groups * modulation_sums(args)),
+                 [&](int64_t begin, int64_t end) { modulation_attention_backward_sum(args, begin, end); });
   }
   return {grads[0], grads[1], grads[2], grads[3]};
 }

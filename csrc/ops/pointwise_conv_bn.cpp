@@ -10,8 +10,8 @@ constexpr const char* kOp = "pointwise_conv_bn";
 // The backward pass is made of other operators, in mfkernels/operators/pointwise_conv_bn/operator.py.
 Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
                const Tensor& mean, const Tensor& variance, double eps, std::string activation) {
-  STD_TORCH_CHECK(x.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x.dim());
-  STD_TORCH_CHECK(weight.dim() == 4, kOp, ": weight must have 4 dimensions (O, C, 1, 1), got ", weight.dim());
+  check_axes(kOp, "x", x, 4, "(B, C, H, W)");
+  check_axes(kOp, "weight", weight, 4, "(O, C, 1, 1)");
   STD_TORCH_CHECK(activation == "none" || activation == "gelu", kOp,
                   ": activation must be 'none' or 'gelu', got '", activation, "'");
   const Dtype dtype = dtype_of(kOp, x);
@@ -42,8 +42,8 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& gamma, const
                                  factor.data(),
                                  bias.data()};
   const int64_t tasks = args.batch * blocks_of(args.pixels, kPointwisePixels);
-  torch::stable::parallel_for(0, tasks, grain(inputs * outputs * std::min(args.pixels, kPointwisePixels)),
-                              [&](int64_t begin, int64_t end) { pointwise_conv_bn(args, begin, end); });
+  parallel_for(tasks, grain(inputs * outputs * std::min(args.pixels, kPointwisePixels)),
+               [&](int64_t begin, int64_t end) { pointwise_conv_bn(args, begin, end); });
   return is_channels_last(x) ? torch::stable::contiguous(y, MemoryFormat::ChannelsLast) : y;
 }
 

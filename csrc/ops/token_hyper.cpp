@@ -16,7 +16,7 @@ struct Call {
   Tensor token, parameters[8];
 
   Call(const Tensor& token_in, const Given (&given)[8], int64_t functions) {
-    STD_TORCH_CHECK(token_in.dim() == 2, kOp, ": token must have 2 dimensions (B, d), got ", token_in.dim());
+    check_axes(kOp, "token", token_in, 2, "(B, d)");
     STD_TORCH_CHECK(functions == 1 || functions == 2, kOp, ": num_functions must be 1 or 2, got ", functions);
     args.dtype = dtype_of(kOp, token_in);
     args.batch = token_in.size(0);
@@ -30,7 +30,7 @@ struct Call {
         const char* name = kNames[4 * i + j];
         STD_TORCH_CHECK(given[4 * i + j].has_value(), kOp, ": ", name, " must be given");
         const Tensor& t = *given[4 * i + j];
-        if (j % 2 == 0) STD_TORCH_CHECK(t.dim() == 2, kOp, ": ", name, " must have 2 dimensions");
+        if (j % 2 == 0) check_axes(kOp, name, t, 2, j == 0 ? "(h, d)" : "(o, h)");
         if (j == 0) net.hidden = t.size(0);
         if (j == 2) net.outputs = t.size(0);
         const std::vector<int64_t> shapes[] = {
@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& token, const Tensor& weight1, c
                       empty({0}, token.scalar_type(), token)};
   if (call.args.networks == 2) slopes[1] = empty(call.shape(1), token.scalar_type(), token);
   for (int i = 0; i < 2; ++i) call.args.nets[i].slopes = slopes[i].data_ptr();
-  torch::stable::parallel_for(
-      0, call.tasks(), 1, [&](int64_t begin, int64_t end) { token_hyper_forward(call.args, begin, end); });
+  parallel_for(call.tasks(), 1,
+               [&](int64_t begin, int64_t end) { token_hyper_forward(call.args, begin, end); });
   return {slopes[0], slopes[1]};
 }
 
@@ -89,11 +89,9 @@ std::vector<Tensor> backward(const Tensor& grad_slopes, const Tensor& grad_other
   for (int i = 0; i < 2; ++i) args.nets[i].grad_slopes = g[i].data_ptr();
   Tensor work = empty({args.batch * hyper_work(args)}, compute_type(token), token);
   args.work = work.data_ptr();
-  torch::stable::parallel_for(0, call.tasks(), 1,
-                              [&](int64_t begin, int64_t end) { token_hyper_backward(args, begin, end); });
-  torch::stable::parallel_for(
-      0, tasks, grain(kHyperOutputs * args.width * args.batch),
-      [&](int64_t begin, int64_t end) { token_hyper_backward_weight(args, begin, end); });
+  parallel_for(call.tasks(), 1, [&](int64_t begin, int64_t end) { token_hyper_backward(args, begin, end); });
+  parallel_for(tasks, grain(kHyperOutputs * args.width * args.batch),
+               [&](int64_t begin, int64_t end) { token_hyper_backward_weight(args, begin, end); });
   return grads;
 }
 

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -24,7 +25,7 @@ Block allocate(int64_t floats) {
   const size_t bytes = floats * sizeof(float), huge = size_t{1} << 21;
   const size_t alignment = bytes >= huge ? huge : 64;
   Block block(static_cast<float*>(std::aligned_alloc(alignment, (bytes / alignment + 1) * alignment)));
-  if (block == nullptr) throw std::runtime_error("no memory for " + std::to_string(floats) + " floats");
+  if (block == nullptr) throw std::runtime_error("deploy: no memory for " + std::to_string(bytes) + " bytes");
   if (bytes >= huge) advise_huge_pages(reinterpret_cast<uintptr_t>(block.get()), bytes);
   return block;
 }
@@ -58,7 +59,10 @@ class Memory {
   }
   ~Memory() {
     std::lock_guard<std::mutex> lock(mutex());
-    pool().emplace_back(size_, std::move(block_));
+    try {
+      pool().emplace_back(size_, std::move(block_));
+    } catch (const std::bad_alloc&) {  // not kept, then
+    }
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
