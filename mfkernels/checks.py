@@ -1,7 +1,7 @@
 """Checks of arguments. Each message names the operator, the argument, what came and what was expected."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ def check_like(op: str, name: str, value: Tensor, like_name: str, like: Tensor) 
     """`value` has the dtype and the device of `like`."""
     if value.dtype != like.dtype:
         raise TypeError(f"{op}: {name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}")
+    check_device(op, name, value, like_name, like)
+
+
+def check_device(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """`value` is on the device of `like`."""
     if value.device != like.device:
         raise ValueError(
             f"{op}: {name} must be on the device of {like_name}, {like.device}, got {value.device}"
@@ -83,3 +88,25 @@ def tensors_in(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple | list) else []
+
+
+def register_fake(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Register what `torch.ops.mfkernels.<op>` returns to compilers and on the device meta, where results
+    are not written. PyTorch asks for that as soon as one argument is there, so the others must be, too."""
+
+    def register(function: Callable[..., Any]) -> None:
+        def fake(*arguments: Any, **others: Any) -> Any:
+            values = [*arguments, *others.values()]
+            if len({value.device for value in values if isinstance(value, Tensor)}) > 1:
+                schema = getattr(torch.ops.mfkernels, op).default._schema
+                names = [*(argument.name for argument in schema.arguments[: len(arguments)]), *others]
+                (first, given), *rest = (
+                    p for p in zip(names, values, strict=True) if isinstance(p[1], Tensor)
+                )
+                for name, value in rest:
+                    check_device(op, name, value, first, given)
+            return function(*arguments, **others)
+
+        torch.library.register_fake(f"mfkernels::{op}", fake)
+
+    return register

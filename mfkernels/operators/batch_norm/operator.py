@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from ...checks import check_shape, check_tensor
+from ...checks import check_shape, check_tensor, register_fake
 from ..layout import empty_map
 from ..runner import Runner
 from .reference import batch_norm_reference
@@ -84,7 +84,7 @@ def _sums(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(x, weight, bias, mean=None, variance=None, eps=1e-5, activation="none"):
     _check(x, weight, bias, mean, variance, eps, activation)
     size = x.shape[1] if mean is None else 0
@@ -92,7 +92,7 @@ def _(x, weight, bias, mean=None, variance=None, eps=1e-5, activation="none"):
     return empty_map(x, x.shape), *statistics
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(
     grad_y,
     grad_mean,

@@ -1,12 +1,12 @@
-import torch
 from torch import Tensor
 
-from ...checks import check_argument, check_like, check_shape, check_tensor
+from ...checks import check_argument, check_like, check_shape, check_tensor, register_fake
 from ..layout import empty_map, gradients_like, without_absent
 from ..runner import Runner
 from .reference import Pair, dynamic_conv2d_reference, output_size
 
 OP = "dynamic_conv2d"
+MOST = (1 << 63) - 1  # that fits into what operators take
 
 
 def dynamic_conv2d(
@@ -64,6 +64,8 @@ def _setting(name: str, value: object, least: int) -> Pair:
         raise TypeError(f"{OP}: {name} must be an int or a pair of ints, got {value!r}")
     if min(values) < least:
         raise ValueError(f"{OP}: {name} must be at least {least}, got {value!r}")
+    if max(values) > MOST:
+        raise ValueError(f"{OP}: {name} must be below 2^63, got {value!r}")
     return values[0], values[1]
 
 
@@ -102,13 +104,13 @@ def _check(
         )
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, basis_scale):
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return empty_map(x, (x.shape[0], weight.shape[0], *size))
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(grad_out, x, weight, basis, attention, bias, basis_bias, *settings):
     return empty_map(x, x.shape), *gradients_like((weight, basis, attention, bias, basis_bias))
 

@@ -1,7 +1,6 @@
-import torch
 from torch import Tensor
 
-from ...checks import check_argument, check_like, check_shape, check_tensor
+from ...checks import check_argument, check_like, check_shape, check_tensor, register_fake
 from ..layout import empty_map, gradients_like, without_absent
 from ..runner import Runner
 from .reference import dynamic_relu_reference
@@ -65,13 +64,13 @@ def _check(x: Tensor, slopes: Tensor, intercepts: Tensor | None, attention: Tens
         check_argument(OP, "intercepts", intercepts, axes, shape, "x", x)
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(x, slopes, intercepts=None, attention=None):
     _check(x, slopes, intercepts, attention)
     return empty_map(x, x.shape)
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(grad_out, x, slopes, intercepts=None, attention=None):
     return empty_map(x, x.shape), *gradients_like((slopes, intercepts, attention))
 

@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_argument, check_heads, check_tensor
+from ...checks import check_argument, check_heads, check_tensor, register_fake
 from ..layout import gradients_like, without_absent
 from ..runner import Runner
 from .library import former_block_by_library
@@ -118,12 +118,12 @@ def _check(tokens: Tensor, *arguments: Any) -> None:
             check_argument(OP, name, value, expected, shape[: len(expected.split())], "tokens", tokens)
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(tokens, *others):
     return tokens.new_empty(tokens.shape)
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(grad_out, tokens, *others):
     return gradients_like((tokens, *others[:12]))
 

@@ -1,7 +1,6 @@
-import torch
 from torch import Tensor
 
-from ...checks import check_heads, check_like, check_shape, check_tensor
+from ...checks import check_heads, check_like, check_shape, check_tensor, register_fake
 from ..layout import empty_map
 from ..runner import Runner
 from .reference import former_to_mobile_attention_reference
@@ -55,13 +54,13 @@ def _check(x: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None)
     check_heads(OP, num_heads, channels)
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(x, k, v, num_heads, scale=None):
     _check(x, k, v, num_heads, scale)
     return empty_map(x, x.shape)
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(grad_out, x, k, v, num_heads, scale=None):
     return empty_map(x, x.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

@@ -1,7 +1,6 @@
-import torch
 from torch import Tensor
 
-from ...checks import check_argument, check_tensor
+from ...checks import check_argument, check_tensor, register_fake
 from ..layout import empty_map
 from ..runner import Runner
 from .reference import global_response_norm_reference
@@ -50,13 +49,13 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, mean: str, eps: float) -> Non
         raise ValueError(f"{OP}: mean must be 'channels' or 'released', got {mean!r}")
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(x, gamma, beta, mean="channels", eps=1e-6):
     _check(x, gamma, beta, mean, eps)
     return empty_map(x, x.shape)
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(grad_out, x, gamma, beta, mean="channels", eps=1e-6):
     return empty_map(x, x.shape), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)
 

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from ...checks import check_heads, check_like, check_shape, check_tensor
+from ...checks import check_heads, check_like, check_shape, check_tensor, register_fake
 from ..layout import empty_map
 from ..runner import Runner
 from .reference import mobile_to_former_attention_reference
@@ -51,7 +51,7 @@ def _check(x: Tensor, q: Tensor, num_heads: int, scale: float | None, return_log
         raise ValueError(f"{OP}: x must have at least one pixel, got shape {tuple(x.shape)}")
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(x, q, num_heads, scale=None, return_logits=False):
     _check(x, q, num_heads, scale, return_logits)
     batch, _, height, width = x.shape
@@ -65,7 +65,7 @@ def _(x, q, num_heads, scale=None, return_logits=False):
     )
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(grad_out, grad_logits, x, q, softmax_stats, num_heads, scale=None):
     return empty_map(x, x.shape), q.new_empty(q.shape)
 

@@ -1,7 +1,6 @@
-import torch
 from torch import Tensor
 
-from ...checks import check_argument, check_like, check_shape, check_tensor
+from ...checks import check_argument, check_like, check_shape, check_tensor, register_fake
 from ..layout import empty_map
 from ..runner import Runner
 from .reference import modulation_attention_reference
@@ -75,13 +74,13 @@ def _check(
         )
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(q, k, v, gate, scale=None, form="released", window_size=None):
     _check(q, k, v, gate, scale, form, window_size)
     return empty_map(v, v.shape)
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(grad_out, out, q, k, v, gate, scale=None, form="released", window_size=None):
     return tuple(empty_map(x, x.shape) for x in (q, k, v, gate))
 

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_argument, check_tensor
+from ...checks import check_argument, check_tensor, register_fake
 from ..layout import empty_map
 from ..runner import Runner
 from .reference import pointwise_conv_bn_reference
@@ -65,13 +65,13 @@ def _check(x, weight, gamma, beta, mean, variance, eps, activation) -> None:
         raise ValueError(f"{OP}: activation must be 'none' or 'gelu', got {activation!r}")
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):
     _check(x, weight, gamma, beta, mean, variance, eps, activation)
     return empty_map(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(grad_y, x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):
     return empty_map(x, x.shape), *(torch.empty_like(t) for t in (weight, gamma, beta, mean, variance))
 

@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_like, check_shape, check_tensor
+from ...checks import check_like, check_shape, check_tensor, register_fake
 from ..layout import gradients_like, without_absent
 from ..runner import Runner
 from .reference import token_hyper_reference
@@ -82,12 +82,12 @@ def _slopes(token: Tensor, weight2: Tensor | None, num_functions: int) -> Tensor
     return token.new_empty(token.shape[0], num_functions, weight2.shape[0] // num_functions)
 
 
-@torch.library.register_fake(f"mfkernels::{OP}")
+@register_fake(OP)
 def _(token, *others):
     return _slopes(token, others[2], others[8]), _slopes(token, others[6], others[8])
 
 
-@torch.library.register_fake(f"mfkernels::{OP}_backward")
+@register_fake(f"{OP}_backward")
 def _(grad_slopes, grad_other, token, *others):
     return gradients_like((token, *others[:8]))
 
