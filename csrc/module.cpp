@@ -10,6 +10,7 @@
 #include "cpu/peak.h"
 #include "huge_pages.h"
 #include "isa.h"
+#include "ops/plan_seal.h"
 #include "task_memory.h"
 
 namespace {
@@ -75,6 +76,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("bf16_supported", &mfk::bf16_supported, "True if deployed networks can run in bfloat16.");
   m.def("cpu_features", &cpu_features, "Features of this CPU that matter to the kernels.");
   m.def("advise_huge_pages", &mfk::advise_huge_pages, "Ask for large pages under memory not yet written.");
+  m.def("sealed_plan", &mfk::sealed_plan, "A deployed network's plan, with what plans begin with.");
+  m.def(
+      "check_plan", [](const std::vector<int64_t>& words) { mfk::check_plan(words.data(), words.size()); },
+      "RuntimeError where this is no plan, or not as it was made.");
   m.def("poison_memory", &mfk::poison_memory, "For tests: whether new memory is NaN until it is written.");
   m.def("peak_flops", &mfk::peak_flops, "Measures the float32 operations a second of one thread.");
   m.def("build_info", &build_info, "How this binary was built.");

@@ -4,6 +4,7 @@
 #include "chain_network.h"
 #include "common.h"
 #include "mobile_former_network.h"
+#include "plan_seal.h"
 
 namespace mfk {
 namespace {
@@ -12,14 +13,22 @@ constexpr const char* kOp = "deploy";
 
 template <class Network, class Done>
 Tensor run(const Tensor& x, const Tensor& weights, const Tensor& plan, int64_t classes, Done done) {
-  STD_TORCH_CHECK(x.dim() == 4, kOp, ": x must have 4 dimensions (B, C, H, W), got ", x.dim());
+  check_axes(kOp, "x", x, 4, "(B, C, H, W)");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, kOp, ": x must be float32");
-  STD_TORCH_CHECK(x.is_cpu() && weights.is_cpu() && plan.is_cpu(), kOp, ": x must be on the CPU");
-  const auto* words = static_cast<const int64_t*>(plan.data_ptr());
-  const bool ours = weights.scalar_type() == ScalarType::Float && weights.is_contiguous() &&
-                    plan.scalar_type() == ScalarType::Long && plan.is_contiguous() && plan.numel() > 0 &&
-                    Network::fits(words, plan.numel(), weights.numel(), classes);
-  STD_TORCH_CHECK(ours, kOp, ": weights and plan must be those that deploy made");
+  STD_TORCH_CHECK(x.is_cpu() && weights.is_cpu() && plan.is_cpu(), kOp,
+                  ": x, weights and plan must be on the CPU");
+  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.is_contiguous(), kOp,
+                  ": weights must be float32 and contiguous, as deploy made them");
+  STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Long && plan.is_contiguous() && plan.dim() == 1, kOp,
+                  ": plan must be a vector of int64, as deploy made it");
+  const auto* sealed = plan.const_data_ptr<int64_t>();
+  check_plan(sealed, plan.numel());
+  STD_TORCH_CHECK(classes == sealed[2], kOp, ": classes must be ", sealed[2], ", as of the plan, got ",
+                  classes);
+  const int64_t* words = sealed + kSealWords;
+  STD_TORCH_CHECK(Network::fits(words, plan.numel() - kSealWords, weights.numel(), classes), kOp,
+                  ": plan must be of this kind of network and of these weights, of which there are ",
+                  weights.numel());
   const int64_t channels = Network::in_channels(words);
   STD_TORCH_CHECK(x.size(1) == channels, kOp, ": x must have ", channels, " channels, got ", x.size(1));
   STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, kOp, ": x must have at least one pixel");
@@ -39,7 +48,7 @@ Tensor run(const Tensor& x, const Tensor& weights, const Tensor& plan, int64_t c
       ": a network in bfloat16 needs a processor with AVX512-BF16, and the instruction set avx512");
   run_network(
       network, images.batch, classes, out.mutable_data_ptr<float>(), torch::stable::get_num_threads(),
-      [](int64_t tasks, auto f) { torch::stable::parallel_for(0, tasks, 1, f); }, done);
+      [](int64_t tasks, auto f) { parallel_for(tasks, 1, f); }, done);
   return out;
 }
 

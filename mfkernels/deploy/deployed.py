@@ -5,15 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensor
+from .. import _C
+from ..checks import check_tensor, register_fake
 
 
 class Deployed(nn.Module):
     """A network prepared for inference on a CPU.
 
+    Its state is the weights, and of which plan they are: other states are refused when they are loaded
+    (RuntimeError), and so is a pickle whose plan another version wrote, or somebody changed.
+
     Args:
         operator: that runs it, of `torch.ops.mfkernels`.
-        weights, plan: what the operator wants.
+        weights, plan: what the operator wants, the plan without what all plans begin with.
         dtype: of the network.
         in_channels, classes: of its images and its results.
         parts: names of what `times` measures.
@@ -37,7 +41,8 @@ class Deployed(nn.Module):
         self.dtype, self.in_channels, self.classes = dtype, in_channels, classes
         self._operator, self._parts = operator, parts
         self.register_buffer("weights", weights)
-        self.register_buffer("plan", torch.tensor(plan, dtype=torch.int64))
+        sealed = torch.tensor(_C.sealed_plan(classes, plan), dtype=torch.int64)
+        self.register_buffer("plan", sealed, persistent=False)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,13 +80,61 @@ class Deployed(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("deploy: x must not require gradients: a deployed network has none")
 
+    def get_extra_state(self) -> Tensor:
+        """Format and checksum of the plan."""
+        return self.plan[:2].clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: the plan stays, and `load_state_dict` has checked that it is of the weights."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        wrong = self._unfit(state_dict, prefix)
+        if wrong is None:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        else:
+            lists[-1].append(f"deploy: {wrong}; nothing was loaded")
+
+    def _unfit(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Why a state is not one of this network; None where it may be."""
+        if f"{prefix}plan" in state:
+            return f"{prefix}plan is of an older version of mfkernels and not taken: deploy the network again"
+        weights, made = state.get(f"{prefix}weights"), state.get(f"{prefix}_extra_state")
+        if weights is None and made is None:
+            return None
+        size, own = tuple(self.weights.shape), self.plan[:2].tolist()
+        if not isinstance(weights, Tensor) or weights.dtype != torch.float32 or weights.shape != size:
+            return f"{prefix}weights must be float32 of shape {size}, got {_kind(weights)}"
+        if not isinstance(made, Tensor) or made.tolist() != own:
+            came = made.tolist() if isinstance(made, Tensor) else _kind(made)
+            return (
+                f"{prefix}_extra_state must be {own}, format and checksum of the plan, got {came}: "
+                "these are the weights of another network"
+            )
+        return None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in ("weights", "plan"):
+            if not isinstance(self._buffers.get(name), Tensor):
+                raise RuntimeError(f"deploy: {name} must be a tensor, got {_kind(self._buffers.get(name))}")
+        if type(self.plan) is Tensor and self.plan.device.type == "cpu":  # neither a compiler's nor on meta
+            _C.check_plan(self.plan.tolist())
+
     def extra_repr(self) -> str:
         return f"classes={self.classes}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _fake(x: Tensor, weights: Tensor, plan: Tensor, classes: int) -> Tensor:
     return x.new_empty((x.shape[0], classes))
 
 
-torch.library.register_fake("mfkernels::deployed_mobile_former", _fake)
-torch.library.register_fake("mfkernels::deployed_chain", _fake)
+register_fake("deployed_mobile_former")(_fake)
+register_fake("deployed_chain")(_fake)

@@ -10,5 +10,5 @@ for name in ("mobile_former_26m", "dmf_96"):
     model = mfkernels.models.create_model(name, num_classes=10)
     randomise(model)
     deployed = mfkernels.deploy(model.eval())
-    deployed.plan.numpy().tofile(Path(sys.argv[1]) / f"{name}.plan")
+    deployed.plan[3:].numpy().tofile(Path(sys.argv[1]) / f"{name}.plan")
     deployed.weights.numpy().tofile(Path(sys.argv[1]) / f"{name}.weights")
