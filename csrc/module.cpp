@@ -66,7 +66,8 @@ std::map<std::string, std::string> build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// The one state is the choice of instruction set and the poison of tests, both atomic: no lock is needed.
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Build facts, CPU features and the choice of instruction set.";
   m.def("instruction_set", &instruction_set, "The instruction set whose kernels run.");
   m.def(
