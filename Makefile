@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test vision lint sanitize mutate versions versions-quick versions-cuda wheel clean
+.PHONY: demo test vision lint sanitize fuzz mutate versions versions-quick versions-cuda wheel clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -23,16 +23,27 @@ lint: .venv/installed
 # Address and undefined-behaviour sanitizers over the tests of the kernels (an hour or more); thread
 # sanitizer over the threaded parts on plain threads.
 SANITIZED = build/sanitize
-sanitize: .venv/installed
-	MFKERNELS_SANITIZE=address,undefined CXX="$(CXX)" .venv/bin/pip install -q --disable-pip-version-check \
-	  --no-deps --no-build-isolation --upgrade --target $(SANITIZED) .
-	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/.venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
+SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
+sanitize: $(SANITIZED)/built
+	cd $(SANITIZED) && $(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/.venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
 	  --rootdir $(CURDIR) $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_deploy.py $(CURDIR)/tests/test_deploy_chain.py -k "not fuzz and not compile and not export"
 	$(CXX) -std=gnu++17 -O1 -g -fsanitize=thread -Wno-psabi -DMFK_GENERIC_ONLY -DMFK_ISA=generic -o $(SANITIZED)/threads \
 	  tests/sanitize/threads.cpp csrc/isa.cpp $(wildcard csrc/cpu/mobile_former_*.cpp csrc/cpu/deployed_*.cpp)
 	.venv/bin/python tests/sanitize/plan.py $(SANITIZED)
 	$(SANITIZED)/threads $(SANITIZED)
+
+# Calls all operators with arguments that fit and that do not, under the sanitizers.
+FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= 0
+fuzz: $(SANITIZED)/built
+	cd $(SANITIZED) && $(SANITIZERS) PYTHONPATH=. \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2000 \
+	  $(CURDIR)/.venv/bin/python $(CURDIR)/tests/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
+$(SANITIZED)/built: .venv/installed $(wildcard mfkernels/*.py mfkernels/*/*.py mfkernels/*/*/*.py)
+	MFKERNELS_SANITIZE=address,undefined CXX="$(CXX)" .venv/bin/pip install -q --disable-pip-version-check \
+	  --no-deps --no-build-isolation --upgrade --target $(SANITIZED) .
+	@touch $@
 
 # Breaks each kernel and checks that the tests notice (half an hour).
 mutate: .venv/installed

@@ -91,6 +91,8 @@ def backward_by(convolve: Callable[..., Tensor], gradients: Callable[..., Any]) 
         eps: float = 1e-5,
         activation: str = "none",
     ) -> tuple[Tensor, ...]:
+        for name, value in (("grad_y", grad_y), ("x", x), ("weight", weight)):
+            check_tensor(OP, name, value, "O C 1 1" if name == "weight" else "B C H W")
         norm = gamma, beta, mean, variance, False, eps, activation
         between = convolve(x, weight)
         grad, *numbers = torch.ops.mfkernels.batch_norm_backward(grad_y, None, None, between, *norm)
