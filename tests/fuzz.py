@@ -58,6 +58,8 @@ def laid_out(rng: random.Random, x: Tensor) -> Tensor:
 
 
 def broken_tensor(rng: random.Random, x: Tensor) -> object:
+    if x.numel() > 1 << 20:  # broken already
+        return x
     kind, shape = rng.randrange(11), list(x.shape)
     if kind == 0 and shape:
         axis = rng.randrange(len(shape))
@@ -293,7 +295,8 @@ def _work(numbers: range, call, until: float, current: mmap.mmap, write: int) ->
             if time.time() > until:
                 break
             current[:] = struct.pack("q", number)
-            signal.alarm(60)
+            signal.setitimer(signal.ITIMER_PROF, 60)  # of this process's own time
+            signal.alarm(600)
             try:
                 lines.write(f"{call(number)}\n")
             except AssertionError as error:
