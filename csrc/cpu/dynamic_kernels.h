@@ -19,17 +19,35 @@ void mix(const DynamicConvArgs& args, int64_t b, int64_t samples, int64_t first,
   const T* basis = static_cast<const T*>(args.basis) + first * depth;
   const T* attention = static_cast<const T*>(args.attention) + b * args.kernels;
   const C scale = static_cast<C>(args.scale);
-  for (int64_t i = 0; i < size; i += kLanes<C>) {
-    vec<C> sums[kMost] = {};
+  constexpr int64_t n = kLanes<C>;
+  auto mix_vectors = [&](auto count, int64_t i) __attribute__((always_inline)) {
+    constexpr int vectors = decltype(count)::value;
+    vec<C> sums[kMost][vectors] = {}, kernel[vectors];
+    auto read = [&](const T* from) __attribute__((always_inline)) {
+      for (int v = 0; v < vectors; ++v) {
+        kernel[v] = vectors > 1 ? load(from + v * n) : load_upto(from, size - i);
+      }
+    };
     for (int64_t k = 0; k < args.kernels; ++k) {
-      const vec<C> kernel = load_upto(basis + k * all + i, size - i);
+      read(basis + k * all + i);
       for (int64_t s = 0; s < kMost; ++s) {  // those that do not exist repeat the last one
-        sums[s] += to_compute(attention[least(s, samples - 1) * args.kernels + k]) * kernel;
+        const vec<C> share = splat(to_compute(attention[least(s, samples - 1) * args.kernels + k]));
+        for (int v = 0; v < vectors; ++v) sums[s][v] += share * kernel[v];
       }
     }
-    const vec<C> own = load_upto(weight + i, size - i);
-    for (int64_t s = 0; s < samples; ++s) store_upto(out + s * size + i, own + scale * sums[s], size - i);
-  }
+    read(weight + i);
+    for (int64_t s = 0; s < samples; ++s) {
+      for (int v = 0; v < vectors; ++v) {
+        const vec<C> mixed = kernel[v] + scale * sums[s][v];
+        C* to = out + s * size + i + v * n;
+        vectors > 1 ? store(to, mixed) : store_upto(to, mixed, size - i);
+      }
+    }
+  };
+  constexpr int kVectors = 8 / kMost;  // sums that registers hold
+  int64_t i = 0;
+  for (; size - i >= kVectors * n; i += kVectors * n) mix_vectors(std::integral_constant<int, kVectors>(), i);
+  for (; i < size; i += n) mix_vectors(std::integral_constant<int, 1>(), i);
 }
 template <class T, class C>
 C mixed_bias(const DynamicConvArgs& args, int64_t b, int64_t output) {

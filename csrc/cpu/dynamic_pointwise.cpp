@@ -33,7 +33,11 @@ class Kernels {
       data_ = static_cast<const C*>(args_.weight) + first * depth;
       return;
     }
-    mix<kSamples, T>(args_, b, samples, first, outputs, depth, static_cast<C*>(mixed_));
+    if (samples == 1) {
+      mix<1, T>(args_, b, 1, first, outputs, depth, static_cast<C*>(mixed_));
+    } else {
+      mix<kSamples, T>(args_, b, samples, first, outputs, depth, static_cast<C*>(mixed_));
+    }
     data_ = mixed_;
     size_ = outputs * depth;
   }

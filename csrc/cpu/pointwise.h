@@ -19,11 +19,15 @@ struct AsItIs {
 namespace pointwise {
 
 // Blocks of kRows rows by kVectors vectors of pixels: what the registers hold, and few enough rows that none
-// of them has to be copied elsewhere to be read fast.
+// of them has to be copied elsewhere to be read fast. So many values of the map stay in a cache while all
+// rows pass: in the second level's, or, where a block does fewer products with what it reads, in the first
+// level's.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 8;
+constexpr int64_t kCached = 32768;
 #else
 constexpr int kRows = 4;
+constexpr int64_t kCached = 6144;
 #endif
 constexpr int kVectors = 3;
 
@@ -128,9 +132,8 @@ void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t dep
       }
     });
   };
-  // So many pixels at a time that they stay in the second-level cache while all rows pass; and as long a way
-  // along a row as can be.
-  const int64_t fit = (32768 / depth < whole ? whole : 32768 / depth / whole * whole);
+  // As long a way along a row as can be.
+  const int64_t fit = (kCached / depth < whole ? whole : kCached / depth / whole * whole);
   const int64_t blocks_end = width / whole * whole;
   for (int64_t p = 0; p < blocks_end; p += fit) {
     const int64_t end = p + fit < blocks_end ? p + fit : blocks_end;

@@ -21,6 +21,7 @@
 #include <immintrin.h>
 #define MFK_VECTOR_BYTES 64
 #elif defined(__AVX2__)
+#include <immintrin.h>
 #define MFK_VECTOR_BYTES 32
 #else
 #define MFK_VECTOR_BYTES 16  // SSE2, NEON
@@ -133,6 +134,15 @@ MFK_INLINE void store(bf16* p, vec<float> v) {
 }
 #endif
 
+// All ones in the first n lanes.
+template <class C>
+MFK_INLINE mask<C> first_lanes(int64_t n) {
+  using lane = typename IntegerOf<C>::type;
+  mask<C> index;
+  for (int i = 0; i < kLanes<C>; ++i) index[i] = i;
+  return index < static_cast<lane>(n);
+}
+
 // The first n < kLanes lanes; the others are loaded as zero and not stored.
 template <class T>
 MFK_INLINE vec<compute_t<T>> load_part(const T* p, int64_t n) {
@@ -158,6 +168,16 @@ MFK_INLINE void store_part(float* p, vec<float> v, int64_t n) {
 }
 MFK_INLINE void store_part(double* p, vec<double> v, int64_t n) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), reinterpret_cast<__m512d>(v));
+}
+#elif defined(__AVX2__)
+// Storing so would take as long as a store of each lane, on some processors longer.
+MFK_INLINE vec<float> load_part(const float* p, int64_t n) {
+  const auto inside = reinterpret_cast<__m256i>(first_lanes<float>(n));
+  return reinterpret_cast<vec<float>>(_mm256_maskload_ps(p, inside));
+}
+MFK_INLINE vec<double> load_part(const double* p, int64_t n) {
+  const auto inside = reinterpret_cast<__m256i>(first_lanes<double>(n));
+  return reinterpret_cast<vec<double>>(_mm256_maskload_pd(p, inside));
 }
 #endif
 template <class T>
@@ -200,15 +220,6 @@ MFK_INLINE vec<float> smaller(vec<float> a, vec<float> b) {
 #else
   return a < b ? a : b;
 #endif
-}
-
-// All ones in the first n lanes.
-template <class C>
-MFK_INLINE mask<C> first_lanes(int64_t n) {
-  using lane = typename IntegerOf<C>::type;
-  mask<C> index;
-  for (int i = 0; i < kLanes<C>; ++i) index[i] = i;
-  return index < static_cast<lane>(n);
 }
 
 // NaN wins, as in torch.amax.
