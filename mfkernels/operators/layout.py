@@ -7,10 +7,11 @@ from torch import Tensor
 def empty_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An unwritten map of x's dtype in x's memory format, as the C++ kernels allocate theirs
     (`empty_map` in csrc/ops/common.h)."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format of a map's results."""
     channels_last = not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1
     return torch.channels_last if channels_last else torch.contiguous_format
 

@@ -1,12 +1,18 @@
+import torch
 from torch import Tensor
 
 from ...checks import check_argument, check_like, check_shape, check_tensor, register_fake
-from ..layout import empty_map, gradients_like, without_absent
-from ..runner import Runner
+from ..layout import empty_map, gradients_like, memory_format, without_absent
+from ..runner import MANY_INPUTS, Runner, few_registers
+from .library import dynamic_conv2d_by_library
 from .reference import Pair, dynamic_conv2d_reference, output_size
 
 OP = "dynamic_conv2d"
 MOST = (1 << 63) - 1  # that fits into what operators take
+# PyTorch's operators are the faster ones, in float32 (in other types they are slower, or round the mixed
+# kernels), for convolutions that fill vectors with channels (inputs and outputs of a group, multiplied) and
+# for depthwise ones with a stride, if they have so many products that a few calls more do not count.
+_CHANNELS, _DENSE, _DEPTHWISE = 256, 4_000_000, 100_000
 
 
 def dynamic_conv2d(
@@ -25,7 +31,8 @@ def dynamic_conv2d(
     """Convolution whose kernel differs from sample to sample: a static one plus a mix of K others.
 
     Sample b is convolved with `weight + basis_scale * sum_k attention[b,k] * basis[k]`; to that come
-    `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used.
+    `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used. On a CPU
+    dense kernels larger than 1x1 and depthwise ones with a stride run by PyTorch's convolution in float32.
 
     Args:
         x: (B, C, H, W), any strides.
@@ -67,6 +74,34 @@ def _setting(name: str, value: object, least: int) -> Pair:
     if max(values) > MOST:
         raise ValueError(f"{OP}: {name} must be below 2^63, got {value!r}")
     return values[0], values[1]
+
+
+def _by_library(
+    tracked, x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, basis_scale
+) -> bool:
+    if x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
+        return False
+    if not (isinstance(weight, Tensor) and weight.dim() == 4 and isinstance(groups, int)):
+        return False  # and the checks say why
+    if isinstance(basis, Tensor) and basis.shape[:1].numel() == 0:
+        return False  # nothing to mix
+    outputs, inputs, *kernel = weight.shape
+    if kernel == [1, 1] and max(padding) == 0:
+        return max(stride) > 1 or (inputs > MANY_INPUTS and few_registers(x))
+    products = x.shape[0] * x.shape[2] * x.shape[3] // (stride[0] * stride[1]) * weight.numel()
+    if inputs == 1 and outputs == groups:  # our kernel for these knows no stride
+        return max(stride) > 1 and products >= _DEPTHWISE
+    return inputs * outputs >= _CHANNELS * groups and products >= _DENSE
+
+
+def _library(x, weight, basis, attention, bias, basis_bias, stride, *settings) -> Tensor:
+    if max(stride) > 1 and weight.shape[2:].numel() == 1 and max(settings[0]) == 0:
+        x = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=memory_format(x))
+        return _run(
+            x, weight, basis, attention, bias, basis_bias, (1, 1), *settings
+        )  # without what is skipped
+    y = dynamic_conv2d_by_library(x, weight, basis, attention, bias, basis_bias, stride, *settings)
+    return y.contiguous(memory_format=memory_format(x))
 
 
 def _check(
@@ -126,4 +161,8 @@ def _backward(ctx, grad_out):
     return *without_absent(inputs, grads), *[None] * len(ctx.settings)
 
 
-_run = Runner(OP, dynamic_conv2d_reference, _check, _setup_context, _backward)
+_run = Runner(
+    *(OP, dynamic_conv2d_reference, _check, _setup_context, _backward),
+    library=_library,
+    by_library=_by_library,
+)

@@ -3,10 +3,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...checks import check_argument, check_tensor, register_fake
-from ..layout import empty_map
-from ..runner import Runner
+from ..batch_norm import batch_norm
+from ..layout import empty_map, memory_format
+from ..runner import MANY_INPUTS, Runner, few_registers
 from .reference import pointwise_conv_bn_reference
 
 OP = "pointwise_conv_bn"
@@ -51,6 +53,30 @@ def pointwise_conv_bn(
     Error Linear Units, 2016.
     """
     return _run(x, weight, gamma, beta, mean, variance, eps, activation)
+
+
+# PyTorch's convolution is the faster one for gradients, for which ours is computed again, except where maps
+# do not stay in a cache and a value of them has few products; without gradients where registers are few.
+_CACHED, _FEW = 2_000_000, 50
+
+
+def _by_library(tracked, x, weight, gamma, beta, mean, variance, eps, activation) -> bool:
+    if x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
+        return False
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        return False  # and the checks say why
+    outputs, inputs = weight.shape[:2]
+    if not tracked:
+        return few_registers(x) and (inputs > MANY_INPUTS or activation == "gelu")
+    channels = inputs + outputs
+    is_large = channels * x.numel() > _CACHED * inputs
+    return not (is_large and inputs * outputs < _FEW * channels)
+
+
+def _library(x, weight, gamma, beta, mean, variance, eps, activation) -> Tensor:
+    """Its convolution, that is, and our norm: in the weights it would make gradients of gamma inexact."""
+    y = batch_norm(F.conv2d(x, weight), gamma, beta, mean, variance, eps, activation)[0]
+    return y.contiguous(memory_format=memory_format(x))
 
 
 def _check(x, weight, gamma, beta, mean, variance, eps, activation) -> None:
@@ -127,4 +153,8 @@ def _backward(ctx, grad_y):
     return *_run.backward(grad_y, *ctx.saved_tensors, ctx.eps, ctx.activation), None, None
 
 
-_run = Runner(OP, pointwise_conv_bn_reference, _check, _setup_context, _backward)
+_run = Runner(
+    *(OP, pointwise_conv_bn_reference, _check, _setup_context, _backward),
+    library=_library,
+    by_library=_by_library,
+)
