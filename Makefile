@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test vision lint sanitize fuzz mutate versions versions-quick versions-cuda wheel clean
+.PHONY: demo test vision lint sanitize fuzz mutate versions versions-quick versions-cuda wheel rivals figures clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -115,7 +115,7 @@ wheel: .venv/installed $(OLDEST)/headers
 	  pip install -q --disable-pip-version-check "$$(echo $(CURDIR)/dist/*.whl)[demo]" && mfkernels demo
 
 clean:
-	rm -rf .venv .venv-vision build dist demo-output *.egg-info mfkernels/*.so
+	rm -rf .venv .venv-vision .venv-rivals build dist demo-output *.egg-info mfkernels/*.so
 
 # The newest PyTorch, and the packages whose networks ours take the place of. The package is used where its
 # sources lie.
@@ -125,6 +125,20 @@ TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors pillow
 	.venv-vision/bin/pip install -q --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm transformers \
 	  $(TESTED_WITH) setuptools wheel cmake ninja
 	@touch $@
+
+# The other runtimes of the benchmark, beside the sources and libraries of .venv/installed.
+rivals: .venv-rivals/installed
+.venv-rivals/installed: pyproject.toml .venv/installed
+	@test -x .venv-rivals/bin/python || $(PYTHON) -m venv .venv-rivals
+	.venv/bin/python -c 'import re; text = open("pyproject.toml").read(); \
+	  print(*re.findall("\"(.*?)\"", "".join(re.findall(r"^bench\S* = \[(.*?)\]", text, re.M | re.S))), sep="\n")' \
+	  > .venv-rivals/requirements.txt
+	.venv-rivals/bin/pip install -q --disable-pip-version-check $(TORCH) setuptools -r .venv-rivals/requirements.txt
+	@touch $@
+
+# Measures all networks in all runtimes and writes the README's tables (forty minutes of one core).
+figures: rivals
+	.venv-rivals/bin/python -m mfkernels bench --all
 
 # Everything that any target needs, again whenever the C++ sources or the build change. The Python sources
 # are used where they lie.

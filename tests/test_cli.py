@@ -126,6 +126,7 @@ def test_bench_profile(name, part, tmp_path, capsys):
     [
         (["--networks", "resnet50"], "network must be one of mobile_former_26m"),
         (["--runtimes", "tensorrt"], "runtime must be one of mfkernels, eager"),
+        (["--dtype", "float16"], "dtype must be one of float32, bfloat16, int8"),
     ],
 )
 def test_bench_with_a_wrong_name_says_so_in_one_line(arguments, message, tmp_path, capsys):

@@ -3,13 +3,16 @@
 import importlib.util
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 
 from ..models import list_models
-from . import report
+from . import figures, report
 from .run import bench, machine, peak_flops, profile
 from .runtimes import RUNTIMES
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def run(options: Namespace) -> None:
@@ -19,6 +22,11 @@ def run(options: Namespace) -> None:
         ValueError: an unknown name.
         OSError: the folder cannot be written.
     """
+    if options.all:
+        figures.measure()
+    if options.all or options.report:
+        figures.write()
+        return
     networks, sizes = options.networks.split(","), [int(size) for size in options.sizes.split(",")]
     options.output.mkdir(parents=True, exist_ok=True)
     plots = importlib.util.find_spec("matplotlib") is not None
@@ -28,16 +36,18 @@ def run(options: Namespace) -> None:
         for name in networks:
             if name in list_models():
                 for size in sizes:
-                    _profile(name, size, options, plots)
+                    _profile(name, size, options.output, plots)
         return
-    runtimes = options.runtimes.split(",") if options.runtimes else list(RUNTIMES)
+    for dtype in options.dtype.split(","):
+        if dtype not in _DTYPES:
+            raise ValueError(f"bench: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     entries = bench(
         networks,
-        runtimes,
+        options.runtimes.split(",") if options.runtimes else list(RUNTIMES),
         sizes,
         batch=options.batch,
         threads=options.threads,
-        dtype=getattr(torch, options.dtype),
+        dtypes=[_DTYPES[dtype] for dtype in options.dtype.split(",")],
         seconds=options.seconds,
         log=options.output / "results.jsonl",
     )
@@ -49,17 +59,17 @@ def run(options: Namespace) -> None:
     if plots and len(sizes) > 1:
         report.plot_sizes(entries, options.output / "sizes.png")
     for size in sizes:
-        if plots and len(networks) > 1:
-            own = [entry for entry in entries if entry.size == size]
+        own = [entry for entry in entries if entry.size == size]
+        if plots and own and len(networks) > 1:
             report.plot_family(own, options.output / f"networks-{size}.png")
 
 
-def _profile(name: str, size: int, options: Namespace, plots: bool) -> None:
+def _profile(name: str, size: int, output: Path, plots: bool) -> None:
     rows, peak = profile(name, size), peak_flops()
     print(f"{name} at {size}x{size}, one thread; float32 peak measured: {peak / 1e9:.0f} GFLOP/s")
     print(report.profile_table(rows, peak))
-    with (options.output / "profile.jsonl").open("a") as file:
+    with (output / "profile.jsonl").open("a") as file:
         for row in rows:
             file.write(json.dumps(machine() | {"network": name, "size": size, "peak": peak, **row}) + "\n")
     if plots:
-        report.plot_parts(rows, f"{name}, {size}x{size}", options.output / f"parts-{name}-{size}.png")
+        report.plot_parts(rows, f"{name}, {size}x{size}", output / f"parts-{name}-{size}.png")

@@ -9,19 +9,27 @@ from .run import Entry
 
 def table(entries: Sequence[Entry]) -> str:
     """A line for each network and size, a column for each runtime: median milliseconds; and how our time
-    compares with the best of the others."""
-    runtimes = list(dict.fromkeys(entry.runtime for entry in entries))
-    lines = [["network", "size", *runtimes, "ours / best other"]]
+    compares with the best of the others. Then the form that each ran in."""
+    dtypes = {entry.dtype for entry in entries}
+
+    def column(entry: Entry) -> str:
+        return entry.runtime if len(dtypes) == 1 else f"{entry.runtime} {entry.dtype}"
+
+    columns = list(dict.fromkeys(map(column, entries)))
+    lines = [["network", "size", *columns, "ours / best other"]]
     for size in dict.fromkeys(entry.size for entry in entries):
         for name in dict.fromkeys(entry.network for entry in entries):
-            times = {e.runtime: e.median_ms for e in entries if (e.network, e.size) == (name, size)}
-            if not times:
+            own = [entry for entry in entries if (entry.network, entry.size) == (name, size)]
+            if not own:
                 continue
-            others = [time for runtime, time in times.items() if runtime != "mfkernels"]
-            ratio = f"{times['mfkernels'] / min(others):.2f}" if "mfkernels" in times and others else ""
-            cells = [f"{times[runtime]:.2f}" if runtime in times else "-" for runtime in runtimes]
+            times = {column(entry): entry.median_ms for entry in own}
+            ours = [entry.median_ms for entry in own if entry.runtime == "mfkernels"]
+            others = [entry.median_ms for entry in own if entry.runtime != "mfkernels"]
+            ratio = f"{min(ours) / min(others):.2f}" if ours and others else ""
+            cells = [f"{times[name]:.2f}" if name in times else "-" for name in columns]
             lines.append([name, str(size), *cells, ratio])
-    return _align(lines)
+    forms = [f"{entry.network}, {entry.size}, {column(entry)}: {entry.form}" for entry in entries]
+    return "\n".join([_align(lines), *forms])
 
 
 def profile_table(rows: Sequence[dict[str, Any]], peak: float | None) -> str:

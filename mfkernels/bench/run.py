@@ -1,19 +1,22 @@
 """What is measured, and how."""
 
-import copy
+import datetime
 import functools
 import gc
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,9 +27,19 @@ from ..deploy import deploy
 from ..info import cpu_name
 from ..models import create_model, list_models
 from ..nn import DynamicResidualConv2d
-from .runtimes import RUNTIMES, Call, Skipped, result_of
+from .runtimes import RUNTIMES, Call, Job, Skipped, result_of, version
 
 UNTIMED, TIMED = 2, 4  # calls of a network in each round
+# The largest difference from eager float32, relative to the largest output, that a form may have. Networks of
+# random weights hardly survive static quantisation: what it costs them is told beside its time.
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.int8: math.inf}
+# On the next network of a family: the best forms, at most so many, none slower than the best by this factor.
+TRIED, CLOSE = 2, 1.15
+
+Key = tuple[str, str, torch.dtype]
+# Family, runtime, dtype, whether images are large: the forms that were close to the best.
+Favourites = dict[tuple[str, str, torch.dtype, bool], list[str]]
+LARGE = 512
 
 
 @dataclass
@@ -35,6 +48,8 @@ class Entry:
 
     network: str
     runtime: str
+    form: str  # the fastest of the runtime's
+    version: str  # of the runtime
     size: int
     batch: int
     threads: int
@@ -43,7 +58,14 @@ class Entry:
     high_ms: float
     calls: int
     dtype: str
-    difference: float  # largest from eager, relative to the largest output
+    difference: float  # largest from eager float32, relative to the largest output
+
+
+@dataclass
+class _Chosen:
+    form: str
+    call: Call
+    difference: float
 
 
 def bench(
@@ -53,11 +75,15 @@ def bench(
     *,
     batch: int = 1,
     threads: int = 1,
-    dtype: torch.dtype = torch.float32,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
     seconds: float = 10.0,
     log: Path | None = None,
+    favourites: Favourites | None = None,
 ) -> list[Entry]:
     """Time every network in every runtime at every size.
+
+    A runtime may have several forms of a network: of its formulations, by its exporters. Each is made and
+    compared with the float32 network; the fastest whose numbers agree is measured.
 
     At each size all of them run in turn, round after round, so that a drift of the machine meets all alike.
     In a round each runs some calls untimed, which bring its weights into cache, and some timed. Pinned to as
@@ -69,9 +95,11 @@ def bench(
         sizes: image sides in pixels.
         batch: images a call.
         threads: of every runtime.
-        dtype: torch.float32 or torch.bfloat16.
+        dtypes: of torch.float32, torch.bfloat16 and torch.int8, which stands for static quantisation.
         seconds: of measurement, for each size and network in a runtime.
         log: a file to which each entry is appended as a line of JSON.
+        favourites: which forms of a family were near the best; added to, and the only ones tried where it
+            knows of some, in float32 at least. None: all forms of each network are tried.
 
     Raises:
         ValueError: an unknown name.
@@ -82,13 +110,14 @@ def bench(
     entries: list[Entry] = []
     with pinned(threads), torch.inference_mode():
         for size in sizes:
-            calls = {}
-            x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+            chosen: dict[Key, _Chosen] = {}
+            x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
             for name in networks:
-                for runtime, call in _prepared(name, runtimes, x, threads):
-                    calls[name, runtime] = call
-            entries += _measure(calls, x, threads, seconds)
-            calls.clear()
+                for runtime, dtype, one in _prepared(name, runtimes, dtypes, x, threads, favourites):
+                    chosen[name, runtime, dtype] = one
+            if chosen:
+                entries += _measure(chosen, x, threads, seconds)
+            chosen.clear()
             torch.compiler.reset()
             gc.collect()
             if log is not None:
@@ -104,7 +133,8 @@ def rivals() -> dict[str, Any]:
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     if not (folder / "rivals.py").is_file():
         return {}
-    sys.path.insert(0, str(folder))
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     import rivals  # type: ignore[import-not-found]
 
     return {
@@ -150,49 +180,124 @@ def randomise(model: nn.Module, images: Tensor | None = None) -> None:
         norm.momentum = momentum
 
 
-def _prepared(name: str, runtimes: Sequence[str], x: Tensor, threads: int) -> Iterator[tuple[str, Call]]:
-    with torch.inference_mode(False):
+def formulations(model: nn.Module) -> dict[str, nn.Module]:
+    """The network as it is defined and, for ours, as it exports well, from the folder `benchmarks` of a
+    source tree."""
+    result = {"definition": model}
+    if rivals():
+        from exportable import exportable  # type: ignore[import-not-found]
+
+        with suppress(ValueError):
+            result["exportable"] = exportable(model)
+    return result
+
+
+def _prepared(
+    name: str,
+    runtimes: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    x: Tensor,
+    threads: int,
+    favourites: Favourites | None,
+) -> Iterator[tuple[str, torch.dtype, _Chosen]]:
+    with torch.inference_mode(False), torch.no_grad():
+        x = x.clone()
         model = network(name)
-        for runtime in runtimes:
+        with use_backend("reference"):
+            expected = model(x).numpy()
+        job = Job(formulations(model), x, threads)
+        for dtype, runtime in itertools.product(dtypes, runtimes):
             progress.show(f"preparing {name} in {runtime}")
+            family, large = type(model).__name__ if name in list_models() else name, x.shape[2] > LARGE
+            known = favourites or {}
+            wanted = known.get((family, runtime, dtype, large))
+            wanted = wanted or known.get((family, runtime, torch.float32, large))
+            what, own = f"{name} in {runtime}", replace(job, dtype=dtype)
             try:
-                with torch.no_grad():
-                    yield runtime, RUNTIMES[runtime](copy.deepcopy(model), x, threads)
+                times = _forms(what, runtime, own, expected, wanted)
+                if wanted and not times:
+                    times = _forms(what, runtime, own, expected)
+                if not times:
+                    raise Skipped("no form of it is right")
             except Skipped as reason:
                 progress.show(f"{name} in {runtime}: skipped, {reason}", keep=True)
+                continue
+            times.sort(key=lambda pair: pair[0])
+            best, chosen = times[0]
+            if favourites is not None:
+                close = [one.form for middle, one in times[:TRIED] if middle <= CLOSE * best]
+                favourites.setdefault((family, runtime, dtype, large), close)
+            yield runtime, dtype, chosen
 
 
-def _measure(calls: dict[tuple[str, str], Call], x: Tensor, threads: int, seconds: float) -> list[Entry]:
-    batch, _, _, size = x.shape
-    expected = {name: result_of(call) for (name, runtime), call in calls.items() if runtime == "eager"}
-    differences = {}
-    for key, call in calls.items():
-        got, wanted = result_of(call), expected.get(key[0])
-        differences[key] = float("nan")
-        if wanted is not None:
-            differences[key] = float(abs(got - wanted).max() / abs(wanted).max())
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+def _forms(
+    what: str, runtime: str, job: Job, expected: np.ndarray, wanted: list[str] | None = None
+) -> list[tuple[float, _Chosen]]:
+    """The forms that run and agree, each with a rough time."""
+    made = []
+    for form, make in RUNTIMES[runtime](job):
+        if wanted is not None and form not in wanted:
+            continue
+        progress.show(f"preparing {what}, {form}")
+        try:
+            call = make()
+            with torch.inference_mode():
+                difference = float(abs(result_of(call) - expected).max() / abs(expected).max())
+            if not difference <= LIMITS[job.dtype]:
+                raise Skipped(f"its numbers differ by {difference:.1g} of the largest")
+        except Exception as error:  # converters raise whatever they like
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            progress.show(f"{what}: skipped, {form}: {words[0][:200]}", keep=True)
+            continue
+        made.append(_Chosen(form, call, difference))
+    return list(zip(_rough_times([one.call for one in made]), made, strict=True))
+
+
+@torch.inference_mode()
+def _rough_times(calls: list[Call]) -> list[float]:
+    """Medians of a few calls in turn; without a rival a call needs none."""
+    times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds * len(calls) or len(next(iter(times.values()))) < 2 * TIMED:
-        for key, call in calls.items():
+    while len(calls) > 1 and (len(times[0]) < 2 or time.perf_counter() - start < 0.4 * len(calls)):
+        for call, own in zip(calls, times, strict=True):
+            call()
+            own.append(_time(call))
+    return [statistics.median(own or [0.0]) for own in times]
+
+
+def _time(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _measure(chosen: dict[Key, _Chosen], x: Tensor, threads: int, seconds: float) -> list[Entry]:
+    batch, _, _, size = x.shape
+    times: dict[Key, list[float]] = {key: [] for key in chosen}
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds * len(chosen) or len(next(iter(times.values()))) < 2 * TIMED:
+        for key, one in chosen.items():
             for _ in range(UNTIMED):
-                call()
-            for _ in range(TIMED):
-                begin = time.perf_counter()
-                call()
-                times[key].append(1e3 * (time.perf_counter() - begin))
-        done = min(99, int(100 * (time.perf_counter() - start) / (seconds * len(calls))))
+                one.call()
+            times[key] += [_time(one.call) for _ in range(TIMED)]
+        done = min(99, int(100 * (time.perf_counter() - start) / (seconds * len(chosen))))
         progress.show(f"{size}x{size}: {done} %")
     progress.show("")
     entries = []
-    for (name, runtime), values in times.items():
+    for (name, runtime, dtype), values in times.items():
+        one = chosen[name, runtime, dtype]
         low, _, high = statistics.quantiles(values, n=4)
         middle = statistics.median(values)
         entries.append(
             Entry(
-                *(name, runtime, size, batch, threads, middle, low, high, len(values)),
-                dtype=str(x.dtype)[6:],
-                difference=differences[name, runtime],
+                *(name, runtime, one.form, version(runtime)),
+                size,
+                batch,
+                threads,
+                *(middle, low, high),
+                calls=len(values),
+                dtype=str(dtype)[6:],
+                difference=one.difference,
             )
         )
     return entries
@@ -293,7 +398,9 @@ def peak_flops() -> float:
 
 
 def machine() -> dict[str, str]:
+    """Where and when: what every line of results begins with."""
     return {
+        "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
         "instruction_set": native.instruction_set(),
         "torch": torch.__version__,

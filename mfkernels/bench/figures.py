@@ -1,0 +1,207 @@
+"""The figures of the README: what is measured for them, and how its tables are written from the results."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .run import Entry, Favourites, bench
+from .runtimes import RUNTIMES
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+_NETWORKS = (
+    *(f"mobile_former_{size}m" for size in (26, 52, 96, 151, 214, 294, 508)),
+    *("dmf_xxs", "dmf_xs", "dmf_s", "iformer_t", "iformer_s", "iformer_m"),
+)
+_FIRST = ("mobile_former_214m", "dmf_s", "iformer_m")  # all forms of these are tried
+_RIVALS = ("mobilenet_v3_large", "shufflenet_v2_2x")
+_SIZES = (224, 384, 640, 1024, 1536)
+_TITLES = {
+    "mfkernels": "mfkernels",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+    "litert": "LiteRT",
+    "ncnn": "ncnn",
+    "compile": "torch.compile",
+    "eager": "PyTorch",
+}
+
+
+def measure() -> None:
+    """Measure all that the tables need, into the folders of `benchmarks/results`.
+
+    Raises:
+        ValueError: this is no source tree.
+    """
+    _source_tree()
+    favourites: Favourites = {}
+
+    def run(table: str, networks: Iterable[Sequence[str]], *what: Any, **how: Any) -> None:
+        log = RESULTS / table / "results.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        for group in networks:
+            bench(group, *what, log=log, favourites=favourites, **how)
+
+    each = [[name] for name in sorted(_NETWORKS, key=lambda name: name not in _FIRST)]
+    run("networks", each, list(RUNTIMES), [224], seconds=2)
+    fast = [name for name in RUNTIMES if name != "eager"]
+    run("sizes", [[_FIRST[0], *_RIVALS]], fast, _SIZES, seconds=1.5)
+    dtypes = (torch.float32, torch.bfloat16, torch.int8)
+    nets = [[name] for name in (*_FIRST, _RIVALS[0])]
+    run("precision", nets, ["mfkernels", "openvino"], [224], dtypes=dtypes, seconds=2)
+
+
+def write() -> None:
+    """Write the tables into README.md, each between its two comments.
+
+    Raises:
+        ValueError: this is no source tree, or README.md has no place for a table.
+    """
+    _source_tree()
+    path = ROOT / "README.md"
+    path.write_text(with_tables(path.read_text()))
+
+
+def with_tables(readme: str) -> str:
+    """Return the README's text with the tables of `benchmarks/results`.
+
+    Raises:
+        ValueError: it has no place for a table, or the results of a table are of two machines.
+    """
+    for name, table in (("networks", _networks), ("sizes", _sizes), ("precision", _precision)):
+        log = RESULTS / name / "results.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        begin, end = f"<!-- bench:{name} -->", "<!-- /bench -->"
+        found = re.search(f"{begin}.*?{end}", readme, re.DOTALL)
+        if not found:
+            raise ValueError(f"bench: README.md has no {begin} with {end} after it")
+        content = "\n\n".join([begin, table(lines) if lines else "Not measured yet.", end])
+        readme = readme[: found.start()] + content + readme[found.end() :]
+    return readme
+
+
+def _source_tree() -> None:
+    if not (ROOT / "benchmarks" / "rivals.py").is_file():
+        raise ValueError(f"bench: the figures need a source tree, but {ROOT} is none")
+
+
+def _networks(lines: list[dict[str, Any]]) -> str:
+    entries = _entries(lines)
+    runtimes = [name for name in _TITLES if any(entry.runtime == name for entry in entries)]
+    rows = [["network", *(_TITLES[name] for name in runtimes), "best other / ours"]]
+    for network in (name for name in _NETWORKS if any(entry.network == name for entry in entries)):
+        times = {entry.runtime: entry.median_ms for entry in entries if entry.network == network}
+        rows.append([network, *(_number(times.get(name)) for name in runtimes), _ratio(times)])
+    title = _where(lines) + ", float32, batch 1, 224x224:"
+    return "\n\n".join([title, _table(rows), _losses(entries), _forms(entries)])
+
+
+def _losses(entries: list[Entry]) -> str:
+    """Where another runtime is faster."""
+    words = []
+    for network in dict.fromkeys(entry.network for entry in entries):
+        own = [entry for entry in entries if entry.network == network]
+        ours = min((entry.median_ms for entry in own if entry.runtime == "mfkernels"), default=0.0)
+        best = min(own, key=lambda entry: entry.median_ms)
+        if best.runtime != "mfkernels":
+            words.append(f"{network} ({_TITLES[best.runtime]}, by {100 * (ours / best.median_ms - 1):.0f} %)")
+    return f"Another runtime is faster on {', '.join(words) if words else 'none of them'}."
+
+
+def _sizes(lines: list[dict[str, Any]]) -> str:
+    entries = _entries(lines)
+    sizes = sorted({entry.size for entry in entries})
+    rows = [["image side", *map(str, sizes)]]
+    for network in dict.fromkeys(entry.network for entry in entries):
+        own = [entry for entry in entries if entry.network == network]
+        ours = {entry.size: entry for entry in own if entry.runtime == "mfkernels"}
+        if ours:
+            rows.append([f"{network}, deployed", *(_number(ours[size].median_ms) for size in sizes)])
+        best = [
+            min(
+                (entry for entry in own if entry.size == size and entry.runtime != "mfkernels"),
+                key=lambda entry: entry.median_ms,
+            )
+            for size in sizes
+        ]
+        cells = [f"{_number(entry.median_ms)} {_TITLES[entry.runtime]}" for entry in best]
+        rows.append([f"{network}, best {'other ' if ours else ''}runtime", *cells])
+        if network == _RIVALS[0] and any(entry.runtime == "mfkernels" for entry in entries):
+            mine = {e.size: e.median_ms for e in entries if e.runtime == "mfkernels"}
+            ratios = [f"{entry.median_ms / mine[size]:.2f}" for entry, size in zip(best, sizes, strict=True)]
+            rows.append([f"{network} / ours", *ratios])
+    return "\n\n".join([_where(lines) + ", float32, batch 1:", _table(rows), _forms(entries)])
+
+
+def _precision(lines: list[dict[str, Any]]) -> str:
+    entries = _entries(lines)
+    columns = list(dict.fromkeys((entry.runtime, entry.dtype) for entry in entries))
+    rows = [["network", *(f"{_TITLES[runtime]}, {dtype}" for runtime, dtype in columns)]]
+    for network in dict.fromkeys(entry.network for entry in entries):
+        own = {(entry.runtime, entry.dtype): entry for entry in entries if entry.network == network}
+        found = [own.get(column) for column in columns]
+        cells = [f"{_number(e.median_ms)} ({100 * e.difference:.2g} %)" if e else "-" for e in found]
+        rows.append([network, *cells])
+    text = ", batch 1, 224x224; in brackets the largest difference from eager float32, of the largest output:"
+    return "\n\n".join([_where(lines) + text, _table(rows), _forms(entries)])
+
+
+def _entries(lines: list[dict[str, Any]]) -> list[Entry]:
+    names = [field.name for field in fields(Entry)]
+    return [Entry(**{name: line[name] for name in names}) for line in lines]
+
+
+def _where(lines: list[dict[str, Any]]) -> str:
+    """The processor, the day and PyTorch's version.
+
+    Raises:
+        ValueError: the results of a table are of more than one.
+    """
+    for key in ("cpu", "instruction_set", "torch", "threads", "batch"):
+        values = {line[key] for line in lines}
+        if len(values) != 1:
+            raise ValueError(f"bench: the results of a table must have one {key}, got {sorted(values)}")
+    first, days = lines[0], sorted({line["date"] for line in lines})
+    torch_version = first["torch"].split("+")[0]
+    return (
+        f"One core of {first['cpu']} ({first['instruction_set']}), {' to '.join(days)}, "
+        f"PyTorch {torch_version}, milliseconds (medians)"
+    )
+
+
+def _forms(entries: list[Entry]) -> str:
+    """Which form each runtime ran each network in."""
+    parts = []
+    for runtime in (name for name in _TITLES if name != "mfkernels"):
+        own = [entry for entry in entries if entry.runtime == runtime]
+        forms = []
+        for form in dict.fromkeys(entry.form for entry in own):
+            networks = dict.fromkeys(entry.network for entry in own if entry.form == form)
+            forms.append(f"*{form}*: {', '.join(networks)}")
+        if forms:
+            versions = {entry.version for entry in own} - {""}
+            parts.append(f"{' '.join([_TITLES[runtime], *versions])}: {'; '.join(forms)}.")
+    return "Forms. " + "\n".join(parts)
+
+
+def _ratio(times: dict[str, float]) -> str:
+    others = [time for runtime, time in times.items() if runtime != "mfkernels"]
+    return f"{min(others) / times['mfkernels']:.2f}" if others and "mfkernels" in times else "-"
+
+
+def _number(milliseconds: float | None) -> str:
+    if milliseconds is None:
+        return "-"
+    return f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:.0f}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

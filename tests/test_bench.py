@@ -1,0 +1,151 @@
+"""The benchmark suite: the second formulations, the choice among forms, the README's tables."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tolerance import largest_error, tolerance
+
+from mfkernels import use_backend
+from mfkernels.bench import figures, run, runtimes
+from mfkernels.models import create_model
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+from exportable import exportable  # noqa: E402
+
+NETWORKS = [
+    ("mobile_former_26m", {}),
+    ("mobile_former_96m", {}),
+    ("dmf_96", {}),
+    ("dmf_198", {"mean": "channels", "activation": "softmax", "temperature": 3.0}),
+    ("iformer_t", {}),
+    ("iformer_t", {"form": "paper", "distillation": True, "layer_scale": 0.5}),
+    ("iformer_m", {"window_size": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), NETWORKS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_second_formulations_give_the_same_numbers(name, options, batch):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=10, **options)
+    run.randomise(model)
+    model.eval()
+    x = torch.randn(batch, 3, 64, 96)
+    with torch.no_grad(), use_backend("reference"):
+        second = exportable(model)(x)
+        plain = model(x)
+        truth = model.double()(x.double())
+    assert largest_error(second, truth) <= tolerance(truth, largest_error(plain, truth), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mobile_former_26m", {"mixing": "mlp"}),
+        ("mobile_former_26m", {"gates": (False, False, False)}),
+        ("mobile_former_26m", {"token_id": -1}),
+        ("mobile_former_26m", {"head_activation": "dynamic_relu"}),
+    ],
+)
+def test_ablations_have_no_second_formulation(name, options):
+    with pytest.raises(ValueError, match="exportable"):
+        exportable(create_model(name, **options).eval())
+
+
+def test_other_networks_have_one_formulation():
+    assert list(run.formulations(torch.nn.Linear(2, 2))) == ["definition"]
+    assert list(run.formulations(create_model("dmf_96").eval())) == ["definition", "exportable"]
+
+
+def test_the_fastest_form_that_is_right_is_measured(monkeypatch, capsys):
+    """Of four forms one fails, one is wrong and one is slow."""
+
+    def forms(job):
+        def fail():
+            raise RuntimeError("no such operator")
+
+        def wrong():
+            return lambda: model(x) * 1.01
+
+        def slow():
+            return lambda: sum(model(x) for _ in range(9)) / 9
+
+        model, x = job.formulations["definition"], job.x
+        return iter([("broken", fail), ("wrong", wrong), ("slow", slow), ("fast", lambda: lambda: model(x))])
+
+    monkeypatch.setitem(runtimes.RUNTIMES, "mine", forms)
+    favourites: run.Favourites = {}
+    (entry,) = run.bench(["mobile_former_26m"], ["mine"], [32], seconds=0.1, favourites=favourites)
+    assert entry.form == "fast" and 0 <= entry.difference < 1e-4
+    shown = capsys.readouterr().err
+    assert "mine: skipped, broken: no such operator" in shown
+    assert "mine: skipped, wrong: its numbers differ by" in shown
+    assert list(favourites.values()) == [["fast"]]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "package"), [("onnxruntime", "onnxscript"), ("openvino", "openvino"), ("ncnn", "pnnx")]
+)
+def test_runtimes_give_the_networks_numbers(runtime, package):
+    pytest.importorskip(package)
+    (entry,) = run.bench(["mobile_former_26m"], [runtime], [32], seconds=0.05)
+    assert entry.form.startswith(("definition", "exportable")) and entry.version
+    assert 0 <= entry.difference < 1e-4
+
+
+def _line(**changes):
+    line = {field: "" for field in ("form", "version")} | {
+        "date": "2026-01-02",
+        "cpu": "A processor",
+        "instruction_set": "avx2",
+        "torch": "2.13.0",
+        "network": "dmf_s",
+        "runtime": "mfkernels",
+        "size": 224,
+        "batch": 1,
+        "threads": 1,
+        "median_ms": 2.0,
+        "low_ms": 1.0,
+        "high_ms": 3.0,
+        "calls": 9,
+        "dtype": "float32",
+        "difference": 0.01,
+    }
+    return line | changes
+
+
+TABLES = ("networks", "sizes", "precision")
+
+
+def test_tables_are_made_of_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    rival = dict(runtime="openvino", version="1.2", form="exportable, ONNX", median_ms=3.0)
+    lines = [_line(), _line(**rival)]
+    for name in TABLES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    marks = "".join(f"<!-- bench:{name} -->old<!-- /bench -->\n" for name in TABLES)
+    text = figures.with_tables("before\n" + marks + "after")
+    assert text.startswith("before\n") and text.endswith("after") and "old" not in text
+    assert "One core of A processor (avx2), 2026-01-02" in text
+    assert "| dmf_s | 2.00 | 3.00 | 1.50 |" in text
+    assert "OpenVINO 1.2: *exportable, ONNX*: dmf_s." in text
+    assert "3.00 OpenVINO" in text and "2.00 (1 %)" in text
+    assert figures.with_tables(text) == text
+    with pytest.raises(ValueError, match="no <!-- bench:networks -->"):
+        figures.with_tables("nothing")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    assert figures.with_tables(readme) == readme
+
+
+def test_results_of_two_machines_make_no_table(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="cpu"):
+        figures._networks([_line(), _line(cpu="Another processor")])
