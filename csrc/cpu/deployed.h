@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../isa.h"
+#include "feature_map.h"
 #include "sizes.h"
 
 namespace mfk {
@@ -37,5 +38,20 @@ struct DeployedLinearArgs {
 
 // Tasks: one a panel of 32 outputs.
 MFK_DECLARE_DEPLOYED_KERNEL(deployed_linear, DeployedLinearArgs, args.bf16)
+
+// A sample's map that is a result.
+struct DeployedMapArgs {
+  bool bf16;
+  const void* in;  // (pixels, padded channels)
+  int64_t pixels, channels;
+  FeatureMap<float> out;
+  int64_t sample;
+  float* (*scratch)(int64_t floats);  // working memory of the calling thread
+};
+
+constexpr int64_t kMapTask = 64;  // pixels
+
+// Tasks: one for kMapTask pixels.
+MFK_DECLARE_DEPLOYED_KERNEL(deployed_map, DeployedMapArgs, args.bf16)
 
 }  // namespace mfk

@@ -16,9 +16,9 @@ struct ChainPlan {
   int64_t weights;  // floats
   int64_t bf16;     // 0 or 1: matrices and maps in bfloat16, all else in float
   int64_t in_channels;
-  int64_t maps, state;  // how many maps; floats of the state
-  int64_t features;     // the place of the first linear layer's inputs
-  int64_t linears, steps;
+  int64_t maps, state;     // how many maps; floats of the state
+  int64_t features;        // the place of the first linear layer's inputs
+  int64_t linears, steps;  // linears: 0 where maps are the results
   // ChainLinear linear[linears], then the steps
 };
 struct ChainLinear {
@@ -54,6 +54,8 @@ enum ChainKind : int64_t {
   kMix,
   kAffine,
   kPool,
+  // write neither
+  kHandOut,
 };
 constexpr int64_t kFirstOfState = kTokens;
 
@@ -140,6 +142,11 @@ struct ChainAffine {
 // Means of the last step's channels.
 struct ChainPool {
   int64_t channels, to;
+};
+
+// The next of the maps that are results.
+struct ChainHandOut {
+  int64_t map, channels;
 };
 
 // A map of this call: windows one after the other, or one map.

@@ -48,6 +48,7 @@ struct PlanPass {
   int64_t depthwise1, depthwise2;  // taps (3, 3, hidden), then bias (hidden)
   PlanLinear pointwise1, pointwise2;
   int64_t scatter, gather, gate;  // 0 or 1: Mobile <- Former; the next Mobile -> Former, and its gate
+  int64_t hand_out;               // 0 or 1: the map is a result
 };
 
 struct MobileFormerPlan {
@@ -55,9 +56,11 @@ struct MobileFormerPlan {
   int64_t bf16;     // 0 or 1: matrices and maps in bfloat16, all else in float
   int64_t tokens, token_dim, heads, former_heads, hyper_token;
   int64_t class_tokens;
-  int64_t first_tokens;             // (tokens, padded token width)
-  PlanTokens last;                  // the last Mobile -> Former
-  PlanLinear head, fc, classifier;  // fc's inputs: head's outputs, then the class tokens
+  int64_t first_tokens;  // (tokens, padded token width)
+  PlanTokens last;       // the last Mobile -> Former
+  // fc's inputs: head's outputs, then the class tokens. Where maps are the results, these are of no outputs,
+  // and neither they nor `last` are run.
+  PlanLinear head, fc, classifier;
   int64_t passes;
   // PlanPass pass[passes] follows
 };

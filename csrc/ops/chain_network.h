@@ -9,7 +9,7 @@
 namespace mfk {
 namespace {
 
-constexpr int64_t kMostSteps = 1024, kMostMaps = 8;
+constexpr int64_t kMostSteps = 1024, kMostMaps = 8, kMostHandedOut = 8;
 
 class ChainNetwork {
  public:
@@ -18,14 +18,17 @@ class ChainNetwork {
     const auto& plan = *reinterpret_cast<const ChainPlan*>(words);
     const int64_t header = sizeof(ChainPlan) / 8, linear = sizeof(ChainLinear) / 8;
     if (count < header || plan.weights != weights || plan.maps < 1 || plan.maps > kMostMaps) return false;
-    if (plan.linears < 1 || plan.linears > count / linear) return false;
+    if (plan.linears < 0 || plan.linears > count / linear || (plan.linears > 0) != (classes > 0))
+      return false;
     if (plan.steps < 1 || plan.steps > kMostSteps || count < header + plan.linears * linear) return false;
-    int64_t next = header + plan.linears * linear;
+    int64_t next = header + plan.linears * linear, handed_out = 0;
     for (int64_t i = 0; i < plan.steps; ++i) {
       if (next + 2 > count || words[next + 1] < 0 || words[next + 1] > count - next - 2) return false;
+      handed_out += words[next] == kHandOut;
       next += 2 + words[next + 1];
     }
-    return next == count && linears_of(plan)[plan.linears - 1].linear.outputs >= classes;
+    if (next != count || handed_out > kMostHandedOut || (handed_out > 0) == (classes > 0)) return false;
+    return classes == 0 || linears_of(plan)[plan.linears - 1].linear.outputs >= classes;
   }
   static int64_t in_channels(const int64_t* words) {
     return reinterpret_cast<const ChainPlan*>(words)->in_channels;
@@ -40,6 +43,10 @@ class ChainNetwork {
       next += 2 + steps_[i]->words;
       tasks_[i] = 1;
       if (steps_[i]->kind < kFirstOfState) shape(i, maps);
+      if (steps_[i]->kind == kHandOut) {
+        const auto& step = fields<ChainHandOut>(i);
+        handed_out_[handed_out_count_++] = {step.channels, maps[step.map].height, maps[step.map].width, {}};
+      }
       if (steps_[i]->kind == kMix) tasks_[i] = blocks_of(fields<ChainMix>(i).blocks, kMixTask);
     }
     for (int64_t m = 0; m < plan_.maps; ++m) memory_ += padded(sizes_[m]);
@@ -53,6 +60,9 @@ class ChainNetwork {
     const ChainLinear& layer = linears_of(plan_)[i];
     return {static_cast<PlanActivation>(layer.activation), layer.linear};
   }
+  // The maps that are results, in their order; `to` is the caller's to fill in.
+  int64_t handed_out() const { return handed_out_count_; }
+  HandedOut& handed_out(int64_t i) { return handed_out_[i]; }
   // Floats of memory for a sample.
   int64_t memory() const { return memory_; }
 
@@ -73,6 +83,7 @@ class ChainNetwork {
     args.images = &images_;
     args.sample = sample;
     args.scratch = scratch;
+    const HandedOut* next = handed_out_;
     for (int64_t i = 0; i < plan_.steps; ++i) {
       args.kind = steps_[i]->kind;
       args.fields = reinterpret_cast<const int64_t*>(steps_[i] + 1);
@@ -89,12 +100,14 @@ class ChainNetwork {
         args.last = &step;
         args.tasks = tasks_[i];
         args.pixels = out_[i].count * out_[i].height * out_[i].width;
+      } else if (args.kind == kHandOut) {
+        next++->write(bf16(), maps[fields<ChainHandOut>(i).map].data, sample, run);
       } else {
         run(tasks_[i], [&](int64_t begin, int64_t end) { chain_state(args, begin, end); });
       }
       done();
     }
-    std::copy_n(args.state + plan_.features, linear(0).linear.inputs, out);
+    if (plan_.linears > 0) std::copy_n(args.state + plan_.features, linear(0).linear.inputs, out);
   }
 
  private:
@@ -158,6 +171,8 @@ class ChainNetwork {
   const ChainStep* steps_[kMostSteps];
   ChainMap in_[kMostSteps], out_[kMostSteps], whole_{};
   int64_t groups_[kMostSteps] = {}, tasks_[kMostSteps], sizes_[kMostMaps] = {}, records_ = 0, memory_ = 0;
+  HandedOut handed_out_[kMostHandedOut];
+  int64_t handed_out_count_ = 0;
 };
 
 }  // namespace

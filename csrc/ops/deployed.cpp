@@ -1,4 +1,5 @@
-// The operators of deployed networks: their output, and the seconds that each step takes.
+// The operators of deployed networks: their output, the maps of their pyramid, and the seconds that each step
+// takes.
 #include <chrono>
 
 #include "chain_network.h"
@@ -11,8 +12,10 @@ namespace {
 
 constexpr const char* kOp = "deploy";
 
+// (B, classes), or where `classes` is 0 the maps that are results.
 template <class Network, class Done>
-Tensor run(const Tensor& x, const Tensor& weights, const Tensor& plan, int64_t classes, Done done) {
+std::vector<Tensor> run(const Tensor& x, const Tensor& weights, const Tensor& plan, int64_t classes,
+                        Done done) {
   check_axes(kOp, "x", x, 4, "(B, C, H, W)");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, kOp, ": x must be float32");
   STD_TORCH_CHECK(x.is_cpu() && weights.is_cpu() && plan.is_cpu(), kOp,
@@ -32,8 +35,6 @@ Tensor run(const Tensor& x, const Tensor& weights, const Tensor& plan, int64_t c
   const int64_t channels = Network::in_channels(words);
   STD_TORCH_CHECK(x.size(1) == channels, kOp, ": x must have ", channels, " channels, got ", x.size(1));
   STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, kOp, ": x must have at least one pixel");
-  Tensor out = empty({x.size(0), classes}, ScalarType::Float, x);
-  if (x.size(0) == 0) return out;
   const Images images{x.const_data_ptr<float>(),
                       x.size(0),
                       x.size(2),
@@ -42,19 +43,47 @@ Tensor run(const Tensor& x, const Tensor& weights, const Tensor& plan, int64_t c
                       x.stride(1),
                       x.stride(2),
                       x.stride(3)};
-  const Network network(words, weights.const_data_ptr<float>(), images);
+  Network network(words, weights.const_data_ptr<float>(), images);
   STD_TORCH_CHECK(
       !network.bf16() || bf16_supported(), kOp,
       ": a network in bfloat16 needs a processor with AVX512-BF16, and the instruction set avx512");
+  std::vector<Tensor> out;
+  if (classes > 0) out.push_back(empty({images.batch, classes}, ScalarType::Float, x));
+  for (int64_t i = 0; i < network.handed_out(); ++i) {
+    HandedOut& map = network.handed_out(i);
+    const int64_t pixels = map.height * map.width;
+    out.push_back(empty_map(x, {images.batch, map.channels, map.height, map.width}));
+    float* data = out.back().mutable_data_ptr<float>();
+    map.to = is_channels_last(x) ? FeatureMap<float>{data, map.channels * pixels, 1, map.channels}
+                                 : FeatureMap<float>{data, map.channels * pixels, pixels, 1};
+  }
+  if (images.batch == 0) return out;
   run_network(
-      network, images.batch, classes, out.mutable_data_ptr<float>(), torch::stable::get_num_threads(),
-      [](int64_t tasks, auto f) { parallel_for(tasks, 1, f); }, done);
+      network, images.batch, classes, classes > 0 ? out[0].mutable_data_ptr<float>() : nullptr,
+      torch::stable::get_num_threads(), [](int64_t tasks, auto f) { parallel_for(tasks, 1, f); }, done);
   return out;
 }
 
 template <class Network>
 Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan, int64_t classes) {
-  return run<Network>(image, weights, plan, classes, [] {});
+  STD_TORCH_CHECK(classes > 0, kOp, ": classes must be at least 1, got ", classes);
+  return run<Network>(image, weights, plan, classes, [] {})[0];
+}
+
+// The maps of a pyramid, the finest first: each with its channels and a pixel for so many of the image's,
+// which are there for those that trace the operator without running it.
+template <class Network>
+std::vector<Tensor> maps(const Tensor& image, const Tensor& weights, const Tensor& plan,
+                         const std::vector<int64_t>& channels, const std::vector<int64_t>& reductions) {
+  auto found = run<Network>(image, weights, plan, 0, [] {});
+  bool fits = channels.size() == found.size() && reductions.size() == found.size();
+  for (size_t i = 0; fits && i < found.size(); ++i) {
+    fits = reductions[i] >= 1 && found[i].size(1) == channels[i] &&
+           found[i].size(2) == blocks_of(image.size(2), reductions[i]) &&
+           found[i].size(3) == blocks_of(image.size(3), reductions[i]);
+  }
+  STD_TORCH_CHECK(fits, kOp, ": channels and reductions must be those of the plan's maps");
+  return found;
 }
 
 // Seconds, float64, that each step takes for a batch of one.
@@ -80,13 +109,21 @@ Tensor times(const Tensor& image, const Tensor& weights, const Tensor& plan, int
 STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
   m.def("deployed_mobile_former(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
   m.def("deployed_mobile_former_times(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+  m.def(
+      "deployed_mobile_former_maps(Tensor x, Tensor weights, Tensor plan, int[] channels, int[] reductions) "
+      "-> Tensor[]");
   m.def("deployed_chain(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
   m.def("deployed_chain_times(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+  m.def(
+      "deployed_chain_maps(Tensor x, Tensor weights, Tensor plan, int[] channels, int[] reductions) -> "
+      "Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
   m.impl("deployed_mobile_former", TORCH_BOX(&mfk::forward<mfk::MobileFormerNetwork>));
   m.impl("deployed_mobile_former_times", TORCH_BOX(&mfk::times<mfk::MobileFormerNetwork>));
+  m.impl("deployed_mobile_former_maps", TORCH_BOX(&mfk::maps<mfk::MobileFormerNetwork>));
   m.impl("deployed_chain", TORCH_BOX(&mfk::forward<mfk::ChainNetwork>));
   m.impl("deployed_chain_times", TORCH_BOX(&mfk::times<mfk::ChainNetwork>));
+  m.impl("deployed_chain_maps", TORCH_BOX(&mfk::maps<mfk::ChainNetwork>));
 }

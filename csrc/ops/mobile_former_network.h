@@ -10,7 +10,7 @@
 namespace mfk {
 namespace {
 
-constexpr int64_t kMostPasses = 256;
+constexpr int64_t kMostPasses = 256, kMostMapsOut = 8;
 
 class MobileFormerNetwork {
  public:
@@ -18,8 +18,12 @@ class MobileFormerNetwork {
   static bool fits(const int64_t* words, int64_t count, int64_t weights, int64_t classes) {
     const auto& plan = *reinterpret_cast<const MobileFormerPlan*>(words);
     const int64_t header = sizeof(MobileFormerPlan) / 8, pass = sizeof(PlanPass) / 8;
-    return count >= header + pass && plan.passes <= kMostPasses && count == header + plan.passes * pass &&
-           plan.weights == weights && plan.classifier.outputs >= classes;
+    if (count < header + pass || plan.passes < 1 || plan.passes > kMostPasses) return false;
+    if (count != header + plan.passes * pass || plan.weights != weights) return false;
+    int64_t handed_out = 0;
+    for (int64_t i = 0; i < plan.passes; ++i) handed_out += passes_of(plan)[i].hand_out;
+    if (classes == 0) return plan.classifier.outputs == 0 && handed_out > 0 && handed_out <= kMostMapsOut;
+    return plan.classifier.outputs >= classes && handed_out == 0;
   }
   static int64_t in_channels(const int64_t* words) {
     return passes_of(*reinterpret_cast<const MobileFormerPlan*>(words))->in_channels;
@@ -39,6 +43,8 @@ class MobileFormerNetwork {
       const int64_t group = task_rows(shape.height, shape.width, floats, kSecondCache);
       groups_[i] = group;
       tasks_[i] = (shape.height + group - 1) / group;
+      if (pass.hand_out)
+        handed_out_[handed_out_count_++] = {pass.out_channels, shape.height, shape.width, {}};
       map_ = std::max(map_, shape.height * shape.width * padded(pass.out_channels) / (plan.bf16 ? 2 : 1));
       hidden1 = std::max(hidden1, pass.hidden1);
       hidden2 = std::max({hidden2, pass.hidden2, pass.hidden1});
@@ -57,17 +63,21 @@ class MobileFormerNetwork {
 
   bool bf16() const { return plan_.bf16; }
   const float* weights() const { return weights_; }
-  int64_t linears() const { return 2; }
+  int64_t linears() const { return plan_.classifier.outputs > 0 ? 2 : 0; }
   DeployedLinear linear(int64_t i) const {
     return i == 0 ? DeployedLinear{kHardswish, plan_.fc} : DeployedLinear{kNoActivation, plan_.classifier};
   }
 
+  // See ChainNetwork.
+  int64_t handed_out() const { return handed_out_count_; }
+  HandedOut& handed_out(int64_t i) { return handed_out_[i]; }
   // Floats of memory for a sample.
   int64_t memory() const { return 2 * map_ + padded(records_) + state_; }
 
   // From the image to the input of the classifier's first linear layer: pooled map and class tokens.
   // `run(tasks, f)` calls f(begin, end) over the tasks, perhaps on several threads; `done()` is called after
-  // each step over the tokens and each pass, after the last of the one and after the head.
+  // each step over the tokens and each pass, after the last of the one and after the head. Or the maps that
+  // are results, without these two.
   template <class Run, class Done>
   void features(int64_t sample, float* memory, float* out, Run run, Done done) const {
     float *in = memory, *next = memory + map_;
@@ -81,6 +91,7 @@ class MobileFormerNetwork {
     const TokenState state{parts[0], parts[1], parts[2], parts[3]};
     std::copy_n(weights_ + plan_.first_tokens, plan_.tokens * padded(plan_.token_dim), state.tokens);
     const PlanPass* passes = passes_of(plan_);
+    const HandedOut* handed_out = handed_out_;
     int64_t records = 0;
     for (int64_t i = 0; i < plan_.passes; ++i) {
       const PlanPass& pass = passes[i];
@@ -105,10 +116,12 @@ class MobileFormerNetwork {
       args.gathered = gathered;
       args.scratch = scratch;
       run(tasks_[i], [&](int64_t begin, int64_t end) { mobile_former_pass(args, begin, end); });
+      if (pass.hand_out) handed_out++->write(bf16(), next, sample, run);
       done();
       std::swap(in, next);
       records = tasks_[i];
     }
+    if (handed_out_count_ > 0) return;
     mobile_former_tokens({&plan_, &plan_.last, passes + plan_.passes - 1, nullptr, weights_, state, gathered,
                           records, scratch},
                          0, 1);
@@ -135,6 +148,8 @@ class MobileFormerNetwork {
   Shape shapes_[kMostPasses + 1];  // of each pass's input, and of the last output
   int64_t groups_[kMostPasses], tasks_[kMostPasses], sizes_[4];
   int64_t map_ = 0, records_ = 0, state_ = 0;
+  HandedOut handed_out_[kMostMapsOut];
+  int64_t handed_out_count_ = 0;
 };
 
 }  // namespace

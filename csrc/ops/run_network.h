@@ -20,18 +20,33 @@ inline int64_t task_rows(int64_t rows, int64_t width, int64_t floats, int64_t mo
 }
 constexpr int64_t kSecondCache = 122880;  // floats
 
+// A map that is a result, and where it is written to.
+struct HandedOut {
+  int64_t channels, height, width;
+  FeatureMap<float> to;
+
+  template <class Run>
+  void write(bool bf16, const void* from, int64_t sample, Run run) const {
+    const int64_t pixels = height * width;
+    const DeployedMapArgs args{bf16, from, pixels, channels, to, sample, scratch};
+    run(blocks_of(pixels, kMapTask), [&](int64_t begin, int64_t end) { deployed_map(args, begin, end); });
+  }
+};
+
 struct DeployedLinear {
   PlanActivation activation;
   PlanLinear linear;
 };
 
 // The whole network: `out` (batch, classes). `network.features` makes of a sample the inputs of the first of
-// the linear layers, which take the batch at once. `parallel(tasks, f)` calls f(begin, end) over the tasks on
-// at most `threads` threads; `done()` is called after each step on one thread.
+// the linear layers, which take the batch at once; where there are none, it writes the maps that are results.
+// `parallel(tasks, f)` calls f(begin, end) over the tasks on at most `threads` threads; `done()` is called
+// after each step on one thread.
 template <class Network, class Parallel, class Done>
 void run_network(const Network& network, int64_t batch, int64_t classes, float* out, int64_t threads,
                  Parallel parallel, Done done) {
-  const int64_t share = padded(network.memory()), width = padded(network.linear(0).linear.inputs);
+  const int64_t share = padded(network.memory());
+  const int64_t width = network.linears() > 0 ? padded(network.linear(0).linear.inputs) : 0;
   int64_t widest = width;
   for (int64_t i = 0; i < network.linears(); ++i) {
     widest = std::max(widest, network.linear(i).linear.outputs);

@@ -9,12 +9,14 @@ from .. import _C, native
 from ..acceleration.accelerate import as_ours
 from ..acceleration.adopt import Unfit
 from ..models.dynamic_mobile_former import DynamicMobileFormer
+from ..models.features import FeaturePyramid
 from ..models.iformer import IFormer
 from ..models.mobile_former import MobileFormer
 from .dynamic_mobile_former import deployed_dynamic_mobile_former
 from .graph import deployed_on_gpu
 from .iformer import deployed_iformer
 from .mobile_former import deployed_mobile_former
+from .pyramid import Wanted
 
 __all__ = ["deploy"]
 
@@ -24,6 +26,7 @@ _FAMILIES: dict[type, Any] = {
     DynamicMobileFormer: deployed_dynamic_mobile_former,
     IFormer: deployed_iformer,
 }
+_KNOWN = (*_FAMILIES, FeaturePyramid)
 
 
 def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -64,7 +67,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
-    if type(model) not in _FAMILIES:
+    if type(model) not in _KNOWN:
         model = _published(model)
     if on_gpu:
         return deployed_on_gpu(model, dtype)
@@ -73,6 +76,8 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
             "deploy: bfloat16 needs a processor with avx512bf16 and the instruction set avx512, but "
             f"{native.instruction_set()} is in use and the processor has {', '.join(_C.cpu_features())}"
         )
+    if isinstance(model, FeaturePyramid):
+        return _FAMILIES[type(model.network)](model.network, dtype, Wanted(model))
     return _FAMILIES[type(model)](model, dtype)
 
 
@@ -89,6 +94,6 @@ def _published(model: nn.Module) -> nn.Module:
     except Unfit as reason:
         raise TypeError(f"deploy: model is a {type(model).__name__}, but {reason}") from reason
     if ours is None:
-        names = " or ".join(family.__name__ for family in _FAMILIES)
+        names = " or ".join(kind.__name__ for kind in _KNOWN)
         raise TypeError(f"deploy: model must be a {names}, got {type(model).__name__}")
     return ours

@@ -4,7 +4,7 @@ order."""
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .deployed import Deployed
 from .packing import padded, padded_rows, padded_slots
 from .planner import Planner
+from .pyramid import DeployedPyramid, Wanted
 
 (
     _IMAGE_CONV, _DENSE_CONV, _POINTWISE, _DEPTHWISE, _INVERTED, _ATTENTION, _SPLIT, _JOIN,
-    _TOKENS, _KERNELS, _MIX, _AFFINE, _POOL,
-) = range(13)  # fmt: skip
+    _TOKENS, _KERNELS, _MIX, _AFFINE, _POOL, _HAND_OUT,
+) = range(14)  # fmt: skip
 NO_LINEAR = [0, 0, 0, 0]
 MOST_STEPS, MOST_SIZE = 1024, 16  # of a chain; of a dense convolution's kernel, less one
 ACTIVATIONS = {None: 0, "gelu": 1, "hardswish": 2}
@@ -200,6 +201,12 @@ class Chain(Planner):
         """Means of the last map."""
         self._step(_POOL, channels, place)
 
+    # --- steps that make neither -------------------------------------------------------------------------
+
+    def hand_out(self, x: Map) -> None:
+        """A map that is a result."""
+        self._step(_HAND_OUT, *x)
+
     def norm(self, norm: nn.LayerNorm) -> int:
         self.need(norm.eps == 1e-5, norm, "layer norms with eps 1e-5")
         return self.pack.add(torch.cat([padded_rows(norm.weight), padded_rows(norm.bias)]))
@@ -220,16 +227,21 @@ class Chain(Planner):
             names: of their parts.
         """
         layers = [number for linear, act in linears for number in (ACTIVATIONS[act], *linear)]
+        plan = [*self._header(in_channels, features, len(linears)), *layers, *self.steps]
+        options: dict[str, Any] = dict(
+            dtype=self.pack.dtype, in_channels=in_channels, parts=[*self.parts, *names]
+        )
+        return Deployed("deployed_chain", self.pack.tensor(), plan, classes=classes, **options)
+
+    def finished_pyramid(self, wanted: Wanted, in_channels: int) -> DeployedPyramid:
+        """The network whose results are the maps that were handed out."""
+        plan = [*self._header(in_channels, 0, 0), *self.steps]
+        options: dict[str, Any] = dict(dtype=self.pack.dtype, in_channels=in_channels, parts=self.parts)
+        return DeployedPyramid(wanted, "deployed_chain", self.pack.tensor(), plan, **options)
+
+    def _header(self, in_channels: int, features: int, linears: int) -> list[int]:
         count = len(self.parts)
         if count > MOST_STEPS:
             raise ValueError(f"deploy: at most {MOST_STEPS} steps can be deployed, got {count}")
-        header = [self.pack.size, int(self.pack.dtype == torch.bfloat16), in_channels, self.maps, self.state]
-        return Deployed(
-            "deployed_chain",
-            self.pack.tensor(),
-            [*header, features, len(linears), count, *layers, *self.steps],
-            dtype=self.pack.dtype,
-            in_channels=in_channels,
-            classes=classes,
-            parts=[*self.parts, *names],
-        )
+        bf16 = int(self.pack.dtype == torch.bfloat16)
+        return [self.pack.size, bf16, in_channels, self.maps, self.state, features, linears, count]

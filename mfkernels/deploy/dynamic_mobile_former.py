@@ -1,6 +1,6 @@
 """Dynamic Mobile-Former as a chain of steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..nn.dmf_tokens import _MLP, _TokenAttention
 from .chain import NO_LINEAR, Chain, Gather, Map
 from .deployed import Deployed
 from .packing import fold, padded, padded_rows, padded_slots, taps
+from .pyramid import Wanted
 
 _KNOWN = (
     *(DynamicMobileFormer, DMFBlock, DMFFormer, DMFHead, DMFMobileToFormer, DMFStem, DropPath, DynamicMobile),
@@ -37,43 +38,38 @@ _KNOWN = (
 _GROUP_NORM, _RESPONSE_NORM, _RESPONSE_NORM_OF_CHANNELS = range(3)
 
 
-def deployed_dynamic_mobile_former(model: DynamicMobileFormer, dtype: torch.dtype) -> Deployed:
-    """What `deploy` makes of a `DynamicMobileFormer`."""
-    return _Plan(model, dtype).run()
+def deployed_dynamic_mobile_former(
+    model: DynamicMobileFormer, dtype: torch.dtype, wanted: Wanted | None = None
+) -> Deployed:
+    """What `deploy` makes of a `DynamicMobileFormer`, or of these maps of it."""
+    plan = _Plan(model, dtype, wanted)
+    return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
 class _Plan(Chain):
-    def __init__(self, model: DynamicMobileFormer, dtype: torch.dtype) -> None:
+    def __init__(self, model: DynamicMobileFormer, dtype: torch.dtype, wanted: Wanted | None) -> None:
         super().__init__(model, dtype)
         self.check_parts(_KNOWN)
         self.model = model
+        self.blocks: list[Any] = list(model.blocks)
+        if wanted is not None:
+            last = wanted.stages[-1].name
+            self.blocks = self.blocks[: [f"blocks.{i}" for i in range(len(self.blocks))].index(last) + 1]
         _, self.count, self.dim = model.tokens.shape
         self.at = self.place(self.count * padded(self.dim))
         # What the head takes: the map's means, and the first token, which also drives the convolutions.
-        features = model.channel_conv.static_weight.shape[0]
+        features = model.channel_conv.static_weight.shape[0] if wanted is None else 0
         self.features = self.place(padded(features) + padded(self.dim))
         self.token = self.features + padded(features)
-        blocks: Any = model.blocks
-        self.bridges = [*(block.mobile2former for block in blocks), model.end_mobile2former]
+        # The bridge after each block, the first before all; none after the last map of a pyramid.
+        self.bridges = [block.mobile2former for block in self.blocks]
         self.queries = self.place(self.count * max(padded(bridge.channels) for bridge in self.bridges))
+        self.bridges.append(model.end_mobile2former if wanted is None else None)
         self.attention_at = self.place(16)
 
     def run(self) -> Deployed:
         model: Any = self.model
-        blocks, bridges = list(model.blocks), self.bridges
-        with self.named("tokens"):
-            self.token_step(None, None, bridges[0])
-        with self.named("stem"):
-            weight, bias = fold(model.stem.conv, model.stem.bn)
-            x = self.dense(None, model.stem.conv, weight, bias, gelu=True)
-        with self.named("lite_bottleneck"):
-            x = self.lite(x, model.lite_bottleneck, bridges[0], pooled=not self.halves(blocks[0]))
-        for i, block in enumerate(blocks):
-            with self.named(f"blocks.{i} tokens"):
-                self.token_step(block.mobile2former, block.former, bridges[i + 1])
-            with self.named(f"blocks.{i}"):
-                pooled = i + 1 == len(blocks) or not self.halves(blocks[i + 1])
-                x = self.block(x, block, bridges[i + 1], pooled)
+        *_, (_, x) = self.block_maps()
         with self.named("end_former"):
             self.token_step(model.end_mobile2former, model.end_former, None)
         with self.named("channel_conv"):
@@ -89,11 +85,38 @@ class _Plan(Chain):
         names = ["head.fc1", "head.fc2"]
         return self.finished(self.features, linears, names, model.in_channels, last.out_features)
 
+    def pyramid(self, wanted: Wanted) -> Deployed:
+        names = [stage.name for stage in wanted.stages]
+        for name, x in self.block_maps():
+            if name in names:
+                with self.named(name):
+                    self.hand_out(x)
+        return self.finished_pyramid(wanted, self.model.in_channels)
+
+    def block_maps(self) -> Iterator[tuple[str, Map]]:
+        """Each block's name and its map, when its steps have been written."""
+        model: Any = self.model
+        blocks, bridges = self.blocks, self.bridges
+        with self.named("tokens"):
+            self.token_step(None, None, bridges[0])
+        with self.named("stem"):
+            weight, bias = fold(model.stem.conv, model.stem.bn)
+            x = self.dense(None, model.stem.conv, weight, bias, gelu=True)
+        with self.named("lite_bottleneck"):
+            x = self.lite(x, model.lite_bottleneck, bridges[0], pooled=not self.halves(blocks[0]))
+        for i, block in enumerate(blocks):
+            with self.named(f"blocks.{i} tokens"):
+                self.token_step(block.mobile2former, block.former, bridges[i + 1])
+            with self.named(f"blocks.{i}"):
+                pooled = i + 1 == len(blocks) or not self.halves(blocks[i + 1])
+                x = self.block(x, block, bridges[i + 1], pooled)
+            yield f"blocks.{i}", x
+
     def halves(self, block: DMFBlock) -> bool:
         return hasattr(block.dynamic_mobile, "downsample")
 
-    def gather(self, bridge: DMFMobileToFormer) -> Gather:
-        return Gather(bridge.num_heads, self.count, self.queries)
+    def gather(self, bridge: DMFMobileToFormer | None) -> Gather | None:
+        return None if bridge is None else Gather(bridge.num_heads, self.count, self.queries)
 
     # --- tokens ------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from ..nn import (
 from .chain import Chain, Map
 from .deployed import Deployed
 from .packing import padded
+from .pyramid import Wanted
 
 _KNOWN = (
     *(IFormer, BNLinear, ConvBlock, ConvBN, DropPath, FFN2d, FusedInvertedBottleneck, IFormerBlock),
@@ -36,10 +37,11 @@ _KNOWN = (
 )
 
 
-def deployed_iformer(model: IFormer, dtype: torch.dtype) -> Deployed:
-    """What `deploy` makes of an `IFormer`."""
+def deployed_iformer(model: IFormer, dtype: torch.dtype, wanted: Wanted | None = None) -> Deployed:
+    """What `deploy` makes of an `IFormer`, or of these maps of it."""
     Chain(model, dtype).check_parts(_KNOWN)
-    return _Plan(copy.deepcopy(model).double().fuse(), dtype).run()
+    plan = _Plan(copy.deepcopy(model).double().fuse(), dtype)
+    return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
 class _Plan(Chain):
@@ -54,13 +56,8 @@ class _Plan(Chain):
         model: Any = self.model
         self.need(len(model.stages[3]) > 0, model, "networks with blocks in their last stage")
         x: Any = None
-        for i, (halving, stage) in enumerate(zip(model.downsample_layers, model.stages, strict=True)):
-            with self.named(f"downsample_layers.{i}"):
-                x = self.stem(halving) if x is None else self.halve(x, halving)
-            for j, block in enumerate(stage):
-                with self.named(f"stages.{i}.{j}"):
-                    last = i == 3 and j == len(stage) - 1
-                    x = self.block(x, block, sums=int(last))
+        for i in range(4):
+            x = self.stage(x, i, sums=int(i == 3))
         features = self.place(x.channels)
         with self.named("pool"):
             self.pool(x.channels, features)
@@ -71,6 +68,26 @@ class _Plan(Chain):
         linears.append((self.pack.linear(last.weight, last.bias), None))
         names = ["proj", "classifier"][-len(linears) :]
         return self.finished(features, linears, names, model.in_channels, last.out_features)
+
+    def pyramid(self, wanted: Wanted) -> Deployed:
+        x: Any = None
+        for i in range(max(wanted.order) + 1):
+            x = self.stage(x, i)
+            if i in wanted.order:
+                with self.named(f"stages.{i}"):
+                    self.hand_out(x)
+        return self.finished_pyramid(wanted, self.model.in_channels)
+
+    def stage(self, x: Map | None, i: int, sums: int = 0) -> Map:
+        """The i-th, and what halves the map before it; `sums` of its last block."""
+        halving: Any = self.model.downsample_layers[i]
+        blocks: Any = self.model.stages[i]
+        with self.named(f"downsample_layers.{i}"):
+            made = self.stem(halving) if x is None else self.halve(x, halving)
+        for j, block in enumerate(blocks):
+            with self.named(f"stages.{i}.{j}"):
+                made = self.block(made, block, sums if j == len(blocks) - 1 else 0)
+        return made
 
     def stem(self, layers: Any) -> Map:
         first, _, second = layers

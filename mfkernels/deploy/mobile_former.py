@@ -24,6 +24,7 @@ from ..nn.conv_bn import affine
 from .deployed import Deployed
 from .packing import dense, fold, padded, padded_rows, padded_slots, shuffled, spread
 from .planner import Planner
+from .pyramid import DeployedPyramid, Wanted
 
 MOST_BLOCKS = 255
 _BLOCKS = (LiteBottleneck, MobileFormerBlock, MobileFormerDownsample)
@@ -55,36 +56,38 @@ _KNOWN = (
 
 _STEM, _LITE, _BLOCK, _DOWN = range(4)
 _NO_LINEAR = [0, 0, 0, 0]
+_OPERATOR = "deployed_mobile_former"
 
 
-def deployed_mobile_former(model: MobileFormer, dtype: torch.dtype) -> Deployed:
-    """What `deploy` makes of a `MobileFormer`."""
-    weights, plan = _Planner(model, dtype).run()
-    passes = ["stem", *(f"features.{i}" for i in range(len(model.features)))]
-    parts = [part for name in passes for part in (f"{name} tokens", name)]
+def deployed_mobile_former(model: MobileFormer, dtype: torch.dtype, wanted: Wanted | None = None) -> Deployed:
+    """What `deploy` makes of a `MobileFormer`, or of these maps of it."""
+    planner = _Planner(model, dtype, wanted)
+    weights, plan = planner.run()
+    parts = [part for name in ("stem", *planner.blocks) for part in (f"{name} tokens", name)]
+    options: dict[str, Any] = dict(dtype=dtype, in_channels=model.in_channels)
+    if wanted is not None:
+        return DeployedPyramid(wanted, _OPERATOR, weights, plan, parts=parts, **options)
+    parts += ["local_global", "classifier.conv", "classifier.fc", "classifier.classifier"]
     last: Any = model.classifier.classifier[1]
-    return Deployed(
-        "deployed_mobile_former",
-        weights,
-        plan,
-        dtype=dtype,
-        in_channels=model.in_channels,
-        classes=last.out_features,
-        parts=[*parts, "local_global", "classifier.conv", "classifier.fc", "classifier.classifier"],
-    )
+    return Deployed(_OPERATOR, weights, plan, classes=last.out_features, parts=parts, **options)
 
 
 class _Planner(Planner):
-    def __init__(self, model: MobileFormer, dtype: torch.dtype) -> None:
+    def __init__(self, model: MobileFormer, dtype: torch.dtype, wanted: Wanted | None) -> None:
         super().__init__(model, dtype)
         self.model = model
+        self.blocks: dict[str, Any] = {f"features.{i}": block for i, block in enumerate(model.features)}
+        self.handed_out = [] if wanted is None else [stage.name for stage in wanted.stages]
+        if self.handed_out:
+            last = list(self.blocks).index(self.handed_out[-1])
+            self.blocks = dict(list(self.blocks.items())[: last + 1])
         self.heads = 0  # of the bridges; all have the same number
         self.former_heads = 0
         self.tokens, self.width = model.tokens.weight.shape
 
     def run(self) -> tuple[Tensor, list[int]]:
         model = self.model
-        blocks: list[Any] = list(model.features)
+        blocks = list(self.blocks.values())
         self.check_parts(_KNOWN)
         for block in blocks:
             if type(block) not in _BLOCKS:
@@ -92,17 +95,20 @@ class _Planner(Planner):
         if len(blocks) > MOST_BLOCKS:
             raise ValueError(f"deploy: at most {MOST_BLOCKS} blocks can be deployed, got {len(blocks)}")
         first = padded_rows(model.tokens.weight)
-        passes = self.one_pass(None, blocks[0] if blocks else None)
-        for index, block in enumerate(blocks):
+        passes = [*self.one_pass(None, blocks[0] if blocks else None), 0]
+        for index, (name, block) in enumerate(self.blocks.items()):
             following = blocks[index + 1] if index + 1 < len(blocks) else None
-            passes += self.one_pass(block, following)
-        last = self.token_step(model.local_global, None, None)
-        head = self.head(model.classifier)
+            passes += [*self.one_pass(block, following), int(name in self.handed_out)]
+        if self.handed_out:
+            last, head, class_tokens = self.token_step(None, None, None), 3 * _NO_LINEAR, 0
+        else:
+            last, head = self.token_step(model.local_global, None, None), self.head(model.classifier)
+            class_tokens = max(model.classifier.class_tokens, 0)
         hyper_tokens = {b.hyper1.token_id for b in blocks if not isinstance(b, LiteBottleneck)} or {0}
         if len(hyper_tokens) > 1:
             raise ValueError("deploy: all blocks must take their coefficients from the same token")
         header = [self.tokens, self.width, self.heads, self.former_heads, hyper_tokens.pop()]
-        header += [max(model.classifier.class_tokens, 0), self.pack.add(first)]
+        header += [class_tokens, self.pack.add(first)]
         plan = [
             self.pack.size,
             int(self.pack.dtype == torch.bfloat16),
@@ -118,7 +124,7 @@ class _Planner(Planner):
 
     def one_pass(self, block: Any, following: Any) -> list[int]:
         """The pass of `block`, None for the stem, and the step over the tokens before it."""
-        if isinstance(following, LiteBottleneck):
+        if isinstance(following, LiteBottleneck) or (following is None and self.handed_out):
             bridge = None
         else:
             bridge = self.model.local_global if following is None else following.local_global

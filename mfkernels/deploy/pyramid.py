@@ -1,0 +1,81 @@
+"""What `deploy` returns for a `FeaturePyramid`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import register_fake
+from ..models.features import FeaturePyramid
+from ..models.network import Stage
+from ..operators.layout import empty_map
+from .deployed import Deployed
+
+
+class Wanted:
+    """Which maps of a network are the results of a plan, and in which order they are returned.
+
+    Args:
+        pyramid: whose results they are.
+    """
+
+    def __init__(self, pyramid: FeaturePyramid) -> None:
+        self.feature_info = pyramid.feature_info
+        self.order = [int(i) for i in pyramid.return_layers.values()]
+        self._stages = pyramid.network.feature_stages
+
+    @property
+    def stages(self) -> list[Stage]:
+        """In the order of the network."""
+        return [self._stages[i] for i in sorted(self.order)]
+
+
+class DeployedPyramid(Deployed):
+    """A network without its head, prepared for inference on a CPU.
+
+    Args:
+        wanted: its maps.
+        operator, weights, plan, **options: of `Deployed`, all but the classes.
+
+    Attributes:
+        feature_info: that of the network.
+    """
+
+    def __init__(
+        self, wanted: Wanted, operator: str, weights: Tensor, plan: list[int], **options: Any
+    ) -> None:
+        super().__init__(operator, weights, plan, classes=0, **options)
+        self.feature_info = wanted.feature_info
+        self._channels = [stage.channels for stage in wanted.stages]
+        self._reductions = [stage.reduction for stage in wanted.stages]
+        self._order = [sorted(wanted.order).index(i) for i in wanted.order]
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """(B, C, H, W) images on the CPU to the maps, (B, channels, H / reduction, W / reduction), rounded
+        up, in the dtype of the images: float32, or that of the network; and in their memory format.
+
+        Raises:
+            TypeError, ValueError: an input that does not fit, named.
+        """
+        self._check(x)
+        run: Any = getattr(torch.ops.mfkernels, f"{self._operator}_maps")
+        maps = run(x.float(), self.weights, self.plan, self._channels, self._reductions)
+        return [maps[i].to(x.dtype) for i in self._order]
+
+    def extra_repr(self) -> str:
+        return f"channels={self.feature_info.channels()}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
+
+
+def _fake(
+    x: Tensor, weights: Tensor, plan: Tensor, channels: Sequence[int], reductions: Sequence[int]
+) -> list[Tensor]:
+    batch, _, height, width = x.shape
+    return [
+        empty_map(x, (batch, c, (height + r - 1) // r, (width + r - 1) // r))
+        for c, r in zip(channels, reductions, strict=True)
+    ]
+
+
+register_fake("deployed_mobile_former_maps")(_fake)
+register_fake("deployed_chain_maps")(_fake)
