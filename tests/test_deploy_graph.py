@@ -17,7 +17,7 @@ from mfkernels.deploy.folding import fold_batch_norms
 from mfkernels.deploy.fused_block import FusedBlock, forms, with_fused_blocks
 from mfkernels.deploy.graph import MOST_SHAPES, Captured, deployed_on_gpu
 from mfkernels.deploy.token_chain import is_chain
-from mfkernels.models import MobileFormer
+from mfkernels.models import FeaturePyramid, MobileFormer
 from mfkernels.nn import MobileFormerBlock, MobileFormerDownsample
 
 
@@ -59,7 +59,9 @@ class Double:
 
         def replay():
             self.log.append("replay")
-            output.copy_(run())
+            results = (r if isinstance(r, list) else [r] for r in (output, run()))
+            for kept, made in zip(*results, strict=True):
+                kept.copy_(made)
 
         replay.milliseconds = next(self.milliseconds, 1.0)
         return output, replay
@@ -95,6 +97,22 @@ def test_same_numbers(double, name):
     forms = len(deployed.forms)
     made = ["pool", *["record"] * forms, *["time"] * (forms if forms > 1 else 0)]
     assert double.log == [*made, "replay", "event", *["wait", "replay", "event"] * 2]
+
+
+@pytest.mark.parametrize("name", ["mobile_former_26m", "dmf_96", "iformer_t"])
+def test_pyramids(double, name):
+    """Their maps are the caller's, too."""
+    pyramid = FeaturePyramid(make(name), (1, 0)).eval()
+    deployed = deployed_on_gpu(pyramid, torch.float32)
+    assert deployed.feature_info.channels() == pyramid.feature_info.channels()
+    results = [deployed(image(seed=seed)) for seed in (1, 2)]
+    for seed, maps in zip((1, 2), results, strict=True):
+        with torch.no_grad():
+            expected = pyramid(image(seed=seed))
+        assert isinstance(maps, list) and len(maps) == 2
+        for one, other in zip(maps, expected, strict=True):
+            assert (one - other).abs().max() < 1e-4 * other.abs().max()
+    assert double.log[:2] == ["pool", "record"]
 
 
 def small(double, dtype=torch.float32):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_tensor
+from ..models.features import FeatureInfo, FeaturePyramid
 from ..models.iformer import IFormer
 from ..operators.runner import is_eager
 from .folding import fold_batch_norms
@@ -26,16 +27,25 @@ MOST_SHAPES = 8
 def deployed_on_gpu(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of `model`, with its batch norms folded where a convolution is before them, as a `Captured`."""
     model = copy.deepcopy(model).requires_grad_(False)
-    return Captured(
-        forms(model.fuse() if isinstance(model, IFormer) else fold_batch_norms(model), dtype), dtype
-    )
+    network = model.network if isinstance(model, FeaturePyramid) else model
+    folded = network.fuse() if isinstance(network, IFormer) else fold_batch_norms(network)
+    if not isinstance(model, FeaturePyramid):
+        return Captured(forms(folded, dtype), dtype)
+    captured = Captured([model], dtype)
+    captured.feature_info = model.feature_info
+    return captured
+
+
+def _each(result: Tensor | list[Tensor], f: Callable[[Tensor], Tensor]) -> Any:
+    """Of a result, or of the maps of a pyramid."""
+    return [f(x) for x in result] if isinstance(result, list) else f(result)
 
 
 class _Shape(NamedTuple):
     """A graph that makes `output` of `image` when `replay` is called."""
 
     image: Tensor
-    output: Tensor
+    output: Tensor | list[Tensor]
     replay: Callable[[], None]
 
 
@@ -50,6 +60,8 @@ class Captured(nn.Module):
             taken whose graph is the fastest. They are changed.
         dtype: of weights and activations.
     """
+
+    feature_info: FeatureInfo  # of a pyramid
 
     def __init__(self, forms: Sequence[nn.Module], dtype: torch.dtype) -> None:
         super().__init__()
@@ -88,13 +100,13 @@ class Captured(nn.Module):
                 _gpu.wait(self._done)
             image.copy_(x)
             replay()
-            result = output.clone()
+            result = _each(output, torch.clone)
             self._done = _gpu.event()
         return result
 
     def _run(self, form: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _without_tf32():
-            return form(x.to(self.dtype)).to(x.dtype)
+            return _each(form(x.to(self.dtype)), lambda result: result.to(x.dtype))
 
     def _record_or_warn(self, x: Tensor) -> _Shape | None:
         try:
