@@ -210,7 +210,8 @@ def test_backbone_of_transformers(timm, name):
     x = torch.randn(1, 3, 64, 64)
     for settings in (dict(out_indices=[1, 3]), dict(out_indices=[0, 2], freeze_batch_norm_2d=True), {}):
         torch.manual_seed(0)
-        backbone = transformers.TimmBackbone(transformers.TimmBackboneConfig(name, **settings)).eval()
+        config = transformers.TimmBackboneConfig(backbone=name, **settings)
+        backbone = transformers.TimmBackbone(config).eval()
         indices = settings.get("out_indices", [3])
         assert backbone.config.out_indices == indices
         with torch.inference_mode():
@@ -263,3 +264,21 @@ def test_detectors_of_torchvision(name, kind):
     assert sum(g is not None and bool(g.abs().max() > 0) for g in gradients) > len(gradients) // 2
     found = model.eval()(images)
     assert len(found) == 2 and all(d["boxes"].isfinite().all() for d in found)
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (0, 2), (1,)])
+def test_pyramid_of_timm(timm, out_indices):
+    torch.manual_seed(0)
+    plain = with_statistics(
+        timm.create_model("iformer_t", features_only=True, out_indices=out_indices)
+    ).eval()
+    x = torch.randn(1, 3, 50, 34)
+    fast = copy.deepcopy(plain)
+    assert len(mfkernels.accelerate(fast).replaced) > 8
+    deployed = mfkernels.deploy(fast)
+    assert deployed.feature_info.channels() == plain.feature_info.channels()
+    with torch.inference_mode():
+        for one, other, expected in zip(fast(x), deployed(x), plain(x), strict=True):
+            for maps in (one, other):
+                assert maps.shape == expected.shape
+                assert (maps - expected).abs().max() < 1e-4 * expected.abs().max()
