@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checks import tensors_in
+from ..nn.replacement import ORIGINAL, Replacement, give_back
 from . import dynamic_mobile_former, iformer, iformer_timm, mobile_former, sequential
-from .adopt import Unfit, give_back, hooked
+from .adopt import Unfit, check_unchanged
 from .settings import Found, random_inputs
+from .trial import compare, compare_networks
 
 # What takes the place of a module, or None if the rule does not concern it; raises Unfit with a reason if it
 # looks like one that the rule is for, and is not.
@@ -25,7 +25,6 @@ _KNOWN: tuple[Callable[[nn.Module], Found], ...] = (
     *iformer.RULES,
     *sequential.RULES,
 )
-_ORIGINAL = "_mfkernels_original"
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,10 @@ def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
     Known are the classes of the released Mobile-Former, DMF and iFormer, and of timm's iFormer, by their
     names, attributes and shapes; they are not imported. Known is also PyTorch's own `nn.Sequential`, in any
     network, where batch norms are in it. Each replacement is tried before it is made, with random weights
-    against the original: what does not give the same numbers is left alone. Layers, parameters and buffers
-    stay the same objects under the same names, so optimizers, wrappers and checkpoints go on working.
+    against the original, in inference and in training: what does not give the same numbers is left alone, and
+    what has hooks or a `forward` or `train` of its own that would not be called. Where such come later, calls
+    find it: the original runs, with a warning. Layers, parameters and buffers stay the same objects under the
+    same names, so optimizers, wrappers and checkpoints go on working. After an exception nothing is replaced.
 
     Args:
         model: any network. A second call changes nothing. In networks of `mfkernels.models` there is nothing
@@ -86,7 +87,14 @@ def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
     report = Report()
-    _visit(model, "", rules, report, {})
+    undo: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    try:
+        with torch.random.fork_rng(devices=[]):  # modules are made with random weights, and these thrown away
+            _visit(model, "", rules, report, {}, undo)
+    except BaseException:
+        for modules, name, child in reversed(undo):
+            modules[name] = child
+        raise
     return report
 
 
@@ -99,8 +107,7 @@ def as_ours(model: nn.Module) -> nn.Module | None:
         with _recognising():
             new: Any = family.network(plain)
         if new is not None:
-            random = _randomised(plain)  # at first: parameters may have another order in the other network
-            _compare_results(random, family.network(random), random_inputs((2, new.in_channels, 64, 64)))
+            compare_networks(plain, family.network, random_inputs((2, new.in_channels, 64, 64)))
             return new
     return None
 
@@ -114,7 +121,7 @@ def restore(model: nn.Module) -> Report:
     report = Report()
     for parent, name, path in list(_children(model)):
         new = parent._modules[name]
-        old = None if new is None else new.__dict__.get(_ORIGINAL)
+        old = None if new is None else new.__dict__.get(ORIGINAL)
         if new is None or old is None:
             continue
         give_back(new, old)
@@ -133,10 +140,15 @@ def _children(model: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, s
 
 
 def _visit(
-    module: nn.Module, prefix: str, rules: Sequence[Rule], report: Report, done: dict[nn.Module, nn.Module]
+    module: nn.Module,
+    prefix: str,
+    rules: Sequence[Rule],
+    report: Report,
+    done: dict[nn.Module, nn.Module],
+    undo: list[tuple[dict[str, nn.Module | None], str, nn.Module]],
 ) -> None:
     for name, child in list(module._modules.items()):
-        if child is None or _ORIGINAL in child.__dict__:
+        if child is None or ORIGINAL in child.__dict__:
             continue
         path = f"{prefix}{name}"
         new = done.get(child)  # a module that is used in several places
@@ -146,13 +158,16 @@ def _visit(
             except Unfit as reason:
                 report.left.append(Left(path, type(child).__name__, str(reason)))
         if new is None:
-            _visit(child, f"{path}.", rules, report, done)
+            _visit(child, f"{path}.", rules, report, done, undo)
             continue
         done[child] = new
-        new.__dict__[_ORIGINAL] = child  # not as a submodule: it must not appear in the state
+        if isinstance(new, Replacement):
+            new.watch(child)
+        new.__dict__[ORIGINAL] = child  # not as a submodule: it must not appear in the state
+        undo.append((module._modules, name, child))
         module._modules[name] = new
         report.replaced.append(Replaced(path, type(child).__name__, type(new).__name__))
-        _visit(new, f"{path}.", rules, report, done)  # what it took over as it was
+        _visit(new, f"{path}.", rules, report, done, undo)  # what it took over as it was
 
 
 def _replacement(old: nn.Module, rules: Sequence[Rule]) -> nn.Module | None:
@@ -169,9 +184,8 @@ def _replacement(old: nn.Module, rules: Sequence[Rule]) -> nn.Module | None:
         if found is None:
             continue
         new, inputs = found
-        for path in hooked(old, new):
-            raise Unfit(f"{path} has hooks, which would not be called")
-        _compare(old, new, inputs())
+        check_unchanged(old, new)
+        compare(old, new, inputs())
         return new
     return None
 
@@ -193,40 +207,3 @@ def _check_parameters(rule: Rule, old: nn.Module, new: nn.Module) -> None:
             f"parameters are not those of the {type(old).__name__}: the same objects, names and order; "
             "see mfkernels.acceleration.adopt"
         )
-
-
-def _compare(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
-    """Both with the same random weights, in float64 and eval mode: the same results, or Unfit."""
-    _compare_results(_randomised(old), _randomised(new), inputs)
-
-
-def _compare_results(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
-    results = []
-    for module in (old, new):
-        with torch.no_grad():
-            try:
-                results.append(tensors_in(module(*inputs)))
-            except Exception as error:
-                raise Unfit(f"it does not run as the released class does: {error}") from error
-    theirs, ours = results
-    close = len(theirs) == len(ours) and all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-8, atol=1e-8 * float(a.abs().max()))
-        for a, b in zip(theirs, ours, strict=True)
-    )
-    if not close:
-        raise Unfit("it computes something else than the released class")
-
-
-def _randomised(module: nn.Module) -> nn.Module:
-    """A copy in float64 and eval mode."""
-    module = copy.deepcopy(module).cpu().double().eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        width = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * width**-0.5
-        parameter.data.copy_(noise + (parameter.dim() == 1))
-    for inner in module.modules():
-        if isinstance(inner, _BatchNorm) and inner.running_mean is not None and inner.running_var is not None:
-            inner.running_mean.copy_(torch.randn(inner.num_features, generator=generator) / 2)
-            inner.running_var.copy_(torch.rand(inner.num_features, generator=generator) + 0.5)
-    return module

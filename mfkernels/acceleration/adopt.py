@@ -1,14 +1,23 @@
 """How a module of ours takes the place of another one: with the very layers and parameters of that one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.inputs import has_hooks
+from ..nn.replacement import follow_modes, has_state, is_layer
 
 # What convolutions and norms may differ in beside their weights.
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "num_groups")
+
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_METHODS = ("__call__", "train", "eval", "_apply", "_save_to_state_dict", "_load_from_state_dict")
 
 
 class Unfit(Exception):
@@ -37,30 +46,8 @@ def adopt(new: nn.Module, old: nn.Module, *, whole: Sequence[str] = ()) -> nn.Mo
             raise Unfit(f"other {kind}: {', '.join(different) if different else 'in another order'}")
         if any(ours[name] is not theirs[name] for name in ours):
             raise Unfit(f"{kind} are shared in another way")
-    places = dict(old.named_modules())
-    mine = set(places.values())
-    for path, module in new.named_modules():
-        if module not in mine:
-            module.training = places.get(path, old).training
+    follow_modes(new, old)
     return new
-
-
-def give_back(new: nn.Module, old: nn.Module) -> None:
-    """Give `old` what `new` has now in the place of what `adopt` took."""
-    for own, theirs in ((old._parameters, new._parameters), (old._buffers, new._buffers)):
-        own.update({name: theirs[name] for name in own})  # type: ignore[misc]
-    for name, child in list(old._modules.items()):
-        now = new._modules.get(name)
-        if child is None or now is None or now is child:
-            continue
-        if not _is_layer(child):
-            give_back(now, child)
-        elif _has_state(child):
-            old._modules[name] = now
-    shared = set(new.modules())
-    for module in old.modules():
-        if module not in shared:
-            module.training = new.training
 
 
 def _take(new: nn.Module, old: nn.Module, path: str, whole: Sequence[str]) -> None:
@@ -73,14 +60,14 @@ def _take(new: nn.Module, old: nn.Module, path: str, whole: Sequence[str]) -> No
                 raise Unfit(f"{path}{name} has the shape {_shape(other)}, expected {_shape(value)}")
             own[name] = other  # type: ignore[index, assignment]
     for name, child in list(new.named_children()):
-        if not _has_state(child):
+        if not has_state(child):
             continue
         layer = old._modules.get(name)
         if layer is None:
             raise Unfit(f"it has no {path}{name}")
         if path + name in whole:
             new._modules[name] = layer
-        elif _is_layer(child):
+        elif is_layer(child):
             _check_layer(child, layer, path + name)
             new._modules[name] = layer
         else:
@@ -101,21 +88,21 @@ def _check_layer(expected: nn.Module, layer: nn.Module, path: str) -> None:
             raise Unfit(f"{path}.{name} has the shape {_shape(other)}, expected {_shape(value)}")
 
 
-def hooked(old: nn.Module, new: nn.Module) -> Iterator[str]:
-    """The modules of `old` that have hooks and have no part in `new`."""
+def check_unchanged(old: nn.Module, new: nn.Module) -> None:
+    """Raises Unfit where `old` has what `new` would not do: hooks, or methods of its own, in a part that has
+    no place in `new`; a `forward` patched on any part, which says nothing of what it computes elsewhere."""
     kept = set(new.modules())
     for path, module in old.named_modules():
-        if module not in kept and has_hooks(module):
-            yield path or "itself"
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """One of PyTorch's, which is taken as it is."""
-    return not module._modules and type(module).__module__.startswith("torch.nn.")
-
-
-def _has_state(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+        name, facts = path or "itself", vars(module)
+        if "forward" in facts:
+            raise Unfit(f"{name} has a forward of its own")
+        if module in kept:
+            continue
+        if has_hooks(module) or any(facts.get(hooks) for hooks in _STATE_HOOKS):
+            raise Unfit(f"{name} has hooks, which would not be called")
+        for method in _METHODS:
+            if method in facts or getattr(type(module), method) is not getattr(nn.Module, method):
+                raise Unfit(f"{name} has a {method} of its own")
 
 
 def _shape(value) -> object:  # type: ignore[no-untyped-def]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..nn.inputs import has_hooks
+from ..nn.inputs import untouched
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
@@ -23,6 +23,6 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 def folded(layers: Iterable[nn.Module]) -> nn.Conv2d | None:
     """The convolution that an `nn.Sequential` is when its batch norm is folded; None where it is more."""
     conv, *rest = layers
-    if type(conv) is not nn.Conv2d or any(type(layer) is not nn.Identity for layer in rest):
+    if not isinstance(conv, nn.Conv2d) or any(type(layer) is not nn.Identity for layer in rest):
         return None
-    return None if conv.bias is None or has_hooks(conv) else conv
+    return conv if untouched(conv, nn.Conv2d) and conv.bias is not None else None

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import backends, ops
-from .inputs import has_hooks
+from .inputs import untouched
 
 
 def normalize(norm: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
@@ -58,11 +58,10 @@ def _is_small(layer: nn.Module, x: Tensor, activation: str) -> bool:
 def is_plain_norm(layer: Any, x: Tensor) -> bool:
     """Whether kernels can do for `x` what this layer does."""
     return (
-        type(layer) is nn.BatchNorm2d
+        untouched(layer, nn.BatchNorm2d)
         and layer.affine
         and layer.track_running_stats
         and layer.momentum is not None
-        and not has_hooks(layer)
         and x.dim() == 4
         and (not layer.training or x.numel() > x.shape[1])  # else it raises the right error
         and backends.use_kernels("batch_norm", x)

@@ -3,9 +3,10 @@ from torch import Tensor, nn
 
 from .batch_norm import normalize
 from .pointwise_conv_bn import conv_norm
+from .replacement import Replacement
 
 
-class ConvBN(nn.Module):
+class ConvBN(Replacement):
     """A convolution without bias and its batch norm, under the names of the released iFormer: `c` and `bn`.
 
     Args:

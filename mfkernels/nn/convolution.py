@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .. import backends, ops
 from ..operators.runner import is_eager
-from .inputs import has_hooks
+from .inputs import untouched
 
 SMALL = 12_000_000  # multiplications of a 1x1 convolution
 
@@ -61,5 +61,5 @@ def takes_plain(conv: nn.Conv2d, x: Tensor) -> bool:
         and x.dtype == conv.weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
-        and not has_hooks(conv)
+        and untouched(conv, nn.Conv2d)
     )

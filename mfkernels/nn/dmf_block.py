@@ -9,13 +9,14 @@ from .dmf_tokens import DMFFormer, DMFMobileToFormer
 from .drop_path import DropPath
 from .dynamic_conv2d import DynamicResidualConv2d
 from .fused_sequential import FusedSequential
-from .inputs import check_channels
+from .inputs import check_channels, untouched
 from .inverted_residual_ffn import InvertedResidualFFN
 from .kernel_attention import KernelAttention
 from .pointwise_conv_bn import conv_norm
+from .replacement import Replacement
 
 
-class DynamicMobile(nn.Module):
+class DynamicMobile(Replacement):
     """The Mobile of a DMF block: an inverted bottleneck whose convolutions are dynamic; with stride 2 after a
     depthwise convolution that halves the map. No residual.
 
@@ -71,6 +72,7 @@ class DynamicMobile(nn.Module):
                 inputs, outputs, size, token_dim=token_dim, num_kernels=kernels, groups=groups, **dynamic
             )
 
+        self.dynamic = (pointwise_kernels > 1, depthwise_kernels > 1, pointwise_kernels > 1)
         self.pw_conv1 = conv(in_channels, hidden, 1, groups, pointwise_kernels)
         self.bn1 = nn.BatchNorm2d(hidden)
         self.dw_conv = conv(hidden, hidden, kernel_size, hidden, depthwise_kernels)
@@ -87,22 +89,25 @@ class DynamicMobile(nn.Module):
         check_channels("DynamicMobile", x, self.in_channels)
         if hasattr(self, "downsample"):
             x = self.downsample(x)
-        attention = getattr(self.pw_conv1, "Kernel_Attention", None)  # may be one of somebody else's
-        return x, (x.mean((2, 3), keepdim=True),) if isinstance(attention, KernelAttention) else ()
+        first: Any = self.pw_conv1  # whose attention may be one of somebody else's
+        takes = untouched(first, DynamicResidualConv2d) and untouched(first.Kernel_Attention, KernelAttention)
+        return x, (x.mean((2, 3), keepdim=True),) if takes else ()
 
     def finish(self, x: Tensor, mean: tuple[Tensor, ...], token: Tensor) -> Tensor:
         """The rest."""
         check_tensor("DynamicMobile", "token", token, "B d")
         check_shape("DynamicMobile", "token", token, "B d", (x.shape[0], self.token_dim))
 
-        def run(conv: nn.Module, norm: nn.Module, x: Tensor, activation: str, *mean: Tensor) -> Tensor:
-            if isinstance(conv, nn.Conv2d):
-                return conv_norm(conv, norm, x, activation)
-            return normalize(norm, conv(x, token, *mean), activation)
-
-        x = run(self.pw_conv1, self.bn1, x, "gelu", *mean)
-        x = run(self.dw_conv, self.bn2, x, "gelu")
-        return run(self.pw_conv2, self.bn3, x, "none")
+        layers = (self.pw_conv1, self.bn1), (self.dw_conv, self.bn2), (self.pw_conv2, self.bn3)
+        for (conv, norm), dynamic, activation in zip(
+            layers, self.dynamic, ("gelu", "gelu", "none"), strict=True
+        ):
+            if dynamic:
+                x = normalize(norm, conv(x, token, *mean), activation)
+            else:
+                x = conv_norm(conv, norm, x, activation)
+            mean = ()
+        return x
 
 
 class DMFBlock(nn.Module):
@@ -162,6 +167,10 @@ class DMFBlock(nn.Module):
         def former() -> Tensor:
             return self.former(self.mobile2former(x, tokens))
 
-        new, begun = side_by_side(former, lambda: self.dynamic_mobile.begin(x), x, tokens)
-        x = self.dynamic_mobile.finish(*begun, new[:, 0])
+        if untouched(self.dynamic_mobile, DynamicMobile):
+            new, begun = side_by_side(former, lambda: self.dynamic_mobile.begin(x), x, tokens)
+            x = self.dynamic_mobile.finish(*begun, new[:, 0])
+        else:
+            new = former()
+            x = self.dynamic_mobile(x, new[:, 0])
         return x + self.drop_path(self.ffn(self.norm(x))), new

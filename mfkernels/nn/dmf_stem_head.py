@@ -5,9 +5,10 @@ from torch.nn import functional as F
 from ..checks import check_shape, check_tensor
 from .inputs import check_channels
 from .pointwise_conv_bn import conv_norm
+from .replacement import Replacement
 
 
-class DMFStem(nn.Module):
+class DMFStem(Replacement):
     """The first layers of DMF: a convolution with stride 2 and bias, batch norm, GELU.
 
     Args:

@@ -8,10 +8,11 @@ from torch.nn import functional as F
 from .. import ops
 from ..checks import check_shape, check_tensor
 from .drop_path import DropPath
-from .inputs import check_channels, parameters_of
+from .inputs import check_channels, parameters_of, untouched
+from .replacement import Replacement
 
 
-class DMFMobileToFormer(nn.Module):
+class DMFMobileToFormer(Replacement):
     """Mobile -> Former of DMF: the tokens, normalised, attend to the pixels; the residual adds the normalised
     tokens, too.
 
@@ -116,7 +117,7 @@ class _MLP(nn.Module):
         return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(tokens)))))
 
 
-class DMFFormer(nn.Module):
+class DMFFormer(Replacement):
     """The Former of DMF: a standard transformer block with norms before.
 
     Args:
@@ -160,10 +161,20 @@ class DMFFormer(nn.Module):
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
     def _layers(self) -> list[nn.Module]:
-        """Those of the operator, in its order; none where something is dropped."""
+        """Those of the operator, in its order; none where something is dropped or has to be called."""
         if self.training and (self.dropout > 0 or self.drop_path.rate > 0):
             return []
         attention, mlp = self.token_attention, self.mlp
+        plain = (
+            untouched(attention, _TokenAttention)
+            and untouched(attention.dropout, nn.Dropout)
+            and untouched(mlp, _MLP)
+            and untouched(mlp.dropout, nn.Dropout)
+            and untouched(self.drop_path, DropPath)
+            and self.norm1.eps == self.norm2.eps
+        )
+        if not plain:
+            return []
         return [attention.qkv, attention.proj, self.norm1, mlp.fc1, mlp.fc2, self.norm2]
 
 

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from .kernel_attention import KernelAttention
+from .replacement import Replacement
 
 
-class DynamicResidualConv2d(nn.Module):
+class DynamicResidualConv2d(Replacement):
     """A convolution whose kernel is a static one plus a tenth of a mix of K others, chosen by a token and the
     map itself.
 

@@ -6,10 +6,11 @@ from torch import Tensor, nn
 from .. import ops
 from .drop_path import DropPath
 from .gate import gate_layer
-from .inputs import check_mixing, check_tokens, needed, parameters_of
+from .inputs import check_mixing, check_tokens, needed, parameters_of, untouched
+from .replacement import Replacement
 
 
-class Former(nn.Module):
+class Former(Replacement):
     """Self-attention among the tokens and a feed-forward network, each with a residual and a norm after.
 
     Keys and values are the tokens themselves: there is no W^K and no W^V.
@@ -76,7 +77,8 @@ class Former(nn.Module):
         parameters = parameters_of(*self._layers())
         if parameters:
             run: Any = ops.former_block
-            return run(tokens.transpose(0, 1), *parameters, num_heads=self.num_heads).transpose(0, 1)
+            options: Any = dict(num_heads=self.num_heads, eps=self.layer_norm.eps)
+            return run(tokens.transpose(0, 1), *parameters, **options).transpose(0, 1)
         mixed = None
         if hasattr(self, "token_mlp"):
             expected = self.token_mlp[0].in_features
@@ -96,12 +98,18 @@ class Former(nn.Module):
         return tokens
 
     def _layers(self) -> list[nn.Module]:
-        """All of them in the released form, with nothing dropped; none where it is another."""
+        """Those of the operator, in its order; none where something is dropped or has to be called."""
         ablation = not hasattr(self, "q") or hasattr(self, "token_mlp") or hasattr(self, "alpha")
-        if ablation or (self.training and self.drop_path.rate > 0):
+        if ablation or not untouched(self.drop_path, DropPath) or (self.training and self.drop_path.rate > 0):
             return []
         layers: list[nn.Module] = [self.q, self.channel_mlp, self.layer_norm]
-        return layers + ([self.ffn[0], self.ffn[2], self.ffn_norm] if hasattr(self, "ffn") else [])
+        if not hasattr(self, "ffn"):
+            return layers
+        if not untouched(self.ffn, nn.Sequential) or self.ffn_norm.eps != self.layer_norm.eps:
+            return []
+        first, gelu, *last = self.ffn
+        plain = untouched(gelu, nn.GELU) and gelu.approximate == "none"
+        return [*layers, first, *last, self.ffn_norm] if plain else []
 
     def _attend(self, tokens: Tensor) -> Tensor:
         def by_head(z: Tensor) -> Tensor:  # (T, B, d) -> (B, h, T, c)

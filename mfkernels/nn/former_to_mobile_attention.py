@@ -4,10 +4,11 @@ from torch import Tensor, nn
 from .. import ops
 from .drop_path import DropPath
 from .gate import gate_layer
-from .inputs import Pair, check_channels, check_mixing, check_positions, map_and_tokens, needed
+from .inputs import Pair, check_channels, check_mixing, check_positions, map_and_tokens, needed, untouched
+from .replacement import Replacement
 
 
-class FormerToMobile(nn.Module):
+class FormerToMobile(Replacement):
     """Mobile <- Former: the pixels of a feature map attend to the tokens; the map is added.
 
     Args:
@@ -76,25 +77,27 @@ class FormerToMobile(nn.Module):
         if hasattr(self, "alpha"):
             v = v * (2 * self.alpha(tokens))
         v = v.transpose(0, 1)  # (B, T, C)
+        ablation = hasattr(self, "mlp") or hasattr(self, "q")
+        if ablation or not untouched(self.drop_path, DropPath):
+            return x + self.drop_path(self._taken(x, tokens, v))
         scale = self.drop_path.scale(x)  # (B, 1, 1, 1)
-        out = x
-        if hasattr(self, "k"):
-            out = self._attend(x, self.k(tokens).transpose(0, 1), v, scale)
-        if hasattr(self, "mlp"):
-            check_positions("FormerToMobile", x.shape[2], x.shape[3], self.mlp.out_features)
-            y = self.mlp(v.transpose(1, 2)).reshape(x.shape)
-            out = out + (y if scale is None else y * scale)
-        return out
-
-    def _attend(self, x: Tensor, k: Tensor, v: Tensor, scale: Tensor | None) -> Tensor:
-        if hasattr(self, "q"):
-            y = self.fuse(self._attend_projected(self.q(x), k, v).reshape(x.shape))
-            return x + (y if scale is None else y * scale)
         if scale is not None:  # the attention is linear in its values
             v = v * scale.flatten(1)[..., None]
-        return ops.former_to_mobile_attention(x, k, v, self.num_heads)
+        return ops.former_to_mobile_attention(x, self.k(tokens).transpose(0, 1), v, self.num_heads)
 
-    def _attend_projected(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _taken(self, x: Tensor, tokens: Tensor, v: Tensor) -> Tensor:
+        """What the map takes from the tokens, which is added to it."""
+        parts = []
+        if hasattr(self, "k"):
+            q = self.q(x) if hasattr(self, "q") else x
+            y = self._attend(q, self.k(tokens).transpose(0, 1), v).reshape(x.shape)
+            parts.append(self.fuse(y) if hasattr(self, "fuse") else y)
+        if hasattr(self, "mlp"):
+            check_positions("FormerToMobile", x.shape[2], x.shape[3], self.mlp.out_features)
+            parts.append(self.mlp(v.transpose(1, 2)).reshape(x.shape))
+        return sum(parts[1:], parts[0])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def by_head(z: Tensor) -> Tensor:  # (B, C, n) -> (B, h, c, n)
             return z.unflatten(1, (self.num_heads, -1))
 

@@ -2,9 +2,10 @@ from torch import Tensor, nn
 
 from .conv_bn import ConvBN
 from .fused_sequential import run_layers
+from .replacement import Replacement
 
 
-class FusedInvertedBottleneck(nn.Module):
+class FusedInvertedBottleneck(Replacement):
     """A dense convolution that widens, GELU, and a pointwise one that narrows; no residual.
 
     Args:

@@ -2,11 +2,12 @@ from torch import Tensor, nn
 
 from .batch_norm import normalize
 from .conv_bn import ConvBN
-from .inputs import has_hooks
+from .inputs import untouched
 from .pointwise_conv_bn import conv_norm
+from .replacement import Replacement
 
 
-class FusedSequential(nn.Sequential):
+class FusedSequential(Replacement, nn.Sequential):
     """An `nn.Sequential` that runs its batch norms by our kernels, each with the GELU after it.
 
     Args:
@@ -44,8 +45,8 @@ def run_layers(x: Tensor, *layers: nn.Module) -> Tensor:
 
 
 def _is_gelu(layer: nn.Module) -> bool:
-    return type(layer) is nn.GELU and layer.approximate == "none" and not has_hooks(layer)
+    return isinstance(layer, nn.GELU) and untouched(layer, nn.GELU) and layer.approximate == "none"
 
 
 def _takes_activation(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.BatchNorm2d) or (isinstance(layer, ConvBN) and not has_hooks(layer))
+    return isinstance(layer, nn.BatchNorm2d) or untouched(layer, ConvBN)

@@ -2,9 +2,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .replacement import Replacement
 
 
-class GlobalResponseNorm(nn.Module):
+class GlobalResponseNorm(Replacement):
     """`gamma * x * n + beta + x`, with n from the norms of the channels: see `ops.global_response_norm`.
 
     Args:

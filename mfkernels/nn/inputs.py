@@ -1,6 +1,7 @@
 """What the modules share: how they take a feature map and tokens."""
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..checks import check_tensor
 
@@ -52,11 +53,9 @@ def check_positions(module: str, height: int, width: int, positions: int) -> Non
 
 def parameters_of(*layers: nn.Module) -> list[Tensor | None] | None:
     """Weights and biases of layers in order, for an operator that does the work of them all; None where one
-    of them is not PyTorch's own (a replaced layer, an adapter) or has a hook, and must be called."""
-    for layer in layers:
-        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-        if type(layer) not in (nn.Linear, nn.LayerNorm) or hooked:
-            return None
+    of them must be called: see `untouched`."""
+    if not all(untouched(layer, nn.Linear, nn.LayerNorm) and layer.weight is not None for layer in layers):
+        return None
     return [value for layer in layers for value in (layer.weight, layer.bias)]  # type: ignore[misc]
 
 
@@ -72,8 +71,19 @@ def needed(module: str, mixing: str, name: str, value: int | None) -> int:
     return value
 
 
-def has_hooks(layer: nn.Module) -> bool:
+def untouched(part: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether something else may do the work of `part`: it is of one of these very classes (no adapter around
+    it, no subclass), runs the `forward` of its class, and nobody waits for its calls."""
+    return type(part) in kinds and "forward" not in part.__dict__ and not has_hooks(part)
+
+
+def has_hooks(part: nn.Module) -> bool:
     """Whether somebody waits for its calls."""
+    facts = part.__dict__
     return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        facts["_forward_hooks"]
+        or facts["_forward_pre_hooks"]
+        or facts["_backward_hooks"]
+        or facts["_backward_pre_hooks"]
+        or _has_any_global_hook()
     )

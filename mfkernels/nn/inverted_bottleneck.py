@@ -3,9 +3,10 @@ from torch import Tensor, nn
 from ..checks import check_tensor
 from .inputs import check_channels
 from .pointwise_conv_bn import conv_norm
+from .replacement import Replacement
 
 
-class InvertedBottleneck(nn.Module):
+class InvertedBottleneck(Replacement):
     """Pointwise, depthwise and pointwise convolution, each with a batch norm, GELU between; no residual. The
     first block of DMF.
 

@@ -5,9 +5,10 @@ from ..checks import check_tensor
 from .global_response_norm import GlobalResponseNorm
 from .inputs import check_channels
 from .pointwise_conv_bn import conv_norm
+from .replacement import Replacement
 
 
-class InvertedResidualFFN(nn.Module):
+class InvertedResidualFFN(Replacement):
     """The feed-forward part of a DMF block: pointwise, batch norm, GELU, depthwise 3x3 with a shortcut,
     global response norm, GELU, pointwise, batch norm. The block adds its input.
 

@@ -16,12 +16,13 @@ from .dynamic_relu import DynamicReLU
 from .former_block import Former
 from .former_to_mobile_attention import FormerToMobile
 from .fused_sequential import FusedSequential
-from .inputs import Pair, check_channels, map_and_tokens, parameters_of
+from .inputs import Pair, check_channels, map_and_tokens, parameters_of, untouched
 from .mobile_to_former_attention import MobileToFormer
+from .replacement import Replacement
 from .token_hyper import HyperNetwork
 
 
-class _TokenBlock(nn.Module, ABC):
+class _TokenBlock(Replacement, ABC):
     """What the two blocks with tokens share; `MobileFormerBlock` explains the arguments."""
 
     conv1: nn.Module
@@ -61,6 +62,7 @@ class _TokenBlock(nn.Module, ABC):
         self.in_channels, self.stride = in_channels, stride
         self.token_dim, self.token_id = token_dim, token_id
         self.skip = stride == 1 and in_channels == out_channels
+        self.se_flag = tuple(se_flag)
         self._hyper_options: dict[str, int] = dict(token_id=token_id, reduction=hyper_reduction)
         self._add_mobile(in_channels, out_channels, expansion, se_flag, groups, kernel_size, depthwise)
         self.drop_path = DropPath(drop_path)
@@ -112,13 +114,17 @@ class _TokenBlock(nn.Module, ABC):
         def former() -> tuple[Tensor, Tensor | None, Sequence[Tensor | None]]:
             # The released blocks take the dynamic coefficients from the updated tokens, but the attention
             # that mixes them from the query before the update.
-            new, logits = self.local_global(x, tokens, return_logits=self.token_id == -1)
+            if untouched(self.local_global, MobileToFormer):
+                new, logits = self.local_global(x, tokens, return_logits=self.token_id == -1)
+            else:  # whoever waits for its calls, or stands around it, knows the released form
+                new, logits = self.local_global((x, tokens))
+                logits = logits if self.token_id == -1 else None
             new = self.global_block(new)
             return new, logits, self._slopes(new)
 
         # Until it needs these coefficients, Mobile has work that needs nothing of the tokens.
         made, first = side_by_side(former, lambda: self.conv1(x), x, tokens)
-        return self._mobile(x, first, *made, lambda out: self.global_local(out, made[0])), made[0]
+        return self._mobile(x, first, *made, lambda out: self.global_local((out, made[0]))), made[0]
 
     def _hyper(self, channels: int, functions: int) -> nn.Module:
         if functions < 1:
@@ -127,11 +133,10 @@ class _TokenBlock(nn.Module, ABC):
 
     def _slopes(self, tokens: Tensor) -> Sequence[Tensor | None]:
         """Those of the two generators, for dynamic ReLUs of one token, in one call; None for others."""
-        generators = self._generators()
-        if self.token_id < 0 or any(act.num_functions != 2 for act, _ in generators):
+        if self.token_id < 0 or self.se_flag[0] != 2 or self.se_flag[2] != 2:
             return (None, None)
-        hypers: list[Any] = [hyper for _, hyper in generators]
-        parameters = parameters_of(*(hyper.hyper[i] for hyper in hypers for i in (0, 2)))
+        layers = [layer for act, hyper in self._generators() for layer in _layers_of(act, hyper)]
+        parameters = parameters_of(*layers) if len(layers) == 4 else None
         if parameters is None:
             return (None, None)
         slopes: Any = ops.token_hyper(tokens[self.token_id], *parameters)  # type: ignore[arg-type]
@@ -147,8 +152,20 @@ class _TokenBlock(nn.Module, ABC):
         return torch.softmax(logits, dim=1)
 
 
+def _layers_of(act: nn.Module, hyper: Any) -> list[nn.Module]:
+    """The two layers of a hyper network; none where something of it or the activation has to be called."""
+    if not (untouched(act, DynamicReLU) and untouched(hyper, HyperNetwork)):
+        return []
+    if not untouched(hyper.hyper, nn.Sequential):
+        return []
+    first, relu, second, *gate = hyper.hyper
+    plain = untouched(relu, nn.ReLU) and all(untouched(layer, nn.Hardsigmoid) for layer in gate)
+    return [first, second] if plain and len(gate) == 1 else []
+
+
 def _activate(
-    act: DynamicReLU,
+    functions: int,
+    act: nn.Module,
     hyper: nn.Module,
     x: Tensor,
     tokens: Tensor,
@@ -157,7 +174,7 @@ def _activate(
 ) -> Tensor:
     if slopes is not None:
         return ops.dynamic_relu(x, slopes)
-    return act(x, hyper(tokens), attention) if act.num_functions > 0 else act(x)
+    return act(x, hyper(tokens), attention) if functions > 0 else act(x)
 
 
 class MobileFormerBlock(_TokenBlock):
@@ -219,10 +236,10 @@ class MobileFormerBlock(_TokenBlock):
         return (self.act1, self.hyper1), (self.act2, self.hyper2)
 
     def _mobile(self, x, first, tokens, logits, slopes, back):
-        attention = self._attention(logits, first.shape[2:])
-        out = _activate(self.act1, self.hyper1, first, tokens, attention, slopes[0])
-        out = _activate(self.act2, self.hyper2, self.conv2(out), tokens, attention, slopes[1])
-        out = _activate(self.act3, self.hyper3, self.conv3(out), tokens, attention)
+        flag, attention = self.se_flag, self._attention(logits, first.shape[2:])
+        out = _activate(flag[0], self.act1, self.hyper1, first, tokens, attention, slopes[0])
+        out = _activate(flag[2], self.act2, self.hyper2, self.conv2(out), tokens, attention, slopes[1])
+        out = _activate(flag[3], self.act3, self.hyper3, self.conv3(out), tokens, attention)
         if self.before_skip:
             out = back(out)
         if self.skip:
@@ -276,9 +293,9 @@ class MobileFormerDownsample(_TokenBlock):
         return (self.act1, self.hyper1), (self.act3, self.hyper3)
 
     def _mobile(self, x, first, tokens, logits, slopes, back):
-        attention = self._attention(logits, first.shape[2:])
-        middle = self.conv2(_activate(self.act1, self.hyper1, first, tokens, attention, slopes[0]))
-        out = _activate(self.act3, self.hyper3, self.conv3(middle), tokens, attention, slopes[1])
-        out = _activate(self.act4, self.hyper4, self.conv4(out), tokens, attention)
+        flag, attention = self.se_flag, self._attention(logits, first.shape[2:])
+        middle = self.conv2(_activate(flag[0], self.act1, self.hyper1, first, tokens, attention, slopes[0]))
+        out = _activate(flag[2], self.act3, self.hyper3, self.conv3(middle), tokens, attention, slopes[1])
+        out = _activate(flag[3], self.act4, self.hyper4, self.conv4(out), tokens, attention)
         out = back(self.drop_path(out) + middle)
         return out + x if self.skip else out

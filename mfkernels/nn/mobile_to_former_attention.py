@@ -6,9 +6,10 @@ from .. import ops
 from .drop_path import DropPath
 from .gate import gate_layer
 from .inputs import Pair, check_channels, check_mixing, check_positions, map_and_tokens, needed
+from .replacement import Replacement
 
 
-class MobileToFormer(nn.Module):
+class MobileToFormer(Replacement):
     """Mobile -> Former: the tokens attend to the pixels of a feature map.
 
     Args:

@@ -1,13 +1,14 @@
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
 from ..checks import check_tensor
 from .conv_bn import ConvBN
 from .inputs import check_channels
+from .replacement import Replacement
 
 
-class SingleHeadModulationAttention(nn.Module):
+class SingleHeadModulationAttention(Replacement):
     """Attention among all pixels with one head, its result multiplied by a gate: iFormer's SHMA.
 
     Args:
