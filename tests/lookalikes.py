@@ -299,7 +299,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, tokens):
-        return self.fc2(F.gelu(self.fc1(tokens)))
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(tokens)))))
 
 
 class Former(nn.Module):

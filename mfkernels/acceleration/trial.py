@@ -17,7 +17,7 @@ from .adopt import Unfit
 def compare(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
     """Raise Unfit unless both give the same: results in eval mode; in train mode results, the gradients of
     inputs and parameters, and buffers afterwards. In float64, with the same random numbers drawn."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         values = _random_values(old)
         for training in (False, True):
             _check_same([lambda m=m: _copy(m, values) for m in (old, new)], inputs, training)
@@ -57,7 +57,7 @@ def _run(make: Callable[[], nn.Module], inputs: tuple, training: bool) -> list[T
     """Results of the module that is made, and in training gradients and buffers, None where there is no
     gradient."""
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(training), _SameDraws():
+        with torch.set_grad_enabled(training), _SameDraws():
             torch.default_generator.manual_seed(0)
             trial = make().train(training)
             given = [t.clone().requires_grad_(training) for t in tensors_in(inputs)]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..checks import check_shape, check_tensor
 from .drop_path import DropPath
-from .inputs import check_channels, parameters_of, untouched
+from .inputs import check_channels, parameters_of, same_epsilon, untouched
 from .replacement import Replacement
 
 
@@ -171,7 +171,7 @@ class DMFFormer(Replacement):
             and untouched(mlp, _MLP)
             and untouched(mlp.dropout, nn.Dropout)
             and untouched(self.drop_path, DropPath)
-            and self.norm1.eps == self.norm2.eps
+            and same_epsilon(self.norm1, self.norm2)
         )
         if not plain:
             return []

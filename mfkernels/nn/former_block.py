@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .. import ops
 from .drop_path import DropPath
 from .gate import gate_layer
-from .inputs import check_mixing, check_tokens, needed, parameters_of, untouched
+from .inputs import check_mixing, check_tokens, needed, parameters_of, same_epsilon, untouched
 from .replacement import Replacement
 
 
@@ -105,7 +105,7 @@ class Former(Replacement):
         layers: list[nn.Module] = [self.q, self.channel_mlp, self.layer_norm]
         if not hasattr(self, "ffn"):
             return layers
-        if not untouched(self.ffn, nn.Sequential) or self.ffn_norm.eps != self.layer_norm.eps:
+        if not untouched(self.ffn, nn.Sequential) or not same_epsilon(self.layer_norm, self.ffn_norm):
             return []
         first, gelu, *last = self.ffn
         plain = untouched(gelu, nn.GELU) and gelu.approximate == "none"

@@ -59,6 +59,12 @@ def parameters_of(*layers: nn.Module) -> list[Tensor | None] | None:
     return [value for layer in layers for value in (layer.weight, layer.bias)]  # type: ignore[misc]
 
 
+def same_epsilon(*norms: nn.Module) -> bool:
+    """Whether they add the same to the variance; not, where one stands in a norm's place without an `eps`."""
+    values = {getattr(norm, "eps", None) for norm in norms}
+    return len(values) == 1 and None not in values
+
+
 def check_mixing(module: str, mixing: str) -> None:
     if mixing not in ("attn", "mlp", "mlp_attn"):
         raise ValueError(f"{module}: mixing must be 'attn', 'mlp' or 'mlp_attn', got {mixing!r}")

@@ -8,12 +8,48 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .inputs import has_hooks
 
 ORIGINAL = "_mfkernels_original"  # under which a module holds the one in whose place it stands
 _WATCHED = "_mfkernels_watched"
 _WARNED = "_mfkernels_warned"
+
+
+class _Watched:
+    """Parts, and what is cheap to know of them: how many attributes, which settings, whether any hooks."""
+
+    def __init__(self, parts: list[nn.Module]) -> None:
+        self.parts = parts
+        self.readers = [(part, itemgetter(*names)) for part in parts if (names := _settings(part))]
+        self.facts = self._read()
+        self.handles = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handles": -1}  # of this process
+
+    def _read(self) -> tuple[list[int], list[Any]]:
+        sizes = [len(part.__dict__) for part in self.parts]
+        return sizes, [read(part.__dict__) for part, read in self.readers]
+
+    def is_changed(self) -> bool:
+        if self._read() != self.facts:
+            return True
+        made = RemovableHandle.next_id  # no part has new hooks where nobody has registered any
+        if made != self.handles:
+            if any(map(has_hooks, self.parts)):
+                return True
+            self.handles = made
+        return False
+
+
+def _settings(part: nn.Module) -> list[str]:
+    """The names of its attributes that are numbers, flags or words."""
+    plain = (bool, int, float, str, type(None))
+    return [
+        k for k, v in vars(part).items() if type(v) in plain and k != "training" and not k.startswith("_")
+    ]
 
 
 class Replacement(nn.Module):
@@ -31,24 +67,11 @@ class Replacement(nn.Module):
     def watch(self, original: nn.Module) -> None:
         """From now on, look at those parts of `original` that have no place here."""
         kept = set(self.modules())
-        watched = []
-        for part in original.modules():
-            if part in kept:
-                continue
-            facts = vars(part)
-            plain = (bool, int, float, str, type(None))
-            names = [name for name, value in facts.items() if name != "training" and type(value) in plain]
-            read = itemgetter(*names)
-            watched.append((part, len(facts), read, read(facts)))
-        self.__dict__[_WATCHED] = watched
+        self.__dict__[_WATCHED] = _Watched([part for part in original.modules() if part not in kept])
 
     @torch.compiler.assume_constant_result
     def _is_overruled(self) -> bool:
-        for part, size, read, values in self.__dict__[_WATCHED]:
-            facts = part.__dict__
-            if len(facts) != size or read(facts) != values or has_hooks(part):
-                return True
-        return False
+        return self.__dict__[_WATCHED].is_changed()
 
     def _run_original(self, *args: Any, **kwargs: Any) -> Any:
         original = self.__dict__[ORIGINAL]
