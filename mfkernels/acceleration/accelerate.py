@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from ..nn.replacement import ORIGINAL, Replacement, give_back
-from . import dynamic_mobile_former, iformer, iformer_timm, mobile_former, sequential
+from . import (
+    dymn,
+    dynamic_conv,
+    dynamic_mobile_former,
+    dynamic_relu,
+    iformer,
+    iformer_timm,
+    mobile_former,
+    response_norm,
+    sequential,
+)
 from .adopt import Unfit, check_unchanged
 from .settings import Found, random_inputs
 from .trial import compare, compare_networks
@@ -23,6 +33,10 @@ _KNOWN: tuple[Callable[[nn.Module], Found], ...] = (
     *dynamic_mobile_former.RULES,
     *iformer_timm.RULES,
     *iformer.RULES,
+    *response_norm.RULES,
+    *dynamic_relu.RULES,
+    *dynamic_conv.RULES,
+    *dymn.RULES,
     *sequential.RULES,
 )
 
@@ -63,12 +77,16 @@ def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
     """Replace the parts of a network that mfkernels can run faster, in place, for training and for inference.
 
     Known are the classes of the released Mobile-Former, DMF and iFormer, and of timm's iFormer, by their
-    names, attributes and shapes; they are not imported. Known is also PyTorch's own `nn.Sequential`, in any
-    network, where batch norms are in it. Each replacement is tried before it is made, with random weights
-    against the original, in inference and in training: what does not give the same numbers is left alone, and
-    what has hooks or a `forward` or `train` of its own that would not be called. Where such come later, calls
-    find it: the original runs, with a warning. Layers, parameters and buffers stay the same objects under the
-    same names, so optimizers, wrappers and checkpoints go on working. After an exception nothing is replaced.
+    names, attributes and shapes; they are not imported. Known by their names, too, are `GlobalResponseNorm`
+    and `CondConv2d` of timm, `ConvNextV2GRN` of transformers, `DyReLUA` and `DyReLUB` of Islanna's
+    DynamicReLU, `DyReLU` of mmdetection, `Dynamic_conv2d` of Dynamic-convolution-Pytorch, and `DY_Block`,
+    `ContextGen`, `CoordAtt`, `DynamicConv` and `DyReLUB` of EfficientAT, which get another `forward` and
+    remain of their classes. Known is also PyTorch's own `nn.Sequential`, in any network, where batch norms
+    are in it. Each replacement is tried before it is made, with random weights against the original, in
+    inference and in training: what does not give the same numbers is left alone, and what has hooks or a
+    `forward` or `train` of its own that would not be called. Where such come later, calls find it: the
+    original runs, with a warning. Layers, parameters and buffers stay the same objects under the same names,
+    so optimizers, wrappers and checkpoints go on working. After an exception nothing is replaced.
 
     Args:
         model: any network. A second call changes nothing. In networks of `mfkernels.models` there is nothing
