@@ -70,17 +70,17 @@ cases = pytest.mark.parametrize(
 )
 
 
-def make(case: str) -> nn.Module:
+def make(case: str, seed: int = 0) -> nn.Module:
     """In a network of one layer, with parameters none of which is zero."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     layer = (CASES | INSTALLED)[case][0]()
     for parameter in layer.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape)
     return nn.ModuleDict({"layer": layer})
 
 
-def inputs_of(case: str) -> tuple:
-    torch.manual_seed(1)
+def inputs_of(case: str, seed: int = 1) -> tuple:
+    torch.manual_seed(seed + 100)
     return mapped(torch.randn, (CASES | INSTALLED)[case][1])
 
 
@@ -136,15 +136,22 @@ def test_same_numbers(case, training, channels_last):
 @cases
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
 def test_as_exact_as_theirs(case, amp):
-    plain = make(case)
-    fast, inputs = accelerated(plain), inputs_of(case)
-    truths = run(copy.deepcopy(plain).double(), mapped(torch.Tensor.double, inputs))
-    theirs, ours = run(plain, inputs, amp), run(fast, inputs, amp)
-    errors = Errors()
-    for name, truth in truths.items():
-        assert ours[name].dtype == theirs[name].dtype
-        errors.reference(theirs[name], truth)
-        errors.kernel(ours[name], truth)
+    """Results and gradients of inputs, over several draws: an error of theirs can happen to be small.
+
+    Gradients of parameters are sums that cancel, with errors of any size on both sides: those are compared in
+    float64, above.
+    """
+    fast, errors = accelerated(make(case)), Errors()
+    for seed in range(4):
+        plain, inputs = make(case, seed), inputs_of(case, seed)
+        fast.load_state_dict(plain.state_dict())
+        truths = run(copy.deepcopy(plain).double(), mapped(torch.Tensor.double, inputs))
+        theirs, ours = run(plain, inputs, amp), run(fast, inputs, amp)
+        for name, truth in truths.items():
+            assert ours[name].dtype == theirs[name].dtype
+            if not name.startswith("layer."):
+                errors.reference(theirs[name], truth)
+                errors.kernel(ours[name], truth)
     errors.check(case)
 
 
