@@ -3,25 +3,41 @@
 import torch
 from torch.nn import functional as F
 
-from mfkernels.operators.dynamic_conv2d.reference import add_biases, mix
+from mfkernels.operators.dynamic_conv2d.library import dynamic_conv2d_by_library
+from mfkernels.operators.dynamic_conv2d.reference import add_biases
 from mfkernels.operators.former_block.library import former_block_by_library
 
 
-def dynamic_conv2d_grouped(
-    x, weight, basis, attention, bias=None, basis_bias=None, stride=1, padding=0, dilation=1, groups=1,
-    basis_scale=0.1,
-):  # fmt: skip
-    """The batch as groups of one convolution."""
-    batch = x.shape[0]
-    mixed = mix(weight, basis, attention, basis_scale).flatten(0, 1)
-    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), mixed, None, stride, padding, dilation, groups * batch)
-    return add_biases(y.view(batch, -1, *y.shape[2:]), attention, bias, basis_bias)
+class Unfit(Exception):
+    """This way is none for such arguments."""
+
+
+def dynamic_conv2d_by_sample(x, weight, basis, attention, bias, basis_bias, *settings):
+    """A convolution for each sample."""
+    *settings, scale = settings
+    mixed = torch.addmm(weight.flatten(), attention, basis.flatten(1), alpha=scale)
+    mixed = mixed.view(-1, *weight.shape)
+    y = torch.cat([F.conv2d(x[i : i + 1], mixed[i], None, *settings) for i in range(x.shape[0])])
+    return add_biases(y, attention, bias, basis_bias)
 
 
 def dynamic_relu_by_maximum(x, slopes, intercepts=None, attention=None):
-    """Of two functions without intercepts, by sample."""
+    """Of two functions, by sample."""
+    if attention is not None or slopes.shape[1] != 2:
+        raise Unfit
     first, second = slopes[..., None, None].unbind(1)
-    return torch.maximum(x * first, x * second)
+    if intercepts is None:
+        return torch.maximum(x * first, x * second)
+    one, other = intercepts[..., None, None].unbind(1)
+    return torch.maximum(torch.addcmul(one, x, first), torch.addcmul(other, x, second))
+
+
+def global_response_norm_addcmul(x, gamma, beta, mean="channels", eps=1e-6):
+    """One factor for a channel."""
+    norms = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+    means = norms.mean(dim=1, keepdim=True) if mean == "channels" else norms
+    factor = torch.addcdiv(torch.ones_like(norms), gamma.view(-1, 1, 1) * norms, means + eps)
+    return torch.addcmul(beta.view(-1, 1, 1), x, factor)
 
 
 def _heads(x, num_heads):
@@ -65,12 +81,10 @@ def token_hyper_hardsigmoid(
 
 
 def batch_norm_by_library(x, weight, bias, mean=None, variance=None, eps=1e-5, activation="none"):
-    """PyTorch's own layer, of measured statistics, which have no gradients; given ones by two factors."""
+    """PyTorch's own layer, and measured statistics; given ones by two factors."""
     if mean is None:
-        mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)
-        y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps)
-        count = x.numel() / x.shape[1]
-        variance = variance * ((count - 1) / count)
+        y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     else:
         factor = weight * (variance + eps).rsqrt()
         y = x * factor.view(-1, 1, 1) + (bias - mean * factor).view(-1, 1, 1)
@@ -78,20 +92,25 @@ def batch_norm_by_library(x, weight, bias, mean=None, variance=None, eps=1e-5, a
 
 
 def pointwise_conv_bn_folded(x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):
-    """The batch norm in the convolution's weights."""
+    """The norm in the convolution's weights; its gradient of gamma is less exact than the definition's."""
     factor = gamma * (variance + eps).rsqrt()
     y = F.conv2d(x, weight * factor.view(-1, 1, 1, 1), beta - mean * factor)
     return F.gelu(y) if activation == "gelu" else y
 
 
+def pointwise_conv_bn_by_factors(x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):
+    return batch_norm_by_library(F.conv2d(x, weight), gamma, beta, mean, variance, eps, activation)[0]
+
+
 RIVALS = {
-    "batch_norm": batch_norm_by_library,
-    "dynamic_conv2d": dynamic_conv2d_grouped,
-    "dynamic_relu": dynamic_relu_by_maximum,
-    "former_block": former_block_by_library,
-    "former_to_mobile_attention": former_to_mobile_attention_sdpa,
-    "mobile_to_former_attention": mobile_to_former_attention_sdpa,
-    "modulation_attention": modulation_attention_sdpa,
-    "pointwise_conv_bn": pointwise_conv_bn_folded,
-    "token_hyper": token_hyper_hardsigmoid,
+    "batch_norm": (batch_norm_by_library,),
+    "dynamic_conv2d": (dynamic_conv2d_by_library, dynamic_conv2d_by_sample),
+    "dynamic_relu": (dynamic_relu_by_maximum,),
+    "former_block": (former_block_by_library,),
+    "former_to_mobile_attention": (former_to_mobile_attention_sdpa,),
+    "global_response_norm": (global_response_norm_addcmul,),
+    "mobile_to_former_attention": (mobile_to_former_attention_sdpa,),
+    "modulation_attention": (modulation_attention_sdpa,),
+    "pointwise_conv_bn": (pointwise_conv_bn_folded, pointwise_conv_bn_by_factors),
+    "token_hyper": (token_hyper_hardsigmoid,),
 }
