@@ -33,8 +33,6 @@ def dynamic_conv2d_by_library(
         y = (matrices @ x.reshape(batch * groups, inputs, height * width)).view(batch, outputs, height, width)
         return y if biases is None else y + biases[..., None, None]
     mixed, together = mixed.view(-1, inputs, *kernel), x.reshape(1, -1, height, width)
-    # The convolution's own gradient of a bias is a sum of many roundings.
-    inside = None if biases is None or torch.is_grad_enabled() else biases.flatten()
+    inside = None if biases is None else biases.flatten()
     y = F.conv2d(together, mixed, inside, stride, padding, dilation, groups * batch)
-    y = y.view(batch, outputs, *y.shape[2:])
-    return y if biases is None or inside is not None else y.add_(biases[..., None, None])
+    return y.view(batch, outputs, *y.shape[2:])

@@ -31,8 +31,9 @@ def dynamic_conv2d(
     """Convolution whose kernel differs from sample to sample: a static one plus a mix of K others.
 
     Sample b is convolved with `weight + basis_scale * sum_k attention[b,k] * basis[k]`; to that come
-    `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used. On a CPU
-    dense kernels larger than 1x1 and depthwise ones with a stride run by PyTorch's convolution in float32.
+    `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used. On a CPU,
+    without gradients and in float32, dense kernels larger than 1x1 and depthwise ones with a stride run by
+    PyTorch's convolution.
 
     Args:
         x: (B, C, H, W), any strides.
@@ -88,6 +89,8 @@ def _by_library(
     outputs, inputs, *kernel = weight.shape
     if kernel == [1, 1] and max(padding) == 0:
         return max(stride) > 1 or (inputs > MANY_INPUTS and few_registers(x))
+    if tracked:
+        return False  # the gradients of PyTorch's convolution are three times as inexact as the definition's
     products = x.shape[0] * x.shape[2] * x.shape[3] // (stride[0] * stride[1]) * weight.numel()
     if inputs == 1 and outputs == groups:  # our kernel for these knows no stride
         return max(stride) > 1 and products >= _DEPTHWISE
