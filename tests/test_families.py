@@ -69,7 +69,7 @@ def _backward_of(backbone: nn.Module):
 
 
 def test_pyramid_names_a_map_that_is_not_there():
-    with pytest.raises(ValueError, match=r"out_indices must be of 4 maps, got \(0, 4\)"):
+    with pytest.raises(ValueError, match=r"out_indices must be of 4 maps, each at most once, got \(0, 4\)"):
         create_model("iformer_t", features_only=True, out_indices=(0, 4))
     with pytest.raises(ValueError, match="out_indices needs features_only"):
         create_model("iformer_t", out_indices=(0,))
