@@ -30,18 +30,21 @@ _KNOWN = (*_FAMILIES, FeaturePyramid)
 
 
 def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A network for inference where it is. On a CPU: batch norms folded, weights packed, each block one fused
-    step. On a GPU: batch norms folded, and all kernels launched at once, by a CUDA graph; of a Mobile-Former
-    in the form that is the fastest there: as it is; with depthwise convolutions and the activations around
-    them in one kernel, and, where CUDA kernels are built, what blocks do with tokens alone in another one; or
-    in half precision with all of large maps' Mobile in one, too.
+    """Return a copy of `model` prepared for inference on its own device.
+
+    On a CPU: batch norms folded, weights packed, each block one fused step. On a GPU: batch norms folded, and
+    all kernels launched at once, by a CUDA graph; of a Mobile-Former in the form that is the fastest there:
+    as it is; with depthwise convolutions and the activations around them in one kernel, and, where CUDA
+    kernels are built, what blocks do with tokens alone in another one; or in half precision with all of large
+    maps' Mobile in one, too.
 
     Args:
         model: a network of `mfkernels.models`, of the released code as published, or timm's iFormer,
             `accelerate`d or not; in eval mode. It is left as it is; later changes of its weights do not reach
             the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16: on a GPU, or on processors that
-            multiply it (AVX512-BF16); on a GPU torch.float16, too. Sums are float32 in each.
+            multiply it (AVX512-BF16); on a GPU torch.float16, too. Sums are float32 in each. On a GPU float32
+            is computed without TF32, whatever PyTorch is set to: who can do with less takes bfloat16.
 
     Returns:
         A module that takes (B, C, H, W) images of any batch and size on the same device, in float32 or
