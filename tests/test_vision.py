@@ -81,9 +81,15 @@ def test_deployed_verified_and_loaded(timm, name):
     load_released(ours, {"model": plain.state_dict()})
     with torch.inference_mode():
         expected = plain(x)
-        scale = expected.abs().max()
-        assert (ours.eval()(x) - expected).abs().max() < 2e-6 * scale
-        assert (deployed(x) - expected).abs().max() < 1e-4 * scale
+        assert (deployed(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+    check_same(ours, plain, x)
+
+
+def check_same(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
+    """In float64, where weights in a wrong place could not be taken for roundings of a deep network."""
+    with torch.inference_mode():
+        expected, got = theirs.double()(x.double()), ours.double().eval()(x.double())
+    assert (got - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
 def small(timm, **options) -> nn.Module:
@@ -156,8 +162,7 @@ def test_checkpoint_of_timm(timm, tmp_path):
     plain = make(timm, "iformer_t")
     torch.save(plain.state_dict(), tmp_path / "timm.pth")
     ours = create_model("iformer_t", num_classes=5, checkpoint=tmp_path / "timm.pth").eval()
-    x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-6)
+    check_same(ours, plain, torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("order", ["timm, mfkernels", "mfkernels, timm"])
