@@ -466,25 +466,6 @@ def test_untouched_networks_say_nothing():
             other(images())
 
 
-def test_hooks_of_all_modules():
-    """PyTorch's global hooks: every module of the original, which runs, is called."""
-    fast, plain = make(MobileFormer).eval(), make(MobileFormer).eval()
-    mfkernels.accelerate(fast)
-    names: dict[bool, list[str]] = {True: [], False: []}
-    for model in (fast, plain):
-        seen = names[model is fast]
-        hook = nn.modules.module.register_module_forward_hook(
-            lambda module, *_, seen=seen: seen.append(type(module).__name__)
-        )
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model(images())
-        finally:
-            hook.remove()
-    assert all(names[True].count(name) >= names[False].count(name) for name in names[False])
-
-
 @pytest.mark.parametrize("network", [MobileFormer, DMFLike, IFormerLike])
 def test_compiled_without_a_break(network):
     model = make(network).eval()

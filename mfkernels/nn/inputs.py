@@ -1,7 +1,6 @@
 """What the modules share: how they take a feature map and tokens."""
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..checks import check_tensor
 
@@ -84,12 +83,12 @@ def untouched(part: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def has_hooks(part: nn.Module) -> bool:
-    """Whether somebody waits for its calls."""
+    """Whether somebody waits for its calls. PyTorch's global hooks do not count: who counts operations or
+    takes times registers them, and shall see what runs without them."""
     facts = part.__dict__
     return bool(
         facts["_forward_hooks"]
         or facts["_forward_pre_hooks"]
         or facts["_backward_hooks"]
         or facts["_backward_pre_hooks"]
-        or _has_any_global_hook()
     )
