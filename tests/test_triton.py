@@ -53,7 +53,7 @@ def test_interpreted_edges(op):
             continue
         comparison = Comparison(op, torch.float32, "triton")
         # The fewer numbers, the more samples it takes to see how exact the reference is.
-        for _ in range(24 if largest < 20 else 8 if largest < 1000 else 2):
+        for _ in range(24 if largest < 20 else 32 if largest < 1000 else 2):
             comparison.add(expect(op, op.make(shape, generator), generator, torch.float32))
         comparison.check(f"{shape}")
 
