@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-_THEIRS = "_mfkernels_theirs"
+from ..nn.replacement import ORIGINAL
 
 
 class Override(nn.Module):
@@ -16,8 +16,8 @@ class Override(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """What is set from outside, a temperature say, is there after `restore`, too."""
         super().__setattr__(name, value)
-        if name in self.__dict__ and _THEIRS in self.__dict__:
-            self.__dict__[_THEIRS].__dict__[name] = value
+        if name in self.__dict__ and ORIGINAL in self.__dict__:
+            self.__dict__[ORIGINAL].__dict__[name] = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class was made by `override`, so pickle does not find it by its name."""
@@ -40,7 +40,6 @@ def override(forward: type[Override], old: nn.Module) -> nn.Module:
     new.__dict__.update(old.__dict__)
     for own in ("_parameters", "_buffers", "_modules"):
         new.__dict__[own] = copy.copy(old.__dict__[own])
-    new.__dict__[_THEIRS] = old  # not as a submodule: it must not appear in the state
     return new
 
 
