@@ -199,7 +199,7 @@ def test_bad_arguments():
     model.features[3].conv1.train()
     with pytest.raises(ValueError, match=r"but features\.3\.conv1 is not"):
         mfkernels.deploy(model)
-    with pytest.raises(TypeError, match=r"must be a MobileFormer or .* or IFormer, got Linear"):
+    with pytest.raises(TypeError, match=r"must be a MobileFormer or .* or FeaturePyramid, got Linear"):
         mfkernels.deploy(torch.nn.Linear(2, 2).eval())
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got int"):
         mfkernels.deploy(5)

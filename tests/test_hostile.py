@@ -182,15 +182,19 @@ def refused(operator, arguments):
     return count
 
 
-@pytest.fixture(scope="module", params=["mobile_former", "iformer"])
-def deployed(request):
+def deploy(family):
     torch.manual_seed(0)
-    if request.param == "iformer":
+    if family == "iformer":
         types = ["ConvBlock_k7_r2", "SHMABlock_r1_hdrr2_nh1"]
         model = IFormer((1, 0, 0, 1), (12, 20, 36, 40), types, num_classes=5)
     else:
         model = MobileFormer(ROWS, num_classes=5, stem_channels=8, features=32, token_dim=32, token_num=3)
     return mfkernels.deploy(model.eval())
+
+
+@pytest.fixture(scope="module", params=["mobile_former", "iformer"])
+def deployed(request):
+    return deploy(request.param)
 
 
 def test_deployed_on_meta(deployed):
@@ -273,18 +277,19 @@ def test_pickles_of_deployed_networks(deployed, change):
         copy.deepcopy(other)
 
 
-def without_memory(call, make_large, make_small, threads=1):
-    """The exception of a call for which there is no memory; a small call has the same result after it. What
-    is large are 100 megabytes: up to 64 the C library may have put aside."""
+def without_memory(call, large, small, threads=1):
+    """The exception of a call with an argument of a large shape, for which there is no memory; one of a small
+    shape has the same result after it. What is large are 100 megabytes: up to 64 the C library may have put
+    aside."""
     torch.set_num_threads(threads)
-    large, small = make_large(), make_small()
-    expected = call(*small)
+    large, small = torch.ones(large), torch.ones(small)
+    expected = call(small)
     size = int(STATM.read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + (24 << 20), resource.RLIM_INFINITY))
     try:
-        call(*large)
+        call(large)
     except RuntimeError as error:
-        assert torch.equal(call(*small), expected)
+        assert torch.equal(call(small), expected)
         return str(error)
     return "no exception"
 
@@ -311,38 +316,38 @@ SCARCE = {  # the call, the sizes of a large and a small argument, and for what 
 needs_statm = pytest.mark.skipif(not STATM.exists(), reason="needs to know what memory is in use")
 
 
-@needs_statm
-@pytest.mark.parametrize("name", SCARCE)
-def test_no_memory_is_an_exception(name):
-    call, large, small, what = SCARCE[name]
-    message = in_child(without_memory, call, lambda: [torch.ones(large)], lambda: [torch.ones(small)])
-    assert "no memory for " in str(message) and what in str(message), message
-
-
-@needs_statm
-def test_no_memory_for_a_deployed_network(deployed):
-    images = [lambda s=s: [torch.ones(1, 3, *s)] for s in ((1200, 3600), (32, 32))]
-    message = in_child(without_memory, deployed, *images)
-    assert "deploy: no memory for" in str(message), message
-
-
-@needs_statm
-def test_no_memory_on_other_threads():
-    """In a process of its own: a fork has none of PyTorch's threads."""
-    program = """
-import torch
-from test_hostile import form, without_memory
-print(without_memory(form, lambda: [torch.ones(2, 6000, 256)], lambda: [torch.ones(2, 4, 256)], 2))
-"""
+def in_new_process(expression):
+    """What an expression of this module prints in a process of its own: after many tests, this one has
+    hundreds of megabytes put aside, and a fork of it would have them too, but none of PyTorch's threads."""
     run = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", f"from test_hostile import *; print({expression})"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         timeout=300,
     )
-    assert "bytes of working memory" in run.stdout, run
+    return run.stdout + run.stderr
+
+
+@needs_statm
+@pytest.mark.parametrize("name", SCARCE)
+def test_no_memory_is_an_exception(name):
+    message = in_new_process(f"without_memory(*SCARCE[{name!r}][:3])")
+    assert "no memory for " in message and SCARCE[name][3] in message, message
+
+
+@needs_statm
+@pytest.mark.parametrize("family", ["mobile_former", "iformer"])
+def test_no_memory_for_a_deployed_network(family):
+    message = in_new_process(f"without_memory(deploy({family!r}), (1, 3, 1200, 3600), (1, 3, 32, 32))")
+    assert "deploy: no memory for" in message, message
+
+
+@needs_statm
+def test_no_memory_on_other_threads():
+    message = in_new_process("without_memory(form, (2, 6000, 256), (2, 4, 256), threads=2)")
+    assert "bytes of working memory" in message, message
 
 
 def test_calls_of_many_threads(deployed):
