@@ -21,15 +21,8 @@ def elsewhere(batch: int) -> Iterator[tuple[str, Layer, bool]]:
         relu = (_tensor(batch, channels, *size), coefficients, coefficients, None)
         yield "dynamic_relu", relu, False
         yield "dynamic_relu", relu, True
-    for inputs, outputs, side, kernel, stride, kernels in _condconv():
-        yield (
-            "dynamic_conv2d",
-            _convolution(batch, inputs, outputs, (side, side), kernel, stride, kernels),
-            False,
-        )
-    for inputs, outputs, height, width, kernel, stride in _dymn():
-        size = (height, width)
-        yield "dynamic_conv2d", _convolution(batch, inputs, outputs, size, kernel, stride, 4), False
+    for inputs, outputs, size, kernel, stride, kernels in (*_condconv(), *_dymn()):
+        yield "dynamic_conv2d", _convolution(batch, inputs, outputs, size, kernel, stride, kernels), False
     for inputs, outputs, side, kernel, stride, groups in (
         # A ResNet-18 of dynamic convolutions with biases, and as a ResNeXt.
         (64, 64, 56, 3, 1, 1), (64, 128, 56, 3, 2, 1), (128, 128, 28, 3, 1, 1), (256, 256, 14, 3, 1, 1),
