@@ -11,7 +11,10 @@ from tolerance import Errors
 import mfkernels
 
 TRAINING = {
-    "dynamic_conv2d": (dict(B=2, C=24, H=7, W=9, O=40, K=4, k=1, groups=1, stride=2, biases=True),),
+    "dynamic_conv2d": (
+        dict(B=2, C=24, H=7, W=9, O=40, K=4, k=1, groups=1, stride=2, biases=True),
+        dict(B=2, C=96, H=30, W=28, O=128, K=2, k=1, groups=1, stride=2, biases=True),
+    ),
     "former_block": (dict(B=40, T=6, d=96, h=192, heads=4, form="standard"),),
     "pointwise_conv_bn": (
         dict(B=2, C=40, H=14, W=14, O=24, activation="gelu"),
@@ -21,9 +24,10 @@ TRAINING = {
 # Convolutions whose gradients are left to our kernels.
 INFERENCE = (
     dict(B=1, C=32, H=28, W=28, O=24, K=4, k=3, groups=1, padding=1, biases=True),
-    dict(B=5, C=32, H=29, W=27, O=32, K=3, k=3, groups=2, padding=1, stride=2, biases=True),
+    dict(B=5, C=32, H=39, W=37, O=32, K=3, k=3, groups=2, padding=1, stride=2, biases=True),
     dict(B=2, C=16, H=40, W=30, O=40, K=2, k=(5, 3), groups=1, padding=(2, 1)),
     dict(B=2, C=32, H=29, W=27, O=32, K=3, k=3, groups=1, padding=2, dilation=2),
+    dict(B=1, C=256, H=17, W=19, O=64, K=2, k=3, groups=1, padding=1, biases=True),
     dict(B=3, C=24, H=40, W=36, O=24, K=4, k=5, groups=24, padding=2, stride=2),
 )
 layout = pytest.mark.parametrize("layout", (same, channels_last), ids=lambda f: f.__name__)
@@ -46,8 +50,9 @@ def calls(monkeypatch):
 
 
 def check(calls, count, layout):
-    """The library was called so often, and keeps memory formats."""
-    assert len(calls) == count
+    """The library was called so often, and keeps memory formats. For a 1x1 convolution with a stride it calls
+    one without, which may be the library's again."""
+    assert len(calls) in (count, 2 * count)
     for x, out in calls:
         assert layout is same or x.dim() != 4 or out.is_contiguous(memory_format=torch.channels_last)
     calls.clear()

@@ -126,27 +126,29 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   Buffer<C> row(args.group_block * args.inputs * round_up(args.width, kLanes<C>));
   Buffer<C> kernel(args.out_block * depth), y(most_outputs * widest.run<C>());
   Buffer<int64_t> places(depth);
-  int64_t filled = -1;
+  int64_t filled = -1, mixed = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t o = task % out_blocks * args.out_block, outer = task / out_blocks;
-    const int64_t r = outer % row_blocks * args.rows, b = outer / row_blocks / group_blocks;
-    const int64_t g = outer / row_blocks % group_blocks * args.group_block;
+    const int64_t r = task % row_blocks * args.rows, outer = task / row_blocks;
+    const int64_t o = outer % out_blocks * args.out_block, sample = outer / out_blocks;
+    const int64_t b = sample / group_blocks, g = sample % group_blocks * args.group_block;
     const int64_t groups = least(args.group_block, args.groups - g),
                   outputs = least(args.out_block, args.outputs - o);
     const Planes shape(args, least(args.rows, args.out_height - r));
     const int64_t run = shape.run<C>();
-    if (outer != filled) {
+    if (sample * row_blocks + task % row_blocks != filled) {
       shape.fill<T>(b, g * args.inputs, groups * args.inputs, r, static_cast<C*>(planes),
                     static_cast<C*>(row));
       for (int64_t i = 0; i < depth; ++i) {
         places[i] = i / taps * shape.channel + shape.tap(i % taps / args.kernel_w, i % args.kernel_w);
       }
-      filled = outer;
+      filled = sample * row_blocks + task % row_blocks;
     }
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t first = (g + i) * args.outputs + o;
       C* out = y + i * outputs * run;
-      mix<1, T>(args, b, 1, first, outputs, depth, static_cast<C*>(kernel));
+      // The row blocks of a single group's outputs share their kernels.
+      if (groups > 1 || outer != mixed) mix<1, T>(args, b, 1, first, outputs, depth, static_cast<C*>(kernel));
+      mixed = outer;
       multiply_pixels<C>(out, run, nullptr, 0, outputs, Matrix<C>{kernel, depth, 1}, depth,
                          RowsAt<C>{planes + i * args.inputs * shape.channel, places}, run);
       for (int64_t j = 0; j < outputs; ++j) {
@@ -164,6 +166,23 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// Kernels of all outputs with those of an input's tap side by side: (taps, inputs, outputs) of (outputs,
+// depth), from input `first` on.
+template <class C>
+void turn_kernels(const C* kernel, int64_t outputs, int64_t depth, int64_t taps, int64_t first,
+                  int64_t inputs, C* turned) {
+  constexpr int64_t kRun = 16;  // a cache line of results
+  for (int64_t o = 0; o < outputs; o += kRun) {
+    const int64_t end = least(o + kRun, outputs);
+    for (int64_t i = 0; i < inputs; ++i) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        C* to = turned + (tap * inputs + i) * outputs;
+        for (int64_t j = o; j < end; ++j) to[j] = kernel[j * depth + (first + i) * taps + tap];
+      }
+    }
+  }
+}
+
 // The gradient of a map, in its planes: for each tap, kernels^T times the gradient of the outputs.
 template <class T>
 void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
@@ -175,7 +194,8 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   const int64_t channels = args.group_block * args.in_block;
   const Planes widest(args, least(args.rows, args.out_height));
   Buffer<C> planes(all.size<C>(channels)), row(channels * round_up(args.width, kLanes<C>));
-  Buffer<C> kernel(args.outputs * depth), g(args.outputs * widest.run<C>());
+  Buffer<C> kernel(args.outputs * depth), turned(args.in_block * taps * args.outputs);
+  Buffer<C> g(args.outputs * widest.run<C>());
   Buffer<C> scratch(args.outputs * round_up(widest.rows * args.out_width, kLanes<C>));
   int64_t mixed = -1;
   for (int64_t task = begin; task < end; ++task) {
@@ -190,6 +210,7 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
       if (groups > 1 || outer != mixed)
         mix<1, T>(args, b, 1, first, args.outputs, depth, static_cast<C*>(kernel));
       mixed = outer;
+      turn_kernels<C>(kernel, args.outputs, depth, taps, i0, inputs, turned);
       for (int64_t r = 0; r < args.out_height; r += args.rows) {
         const Planes shape(args, least(args.rows, args.out_height - r));
         load_outputs<T>(args, shape, b, first, args.outputs, r, static_cast<C*>(g), static_cast<C*>(scratch));
@@ -197,7 +218,7 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
           C* out = planes + group * inputs * all.channel + all.tap(tap / args.kernel_w, tap % args.kernel_w) +
                    r * all.columns;
           multiply_pixels<C>(out, all.channel, out, all.channel, inputs,
-                             Matrix<C>{kernel + i0 * taps + tap, taps, depth}, args.outputs,
+                             Matrix<C>{turned + tap * inputs * args.outputs, args.outputs, 1}, args.outputs,
                              static_cast<const C*>(g), shape.run<C>(), shape.run<C>());
         }
       }
@@ -258,6 +279,71 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// The same of one group with its inputs in the lanes, x being channels last: for each tap, the outputs'
+// gradient times the pixels that the tap reads.
+template <class T>
+void backward_weight_of_many(const DynamicConvArgs& args, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  const int64_t taps = args.kernel_h * args.kernel_w, depth = args.inputs * taps;
+  const int64_t lanes = round_up(args.inputs, kLanes<C>), most_rows = least(args.rows, args.out_height);
+  const int64_t out_blocks = blocks_of(args.outputs, args.out_block);
+  const int64_t columns = (args.out_width - 1) * args.stride_w + (args.kernel_w - 1) * args.dilation_w + 1;
+  auto rows_of = [&](int64_t rows) {
+    return (rows - 1) * args.stride_h + (args.kernel_h - 1) * args.dilation_h + 1;
+  };
+  Buffer<C> pixels(rows_of(most_rows) * columns * lanes), grad(taps * args.out_block * lanes);
+  Buffer<C> scratch(args.out_block * round_up(most_rows * args.out_width, kLanes<C>));
+  Buffer<int64_t> places(most_rows * args.out_width);
+  for (int64_t i = 0; i < most_rows * args.out_width; ++i) {
+    places[i] = (i / args.out_width * args.stride_h * columns + i % args.out_width * args.stride_w) * lanes;
+  }
+  KernelSums<T> sums(args, args.out_block, depth);
+  const FeatureMap<const T> x = args.x.as<const T>(), turned{x.data, x.stride_b, x.stride_p, x.stride_c};
+  const int64_t width = least(args.width, columns - args.padding_w);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t o = task % out_blocks * args.out_block, group = task / out_blocks;
+    const int64_t outputs = least(args.out_block, args.outputs - o), first = group * args.outputs + o;
+    sums.start(first, outputs);
+    for (int64_t b = 0; b < args.batch; ++b) {
+      memset(sums.grad_bias, 0, outputs * sizeof(double));
+      for (int64_t r = 0; r < args.out_height; r += args.rows) {
+        const int64_t rows = least(args.rows, args.out_height - r), count = rows * args.out_width;
+        memset(pixels, 0, rows_of(rows) * columns * lanes * sizeof(C));
+        const int64_t top = r * args.stride_h - args.padding_h;
+        for (int64_t y = top < 0 ? 0 : top; y < args.height && y - top < rows_of(rows) && width > 0; ++y) {
+          copy_tile<T>(turned, b, y * args.width, width, group * args.inputs, args.inputs,
+                       pixels + ((y - top) * columns + args.padding_w) * lanes, lanes);
+        }
+        const Tile<C> g = load_tile<T>(args.grad_y.as<const T>(), b, first, outputs, r * args.out_width,
+                                       count, static_cast<C*>(scratch));
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          C* out = grad + tap * outputs * lanes;
+          const int64_t place =
+              tap / args.kernel_w * args.dilation_h * columns + tap % args.kernel_w * args.dilation_w;
+          multiply_pixels<C>(out, lanes, r == 0 ? nullptr : out, lanes, outputs,
+                             Matrix<C>{g.data, g.stride, 1}, count, RowsAt<C>{pixels + place * lanes, places},
+                             lanes);
+        }
+        for (int64_t j = 0; sums.biased && j < outputs; ++j) {
+          WideSum<C> sum;
+          for (int64_t p = 0; p < count; p += kLanes<C>)
+            sum.add(load_upto(g.data + j * g.stride + p, count - p));
+          sums.grad_bias[j] += sum_lanes<C>(sum);
+        }
+      }
+      for (int64_t j = 0; j < outputs; ++j) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const C* from = grad + (tap * outputs + j) * lanes;
+          C* to = sums.grad + j * depth + tap;
+          for (int64_t i = 0; i < args.inputs; ++i) to[i * taps] = from[i];
+        }
+      }
+      sums.end_sample(b, task);
+    }
+    sums.write();
+  }
+}
+
 }  // namespace
 
 void dynamic_conv2d_forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
@@ -269,7 +355,11 @@ void dynamic_conv2d_backward_x(const DynamicConvArgs& args, int64_t begin, int64
 }
 
 void dynamic_conv2d_backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
-  with_dtype(args.dtype, [&](auto element) { backward_weight<decltype(element)>(args, begin, end); });
+  with_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    args.inputs_in_lanes ? backward_weight_of_many<T>(args, begin, end)
+                         : backward_weight<T>(args, begin, end);
+  });
 }
 
 }  // namespace MFK_ISA

@@ -21,7 +21,9 @@ struct DynamicConvArgs {
   // Work is done for `group_block` groups at a time (of few channels), `out_block` of their outputs or
   // `in_block` of their inputs (all of them where there are several groups), and `rows` rows of the output.
   int64_t group_block, out_block, in_block, rows;
-  int64_t pixel_block;  // of 1x1 kernels
+  int64_t pixel_block;   // of 1x1 kernels
+  bool inputs_in_lanes;  // for the gradients of kernels: of one group with many inputs, whose x is channels
+                         // last
   // Backward.
   AnyMap grad_y, grad_x;
   // Contiguous; the last two may be null. Partial sums for attention: (weight tasks, B, K).
@@ -29,7 +31,7 @@ struct DynamicConvArgs {
   double* partial_attention;
 };
 
-// Tasks: one for each (sample, groups, rows, outputs); (sample, groups, inputs); (groups, outputs). Each
+// Tasks: one for each (sample, groups, outputs, rows); (sample, groups, inputs); (groups, outputs). Each
 // stands for a block of these, the last running fastest.
 MFK_DECLARE_KERNEL(dynamic_conv2d_forward, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_conv2d_backward_x, DynamicConvArgs)

@@ -21,26 +21,30 @@ struct RowsBy {
   const C* data;
   int64_t stride;
   MFK_INLINE const C* at(int64_t j) const { return data + j * stride; }
+  MFK_INLINE RowsBy from(int64_t j) const { return {at(j), stride}; }
 };
 template <class C>
 struct RowsAt {
   const C* data;
   const int64_t* places;
   MFK_INLINE const C* at(int64_t j) const { return data + places[j]; }
+  MFK_INLINE RowsAt from(int64_t j) const { return {data, places + j}; }
 };
 
 namespace detail {
 
-// A sum of so many products is added to the total as one: long chains would gather rounding errors.
-constexpr int64_t kChain = 8;
+// A sum of so many products is added to the total as one: long chains would gather rounding errors, and so
+// would many totals.
+MFK_INLINE int64_t chain_of(int64_t depth) { return depth <= 128 ? 8 : 16; }
 
 template <class C, int kRows, int kVectors, class Right>
 MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t start_stride, Matrix<C> a,
                              int64_t depth, Right b, int64_t p) {
   constexpr int n = kLanes<C>;
+  const int64_t chain = chain_of(depth);
   vec<C> total[kRows][kVectors] = {};
-  for (int64_t begin = 0; begin < depth; begin += kChain) {
-    const int64_t end = depth - begin < kChain ? depth : begin + kChain;
+  for (int64_t begin = 0; begin < depth; begin += chain) {
+    const int64_t end = depth - begin < chain ? depth : begin + chain;
     vec<C> acc[kRows][kVectors] = {};
     for (int64_t j = begin; j < end; ++j) {
       vec<C> column[kVectors];
@@ -63,19 +67,20 @@ MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t
   }
 }
 
-template <class C, int kRows, class Right>
-MFK_INLINE void pixels_rows(C* out, int64_t out_stride, const C* start, int64_t start_stride, Matrix<C> a,
-                            int64_t depth, Right b, int64_t width) {
-  constexpr int n = kLanes<C>;
-  int64_t p = 0;
-  for (; p + 2 * n <= width; p += 2 * n) {
-    pixels_block<C, kRows, 2, Right>(out + p, out_stride, start == nullptr ? nullptr : start + p,
-                                     start_stride, a, depth, b, p);
-  }
-  if (p < width) {
-    pixels_block<C, kRows, 1, Right>(out + p, out_stride, start == nullptr ? nullptr : start + p,
-                                     start_stride, a, depth, b, p);
-  }
+template <class C, int kVectors, class Right>
+MFK_INLINE void pixels_column(C* out, int64_t out_stride, const C* start, int64_t start_stride, int64_t rows,
+                              Matrix<C> a, int64_t depth, Right b, int64_t p) {
+  int64_t i = 0;
+  auto block = [&](auto block_rows) __attribute__((always_inline)) {
+    constexpr int n = decltype(block_rows)::value;
+    pixels_block<C, n, kVectors, Right>(
+        out + i * out_stride + p, out_stride, start == nullptr ? nullptr : start + i * start_stride + p,
+        start_stride, Matrix<C>{a.data + i * a.row, a.row, a.column}, depth, b, p);
+    i += n;
+  };
+  while (rows - i >= 6) block(std::integral_constant<int, 6>());
+  if (rows - i >= 3) block(std::integral_constant<int, 3>());
+  while (rows - i >= 1) block(std::integral_constant<int, 1>());
 }
 
 template <class C, int kRows, int kColumns>
@@ -129,17 +134,22 @@ MFK_INLINE void reduce_rows(double* out, int64_t out_row, int64_t out_column, co
 template <class C, class Right>
 void multiply_pixels(C* out, int64_t out_stride, const C* start, int64_t start_stride, int64_t rows,
                      Matrix<C> a, int64_t depth, Right b, int64_t width) {
-  int64_t i = 0;
-  auto block = [&](auto block_rows) {
-    constexpr int n = decltype(block_rows)::value;
-    detail::pixels_rows<C, n, Right>(out + i * out_stride, out_stride,
-                                     start == nullptr ? nullptr : start + i * start_stride, start_stride,
-                                     Matrix<C>{a.data + i * a.row, a.row, a.column}, depth, b, width);
-    i += n;
-  };
-  while (rows - i >= 6) block(std::integral_constant<int, 6>());
-  if (rows - i >= 3) block(std::integral_constant<int, 3>());
-  while (rows - i >= 1) block(std::integral_constant<int, 1>());
+  constexpr int64_t n = kLanes<C>,
+                    kDeep = 256;  // two vectors of so many rows fill half of the first-level cache
+  for (int64_t first = 0; first == 0 || first < depth; first += kDeep) {
+    const C* from = first == 0 ? start : out;
+    const int64_t stride = first == 0 ? start_stride : out_stride;
+    const int64_t deep = depth - first < kDeep ? depth - first : kDeep;
+    const Matrix<C> left{a.data + first * a.column, a.row, a.column};
+    const Right right = b.from(first);
+    int64_t p = 0;
+    for (; p + 2 * n <= width; p += 2 * n) {
+      detail::pixels_column<C, 2, Right>(out, out_stride, from, stride, rows, left, deep, right, p);
+    }
+    if (p < width) {
+      detail::pixels_column<C, 1, Right>(out, out_stride, from, stride, rows, left, deep, right, p);
+    }
+  }
 }
 
 template <class C>

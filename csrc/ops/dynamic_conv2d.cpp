@@ -152,6 +152,7 @@ struct Unfolded {
     return as_type(torch::stable::detail::to<Tensor>(stack[0]), grads.scalar_type());
   }
 };
+constexpr int64_t kManyInputs = 16;  // fill the lanes of any vector
 const Ints kOnes = {1, 1}, kZeros = {0, 0};
 
 Tensor channels_last(const Tensor& x) { return torch::stable::contiguous(x, MemoryFormat::ChannelsLast); }
@@ -223,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::get<0>(grads) = channels_last(std::get<0>(grads));
     return grads;
   }
-  Tensor grad_x = empty_map(x), holder_g, holder_x;
+  Tensor grad_x = empty_map(x), holder_g, holder_x, holder_last;
   args.grad_y = map_of(grad_out, is_channels_last(x), holder_g);
   args.grad_x = map_of(grad_x, is_channels_last(x), holder_x);
   const bool depthwise = call.depthwise(), pointwise = !depthwise && call.pointwise();
@@ -243,6 +244,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     if (pointwise || args.group_block == 1) {
       const int64_t fit = 131072 / ((args.kernels + 2) * call.depth());
       args.out_block = std::min(std::max<int64_t>(fit, 6), args.outputs);
+    }
+    args.inputs_in_lanes = !pointwise && args.group_block == 1 && args.inputs >= kManyInputs;
+    if (args.inputs_in_lanes) {
+      args.x = map_of(x, true, holder_last);
+      args.out_block = std::min(std::max<int64_t>(args.out_block / 6 * 6, 12), args.outputs);
     }
   }
   const int64_t blocks = depthwise ? call.depthwise_blocks() : pointwise ? args.groups : call.group_blocks();

@@ -4,6 +4,15 @@ from torch.nn import functional as F
 
 from .reference import Pair
 
+# PyTorch's convolution adds all products of an output one after the other: of so many the rounding error is
+# like that of a product of matrices, which is what the definition has.
+CHAIN = 300
+
+
+def parts_of(inputs: int, taps: int) -> int:
+    """The number of equal parts of the inputs that are convolved separately, so that their sums are short."""
+    return next((n for n in range(1, inputs) if inputs % n == 0 and inputs // n * taps <= CHAIN), inputs)
+
 
 def dynamic_conv2d_by_library(
     x: Tensor,
@@ -19,7 +28,7 @@ def dynamic_conv2d_by_library(
     basis_scale: float,
 ) -> Tensor:
     """`mfkernels.ops.dynamic_conv2d` by PyTorch's own operators: the kernels mixed by a matrix product, then
-    products of matrices or one convolution, of which the samples are groups."""
+    products of matrices, or one convolution of which the samples, and parts of their inputs, are groups."""
     batch, _, height, width = x.shape
     outputs, inputs, *kernel = weight.shape
     mixed = torch.addmm(weight.flatten(), attention, basis.flatten(1), alpha=basis_scale)
@@ -32,7 +41,15 @@ def dynamic_conv2d_by_library(
         matrices = mixed.view(batch * groups, outputs // groups, inputs)
         y = (matrices @ x.reshape(batch * groups, inputs, height * width)).view(batch, outputs, height, width)
         return y if biases is None else y + biases[..., None, None]
-    mixed, together = mixed.view(-1, inputs, *kernel), x.reshape(1, -1, height, width)
-    inside = None if biases is None else biases.flatten()
-    y = F.conv2d(together, mixed, inside, stride, padding, dilation, groups * batch)
-    return y.view(batch, outputs, *y.shape[2:])
+    parts = parts_of(inputs, kernel[0] * kernel[1])
+    mixed = mixed.view(batch, groups, outputs // groups, parts, inputs // parts, *kernel).transpose(2, 3)
+    inside = biases.flatten() if biases is not None and parts == 1 else None
+    y = F.conv2d(
+        x.reshape(1, -1, height, width),
+        mixed.reshape(-1, inputs // parts, *kernel),
+        inside,
+        *(stride, padding, dilation, batch * groups * parts),
+    )
+    y = y.view(batch, groups, parts, outputs // groups, *y.shape[2:]).sum(2) if parts > 1 else y
+    y = y.view(batch, outputs, *y.shape[-2:])
+    return y if biases is None or parts == 1 else y + biases[..., None, None]

@@ -4,15 +4,16 @@ from torch import Tensor
 from ...checks import check_argument, check_like, check_shape, check_tensor, register_fake
 from ..layout import empty_map, gradients_like, memory_format, without_absent
 from ..runner import MANY_INPUTS, Runner, few_registers
-from .library import dynamic_conv2d_by_library
+from .library import dynamic_conv2d_by_library, parts_of
 from .reference import Pair, dynamic_conv2d_reference, output_size
 
 OP = "dynamic_conv2d"
 MOST = (1 << 63) - 1  # that fits into what operators take
 # PyTorch's operators are the faster ones, in float32 (in other types they are slower, or round the mixed
 # kernels), for convolutions that fill vectors with channels (inputs and outputs of a group, multiplied) and
-# for depthwise ones with a stride, if they have so many products that a few calls more do not count.
-_CHANNELS, _DENSE, _DEPTHWISE = 256, 4_000_000, 100_000
+# rows with pixels of a map, and for depthwise ones with a stride, if they have so many products that a few
+# calls more do not count.
+_CHANNELS, _PIXELS, _DENSE, _DEPTHWISE = 256, 256, 4_000_000, 100_000
 
 
 def dynamic_conv2d(
@@ -32,8 +33,8 @@ def dynamic_conv2d(
 
     Sample b is convolved with `weight + basis_scale * sum_k attention[b,k] * basis[k]`; to that come
     `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used. On a CPU,
-    without gradients and in float32, dense kernels larger than 1x1 and depthwise ones with a stride run by
-    PyTorch's convolution.
+    without gradients and in float32, dense kernels larger than 1x1 on large maps and depthwise ones with a
+    stride run by PyTorch's convolution.
 
     Args:
         x: (B, C, H, W), any strides.
@@ -87,14 +88,17 @@ def _by_library(
     if isinstance(basis, Tensor) and basis.shape[:1].numel() == 0:
         return False  # nothing to mix
     outputs, inputs, *kernel = weight.shape
+    pixels = x.shape[2] * x.shape[3] // (stride[0] * stride[1])
+    products, taps = x.shape[0] * pixels * weight.numel(), kernel[0] * kernel[1]
     if kernel == [1, 1] and max(padding) == 0:
-        return max(stride) > 1 or (inputs > MANY_INPUTS and few_registers(x))
+        many = inputs > MANY_INPUTS or (tracked and products >= _DENSE)
+        return max(stride) > 1 or (many and few_registers(x))
     if tracked:
         return False  # the gradients of PyTorch's convolution are three times as inexact as the definition's
-    products = x.shape[0] * x.shape[2] * x.shape[3] // (stride[0] * stride[1]) * weight.numel()
     if inputs == 1 and outputs == groups:  # our kernel for these knows no stride
         return max(stride) > 1 and products >= _DEPTHWISE
-    return inputs * outputs >= _CHANNELS * groups and products >= _DENSE
+    fills = inputs * outputs >= _CHANNELS * groups and inputs // parts_of(inputs, taps) >= 8
+    return fills and pixels >= _PIXELS and products >= _DENSE
 
 
 def _library(x, weight, basis, attention, bias, basis_bias, stride, *settings) -> Tensor:
