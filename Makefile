@@ -73,10 +73,10 @@ versions-quick: .venv/installed .venv-vision/installed $(OLDEST)/headers
 versions-cuda: .venv-vision/installed $(CUDA_OLDEST)/headers
 	MFKERNELS_CUDA=1 $(call install_into,$(CUDA_OLDEST),cuda)
 	cd $(VERSIONS)/cuda && newest=$$(echo $(CURDIR)/.venv-vision/lib/python*/site-packages) && \
-	  PYTHONPATH=$$(echo $(CURDIR)/$(CUDA_OLDEST)/lib/python*/site-packages):$$newest \
+	  PYTHONPATH=.:$$(echo $(CURDIR)/$(CUDA_OLDEST)/lib/python*/site-packages):$$newest \
 	  LD_LIBRARY_PATH=$$(echo $$newest/nvidia/*/lib | tr ' ' ':') \
 	  $(CURDIR)/$(CUDA_OLDEST)/bin/python $(CURDIR)/tests/cuda/load.py
-	cd $(VERSIONS)/cuda && $(CURDIR)/.venv-vision/bin/python $(CURDIR)/tests/cuda/load.py
+	cd $(VERSIONS)/cuda && PYTHONPATH=. $(CURDIR)/.venv-vision/bin/python $(CURDIR)/tests/cuda/load.py
 
 NETWORKS = (test_same_numbers and (mobile_former_26m or dmf_xxs or iformer_t))
 SOME = (test_chosen_shapes and float32 and same) or test_operator_cpu or $(NETWORKS)

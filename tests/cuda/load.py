@@ -14,7 +14,7 @@ OPERATORS = ("former_block", "dynamic_bottleneck", "token_chain")
 
 def argument(kind: str):
     """Return some value of a schema's type."""
-    values = {"Tensor": torch.zeros(1), "int": 1, "bool": False, "float": 1.0}
+    values = {"Tensor": torch.zeros(1), "int": 1, "bool": False, "float": 1.0, "str": "released"}
     return [] if kind.startswith("List") else values.get(kind)
 
 
