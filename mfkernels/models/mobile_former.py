@@ -156,7 +156,7 @@ class MobileFormer(Network):
     def _blocks(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         check_tensor("MobileFormer", "x", x, "B C H W")
         check_channels("MobileFormer", x, self.in_channels)
-        tokens = self.tokens.weight[:, None].expand(-1, x.shape[0], -1)
+        tokens = self.tokens.weight[:, None].expand(-1, x.shape[0], -1).contiguous()
         x, maps = self.stem(x), []
         wanted = {stage.name for stage in self.feature_stages}
         for index, block in enumerate(self.features):

@@ -78,7 +78,9 @@ class Former(Replacement):
         if parameters:
             run: Any = ops.former_block
             options: Any = dict(num_heads=self.num_heads, eps=self.layer_norm.eps)
-            return run(tokens.transpose(0, 1), *parameters, **options).transpose(0, 1)
+            formed = run(tokens.transpose(0, 1), *parameters, **options)
+            # Of tokens that do not lie in one run, each linear layer makes a copy, and adds its bias apart.
+            return formed.transpose(0, 1).contiguous()
         mixed = None
         if hasattr(self, "token_mlp"):
             expected = self.token_mlp[0].in_features

@@ -80,7 +80,7 @@ class MobileToFormer(Replacement):
             gathered = self.mlp(x.flatten(2)).permute(2, 0, 1)
         if hasattr(self, "q"):
             attended, logits = self._attend(x, self.q(tokens).transpose(0, 1), return_logits)
-            attended = attended.transpose(0, 1)
+            attended = attended.transpose(0, 1).contiguous()
             gathered = attended if gathered is None else gathered + attended
         if hasattr(self, "alpha"):
             gathered = gathered * (2 * self.alpha(tokens))
