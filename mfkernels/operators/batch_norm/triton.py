@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, as_map, splits_of, tile_sizes
+from ..triton_maps import Map, as_map, power, splits_of, tile_sizes
 
 
 @triton.jit
@@ -37,27 +37,75 @@ def moments_kernel(
 
 
 @triton.jit
+def join_moments_kernel(
+    parts, mean, rest, variance, channels, pixels, split, splits, count, BR: tl.constexpr, BC: tl.constexpr
+):
+    """Mean and variance (C) of `count` parts (count, 2, C) together, of which each sample has `splits`. The
+    mean is a float32 and the rest that its rounding leaves off."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    total = tl.zeros([BC], tl.float64)
+    for start in range(0, count, BR):
+        means, sizes = part_of(parts, 0, start + tl.arange(0, BR), c, channels, pixels, split, splits, count)
+        total += tl.sum(means * sizes[:, None], 0)
+    every = (count // splits).to(tl.float64) * pixels
+    exact = total / every
+    squares = tl.zeros([BC], tl.float64)
+    for start in range(0, count, BR):
+        rows = start + tl.arange(0, BR)
+        means, sizes = part_of(parts, 0, rows, c, channels, pixels, split, splits, count)
+        spread, _ = part_of(parts, 1, rows, c, channels, pixels, split, splits, count)
+        distance = tl.where((rows < count)[:, None], means - exact[None, :], 0.0)
+        squares += tl.sum(spread + distance * distance * sizes[:, None], 0)
+    near, inside = exact.to(tl.float32), c < channels
+    tl.store(mean + c, near, inside)
+    tl.store(rest + c, (exact - near.to(tl.float64)).to(tl.float32), inside)
+    tl.store(variance + c, (squares / every).to(tl.float32), inside)
+
+
+@triton.jit
+def part_of(parts, which, rows, c, channels, pixels, split, splits, count):
+    """Numbers of some parts in float64, and how many pixels each is of."""
+    inside = (rows < count)[:, None] & (c < channels)[None, :]
+    at = (2 * rows.to(tl.int64)[:, None] + which) * channels + c[None, :]
+    sizes = tl.minimum(split, pixels - rows % splits * split)
+    return tl.load(parts + at, inside, 0.0).to(tl.float64), sizes.to(tl.float64)
+
+
+@triton.jit
 def apply_kernel(
-    x, out, numbers, channels, pixels, x_b, x_c, x_p, out_b, out_c, out_p,
+    x, out, weight, bias, mean, rest, variance, eps, channels, pixels, x_b, x_c, x_p, out_b, out_c, out_p,
     GELU: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """out = (x - mean) * scale + shift and its activation; numbers (3, C) are these three."""
+    """out = (x - mean) / sqrt(variance + eps) * weight + bias and its activation."""
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     b = tl.program_id(2).to(tl.int64)
     value = load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p)
-    value = normal(value, numbers, c, channels)[1]
+    value = normal(value, weight, bias, mean, rest, variance, eps, c, channels)[1]
     if GELU:
         value = value * (0.5 * (1 + tl.erf(value * 0.7071067811865476)))
     store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p)
 
 
 @triton.jit
-def normal(value, numbers, c, channels):
-    """The distances from the mean, and what is before the activation."""
-    distance = value - tl.load(numbers + c, c < channels, 0.0)[:, None]
-    scaled = distance * tl.load(numbers + channels + c, c < channels, 0.0)[:, None]
-    return distance, scaled + tl.load(numbers + 2 * channels + c, c < channels, 0.0)[:, None]
+def factors(weight, variance, eps, c, channels):
+    """1 / deviation, and the factor of the distances from the mean; in float64."""
+    inside = c < channels
+    # The interpreter converts bfloat16 to float32 alone.
+    inverse = 1.0 / tl.sqrt(tl.load(variance + c, inside, 1.0).to(tl.float32).to(tl.float64) + eps)
+    return inverse, tl.load(weight + c, inside, 0.0).to(tl.float32).to(tl.float64) * inverse
+
+
+@triton.jit
+def normal(value, weight, bias, mean, rest, variance, eps, c, channels):
+    """The distances from the mean, and what is before the activation; `rest` is what the mean lacks."""
+    inside = c < channels
+    scale = factors(weight, variance, eps, c, channels)[1]
+    shift = tl.load(bias + c, inside, 0.0).to(tl.float32).to(tl.float64)
+    if rest is not None:
+        shift -= tl.load(rest + c, inside, 0.0).to(tl.float64) * scale
+    distance = value - tl.load(mean + c, inside, 0.0).to(tl.float32)[:, None]
+    return distance, distance * scale.to(tl.float32)[:, None] + shift.to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -78,7 +126,7 @@ def before_activation(grad, before, GELU: tl.constexpr):
 
 @triton.jit
 def gradient_sums_kernel(
-    x, g, out, numbers, channels, pixels, split, splits,
+    x, g, out, weight, bias, mean, variance, eps, channels, pixels, split, splits,
     x_b, x_c, x_p, g_b, g_c, g_p, GELU: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """out (B, splits, 2, C): sums over a split's pixels of d, the gradient before the activation, and of
@@ -91,7 +139,7 @@ def gradient_sums_kernel(
     for start in range(part * split, last, BP):
         p = start + tl.arange(0, BP)
         value = load_tile(x, b, c, p, channels, last, x_b, x_c, x_p)
-        distance, before = normal(value, numbers, c, channels)
+        distance, before = normal(value, weight, bias, mean, None, variance, eps, c, channels)
         grad = load_tile(g, b, c, p, channels, last, g_b, g_c, g_p)
         grad = before_activation(grad, before, GELU)
         sums += tl.sum(grad, 1)
@@ -102,23 +150,58 @@ def gradient_sums_kernel(
 
 
 @triton.jit
-def gradient_kernel(
-    x, g, out, numbers, channels, pixels,
-    x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
-    GELU: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+def join_gradients_kernel(
+    parts, weight, variance, eps, grad_mean, grad_variance,
+    numbers, grads, channels, pixels, splits, count,
+    MEASURED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """out = d * scale + (x - mean) * slope + constant; numbers (5, C) end with the last two."""
+    """From the sums of `count` parts (count, 2, C) the gradients (4, C) of everything but x, and, where the
+    statistics were measured, what their gradients add to that of x: `numbers` (2, C) times the distances from
+    the mean, and as it is."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    sums = tl.zeros([BC], tl.float64)
+    products = tl.zeros([BC], tl.float64)
+    for start in range(0, count, BR):
+        rows = start + tl.arange(0, BR)
+        sums += tl.sum(part_of(parts, 0, rows, c, channels, pixels, 1, splits, count)[0], 0)
+        products += tl.sum(part_of(parts, 1, rows, c, channels, pixels, 1, splits, count)[0], 0)
+    inside = c < channels
+    inverse, scale = factors(weight, variance, eps, c, channels)
+    through_mean = -scale * sums
+    through_variance = -0.5 * scale * inverse * inverse * products
+    tl.store(grads + c, (inverse * products).to(tl.float32), inside)
+    tl.store(grads + channels + c, sums.to(tl.float32), inside)
+    tl.store(grads + 2 * channels + c, through_mean.to(tl.float32), inside)
+    tl.store(grads + 3 * channels + c, through_variance.to(tl.float32), inside)
+    if MEASURED:
+        if grad_mean is not None:
+            through_mean += tl.load(grad_mean + c, inside, 0.0).to(tl.float64)
+        if grad_variance is not None:
+            through_variance += tl.load(grad_variance + c, inside, 0.0).to(tl.float64)
+        every = (count // splits).to(tl.float64) * pixels
+        tl.store(numbers + c, (2 * through_variance / every).to(tl.float32), inside)
+        tl.store(numbers + channels + c, (through_mean / every).to(tl.float32), inside)
+
+
+@triton.jit
+def gradient_kernel(
+    x, g, out, weight, bias, mean, variance, eps, numbers, channels, pixels,
+    x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
+    GELU: tl.constexpr, MEASURED: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """out = d * scale, and with MEASURED + (x - mean) * numbers[0] + numbers[1]; numbers (2, C)."""
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     b = tl.program_id(2).to(tl.int64)
     value = load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p)
-    distance, before = normal(value, numbers, c, channels)
+    distance, before = normal(value, weight, bias, mean, None, variance, eps, c, channels)
     grad = load_tile(g, b, c, p, channels, pixels, g_b, g_c, g_p)
     grad = before_activation(grad, before, GELU)
-    inside = c < channels
-    value = grad * tl.load(numbers + channels + c, inside, 0.0)[:, None]
-    value += distance * tl.load(numbers + 3 * channels + c, inside, 0.0)[:, None]
-    value += tl.load(numbers + 4 * channels + c, inside, 0.0)[:, None]
+    value = grad * factors(weight, variance, eps, c, channels)[1].to(tl.float32)[:, None]
+    if MEASURED:
+        inside = c < channels
+        value += distance * tl.load(numbers + c, inside, 0.0)[:, None]
+        value += tl.load(numbers + channels + c, inside, 0.0)[:, None]
     store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p)
 
 
@@ -126,41 +209,22 @@ class _Splits:
     """The pixels of a map in parts, which are summed by programs of their own."""
 
     def __init__(self, x: Map) -> None:
-        batch, self.channels, height, width = x.tensor.shape
-        self.pixels, (block_c, block_p) = height * width, tile_sizes(x)
-        groups = triton.cdiv(self.channels, block_c)
-        self.count, self.size = splits_of(self.pixels, batch * groups, x.tensor.device, block_p)
-        self.grid = (self.count, groups, batch)
-        self.out = x.tensor.new_empty((batch, self.count, 2, self.channels), dtype=torch.float32)
-        if x.tensor.numel() == 0:  # no program will run
-            self.out.zero_()
-        self.arguments = (self.channels, self.pixels, self.size, self.count)
-
-    def totals(self) -> Tensor:
-        """Sums over everything, (2, C)."""
-        return self.out.double().sum((0, 1))
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of all parts together, from those of each."""
-        ends = torch.arange(1, self.count + 1, device=self.out.device) * self.size
-        sizes = (ends.clamp(max=self.pixels) - ends + self.size).double()[None, :, None]
-        means, squares = self.out.double().unbind(2)
-        count = self.out.shape[0] * self.pixels
-        mean = (means * sizes).sum((0, 1)) / count
-        spread = (means - mean).square() * sizes
-        return mean, (squares + spread).sum((0, 1)) / count
+        batch, channels, height, width = x.tensor.shape
+        block_c, block_p = tile_sizes(x)
+        groups = triton.cdiv(channels, block_c)
+        splits, size = splits_of(height * width, batch * groups, x.tensor.device, block_p)
+        self.grid = (splits, groups, batch)
+        self.out = x.tensor.new_empty((batch * splits, 2, channels), dtype=torch.float32)
+        self.arguments = (channels, height * width, size, splits)
+        # Of the kernels that join the parts.
+        self.join_grid = (triton.cdiv(channels, 16),)
+        self.blocks = (power(batch * splits, 16, 64), 16)
 
 
 def _grid(x: Map) -> tuple[int, int, int]:
     batch, channels, height, width = x.tensor.shape
     block_c, block_p = tile_sizes(x)
     return triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch
-
-
-def _factors(weight: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """1 / deviation, and the factor of the distances from the mean; in float64."""
-    inverse = (variance.double() + eps).rsqrt()
-    return inverse, weight.double() * inverse
 
 
 def forward(
@@ -172,28 +236,32 @@ def forward(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, given = empty_map(x, x.shape), as_map(x)
-    measured = mean is None
+    out, given, rest = empty_map(x, x.shape), as_map(x), None
+    weight, bias = weight.contiguous(), bias.contiguous()
     if mean is None or variance is None:
-        splits = _Splits(given)
+        numbers = x.new_empty((3, x.shape[1]), dtype=torch.float32)
+        near, rest, spread = numbers.unbind(0)
+        returned = near, spread
         if x.numel():
-            moments_kernel[splits.grid](
-                given.tensor, splits.out, *splits.arguments, *given.strides, *tile_sizes(given)
+            parts = _Splits(given)
+            moments_kernel[parts.grid](
+                given.tensor, parts.out, *parts.arguments, *given.strides, *tile_sizes(given)
             )
-        mean, variance = splits.moments()
-    _, scale = _factors(weight, variance, eps)
-    near = mean.float()
-    # What rounding the mean leaves off is in the summand.
-    shift = bias.double() + (near.double() - mean.double()) * scale
+            join_moments_kernel[parts.join_grid](
+                parts.out, near, rest, spread, *parts.arguments, len(parts.out), *parts.blocks
+            )
+        else:
+            numbers.fill_(torch.nan)
+    else:
+        near, spread = mean.contiguous(), variance.contiguous()
+        returned = x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     if x.numel():
-        channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-        to = as_map(out)
+        channels, pixels, to = x.shape[1], x.shape[2] * x.shape[3], as_map(out)
         apply_kernel[_grid(given)](
-            given.tensor, to.tensor, torch.stack([near, scale.float(), shift.float()]), channels, pixels,
+            given.tensor, to.tensor, weight, bias, near, rest, spread, eps, channels, pixels,
             *given.strides, *to.strides, activation == "gelu", *tile_sizes(given),
         )  # fmt: skip
-    empty = near.new_empty(0)
-    return (out, near, variance.float()) if measured else (out, empty, empty.clone())
+    return out, *returned
 
 
 def backward(
@@ -210,32 +278,32 @@ def backward(
     activation: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_x, given, g = empty_map(x, x.shape), as_map(x), as_map(grad_y)
-    gelu, count = activation == "gelu", x.shape[0] * x.shape[2] * x.shape[3]
-    inverse, scale = _factors(weight, variance, eps)
-    numbers = torch.zeros((5, x.shape[1]), dtype=torch.float32, device=x.device)
-    numbers[0], numbers[1], numbers[2] = mean, scale, bias
-    splits = _Splits(given)
+    weight, bias, mean, variance = (t.contiguous() for t in (weight, bias, mean, variance))
+    vectors = weight, bias, mean, variance
+    grads = x.new_empty((6, x.shape[1]), dtype=torch.float32)
+    numbers = grads[4:]
     if x.numel():
-        gradient_sums_kernel[splits.grid](
-            given.tensor, g.tensor, splits.out, numbers, *splits.arguments, *given.strides, *g.strides,
+        to, gelu, parts = as_map(grad_x), activation == "gelu", _Splits(given)
+        channels, pixels, _, splits = parts.arguments
+        statistics = (None if t is None else t.contiguous() for t in (grad_mean, grad_variance))
+        gradient_sums_kernel[parts.grid](
+            given.tensor, g.tensor, parts.out, *vectors, eps, *parts.arguments, *given.strides, *g.strides,
             gelu, *tile_sizes(given),
         )  # fmt: skip
-    sums, products = splits.totals()
-    if measured:
-        through = -scale * inverse.square() * products
-        numbers[3] = (through if grad_variance is None else through + 2 * grad_variance.double()) / count
-        constant = -scale * sums
-        numbers[4] = (constant if grad_mean is None else constant + grad_mean.double()) / count
-    if x.numel():
-        to = as_map(grad_x)
-        gradient_kernel[_grid(given)](
-            given.tensor, g.tensor, to.tensor, numbers, x.shape[1], x.shape[2] * x.shape[3],
-            *given.strides, *g.strides, *to.strides, gelu, *tile_sizes(given),
+        join_gradients_kernel[parts.join_grid](
+            parts.out, weight, variance, eps, *statistics, numbers, grads,
+            channels, pixels, splits, len(parts.out), measured, *parts.blocks,
         )  # fmt: skip
+        gradient_kernel[_grid(given)](
+            given.tensor, g.tensor, to.tensor, *vectors, eps, numbers, channels, pixels,
+            *given.strides, *g.strides, *to.strides, gelu, measured, *tile_sizes(given),
+        )  # fmt: skip
+    else:
+        grads.zero_()
     return (
         grad_x,
-        (inverse * products).to(weight.dtype),
-        sums.to(bias.dtype),
-        (-scale * sums).to(mean.dtype),
-        (-0.5 * scale * inverse.square() * products).to(variance.dtype),
+        grads[0].to(weight.dtype),
+        grads[1].to(bias.dtype),
+        grads[2].to(mean.dtype),
+        grads[3].to(variance.dtype),
     )

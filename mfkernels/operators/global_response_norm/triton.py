@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, as_map, splits_of, tile_sizes
+from ..triton_maps import Map, as_map, power, splits_of, tile_sizes
 
 
 @triton.jit
@@ -36,68 +36,133 @@ def sums_kernel(
 
 
 @triton.jit
+def join_kernel(parts, out, channels, splits, BOTH: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
+    """out (B, 3, C), float64: the norms, and with BOTH the other two sums of all splits together."""
+    c, b = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1).to(tl.int64)
+    to = out + b * 3 * channels + c
+    tl.store(to, tl.sqrt(total(parts, 0, b, c, channels, splits, BS, BC)), c < channels)
+    if BOTH:
+        tl.store(to + channels, total(parts, 1, b, c, channels, splits, BS, BC), c < channels)
+        tl.store(to + 2 * channels, total(parts, 2, b, c, channels, splits, BS, BC), c < channels)
+
+
+@triton.jit
+def total(parts, which, b, c, channels, splits, BS: tl.constexpr, BC: tl.constexpr):
+    """One of the three sums of a sample."""
+    sums = tl.zeros([BC], tl.float64)
+    for start in range(0, splits, BS):
+        split = start + tl.arange(0, BS)
+        at = ((b * splits + split)[:, None] * 3 + which) * channels + c[None, :]
+        inside = (split < splits)[:, None] & (c < channels)[None, :]
+        sums += tl.sum(tl.load(parts + at, inside, 0.0).to(tl.float64), 0)
+    return sums
+
+
+@triton.jit
+def load_gamma(gamma, c, channels):
+    """Float64; the interpreter converts bfloat16 to float32 alone."""
+    return tl.load(gamma + c, c < channels, 0.0).to(tl.float32).to(tl.float64)
+
+
+@triton.jit
 def apply_kernel(
-    a, other, out, scale, by_other, shift, channels, pixels,
-    a_b, a_c, a_p, other_b, other_c, other_p, out_b, out_c, out_p,
-    BOTH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    x, out, gamma, beta, sums, eps, channels, pixels, x_b, x_c, x_p, out_b, out_c, out_p,
+    MEAN: tl.constexpr, BALL: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """out = scale * a + by_other * other with BOTH, else scale * a + shift; factors (B, C), shift (C)."""
+    """out = x (1 + gamma norm / (mean + eps)) + beta, where MEAN is over the BALL or fewer channels, or the
+    norm itself; sums (B, 3, C) begin with the norms."""
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     b = tl.program_id(2).to(tl.int64)
     inside_c = c < channels
     inside = inside_c[:, None] & (p < pixels)[None, :]
+    norms = sums + b * 3 * channels
+    norm = tl.load(norms + c, inside_c, 0.0)
+    below = norm + eps
+    if MEAN:
+        every = tl.arange(0, BALL)
+        below = tl.sum(tl.load(norms + every, every < channels, 0.0), 0) / channels + eps
+    factor = 1.0 + load_gamma(gamma, c, channels) * norm / below
     c_wide, p_wide = c.to(tl.int64)[:, None], p.to(tl.int64)[None, :]
-    value = tl.load(a + b * a_b + c_wide * a_c + p_wide * a_p, inside, 0.0).to(tl.float32)
-    value = value * tl.load(scale + b * channels + c, inside_c, 0.0)[:, None]
-    if BOTH:
-        second = tl.load(other + b * other_b + c_wide * other_c + p_wide * other_p, inside, 0.0)
-        value += second.to(tl.float32) * tl.load(by_other + b * channels + c, inside_c, 0.0)[:, None]
-    else:
-        value += tl.load(shift + c, inside_c, 0.0).to(tl.float32)[:, None]
+    value = tl.load(x + b * x_b + c_wide * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+    value = value * factor.to(tl.float32)[:, None] + tl.load(beta + c, inside_c, 0.0).to(tl.float32)[:, None]
     tl.store(out + b * out_b + c_wide * out_c + p_wide * out_p, value.to(out.dtype.element_ty), inside)
 
 
-def _sums(x: Map, g: Map | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the pixels, (B, C) each."""
+@triton.jit
+def gradient_kernel(
+    x, g, out, gamma, sums, grads, eps, channels, pixels,
+    x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
+    MEAN: tl.constexpr, BALL: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, and each sample's shares of those of gamma and beta, grads (2, B, C) in float64."""
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    b = tl.program_id(2).to(tl.int64)
+    inside_c = c < channels
+    inside = inside_c[:, None] & (p < pixels)[None, :]
+    norms, products = sums + b * 3 * channels, sums + (b * 3 + 1) * channels
+    norm, product = tl.load(norms + c, inside_c, 0.0), tl.load(products + c, inside_c, 0.0)
+    through = load_gamma(gamma, c, channels) * product  # the gradient of the response
+    if MEAN:
+        every = tl.arange(0, BALL)
+        all_norms = tl.load(norms + every, every < channels, 0.0)
+        all_through = load_gamma(gamma, every, channels) * tl.load(products + every, every < channels, 0.0)
+        below = tl.sum(all_norms, 0) / channels + eps
+        grad_norm = through / below - tl.sum(all_through * all_norms, 0) / (below * below * channels)
+    else:
+        below = norm + eps
+        grad_norm = through * eps / (below * below)
+    response = norm / below
+    other = tl.where(norm == 0, 0.0, grad_norm / tl.where(norm == 0, 1.0, norm)).to(tl.float32)
+    factor = (1.0 + load_gamma(gamma, c, channels) * response).to(tl.float32)
+    if tl.program_id(0) == 0:
+        to = grads + b * channels + c
+        tl.store(to, response * product, inside_c)
+        tl.store(
+            to + tl.num_programs(2) * channels, tl.load(norms + 2 * channels + c, inside_c, 0.0), inside_c
+        )
+    c_wide, p_wide = c.to(tl.int64)[:, None], p.to(tl.int64)[None, :]
+    value = tl.load(x + b * x_b + c_wide * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+    grad = tl.load(g + b * g_b + c_wide * g_c + p_wide * g_p, inside, 0.0).to(tl.float32)
+    value = grad * factor[:, None] + value * other[:, None]
+    tl.store(out + b * out_b + c_wide * out_c + p_wide * out_p, value.to(out.dtype.element_ty), inside)
+
+
+def _sums(x: Map, g: Map | None) -> Tensor:
+    """Norms, and sums of x g and of g over the pixels: (B, 3, C), float64; without g only the first."""
     batch, channels, height, width = x.tensor.shape
     block_c, block_p = tile_sizes(x)
-    groups = triton.cdiv(channels, block_c)
-    count, size = splits_of(height * width, batch * groups, x.tensor.device, block_p)
-    out = torch.empty((batch, count, 3, channels), dtype=torch.float32, device=x.tensor.device)
-    other = x if g is None else g
-    if out.numel():
-        sums_kernel[count, groups, batch](
-            x.tensor, other.tensor, out, channels, height * width, size, count,
-            *x.strides, *other.strides, g is not None, block_c, block_p,
-        )  # fmt: skip
-    squares, products, sums = out.double().sum(1).unbind(1)
-    return squares, products, sums
-
-
-def _apply(a: Map, other: Map | None, out: Map, scale: Tensor, factor: Tensor) -> None:
-    batch, channels, height, width = a.tensor.shape
-    if a.tensor.numel() == 0:
-        return
-    block_c, block_p = tile_sizes(a)
-    grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
-    second, factor = other or a, factor.contiguous()
-    apply_kernel[grid](
-        a.tensor, second.tensor, out.tensor, scale.float().contiguous(), factor, factor,
-        channels, height * width, *a.strides, *second.strides, *out.strides,
-        other is not None, block_c, block_p,
+    groups, other = triton.cdiv(channels, block_c), g or x
+    splits, size = splits_of(height * width, batch * groups, x.tensor.device, block_p)
+    parts = x.tensor.new_empty((batch, splits, 3, channels), dtype=torch.float32)
+    sums_kernel[splits, groups, batch](
+        x.tensor, other.tensor, parts, channels, height * width, size, splits,
+        *x.strides, *other.strides, g is not None, block_c, block_p,
     )  # fmt: skip
+    out = x.tensor.new_empty((batch, 3, channels), dtype=torch.float64)
+    grid = (triton.cdiv(channels, 16), batch)
+    join_kernel[grid](parts, out, channels, splits, g is not None, power(splits, 1, 64), 16)
+    return out
 
 
-def _means(norms: Tensor, mean: str) -> Tensor:
-    return norms.mean(1, keepdim=True) if mean == "channels" else norms
+def _launch(x: Map, mean: str) -> tuple[tuple[int, int, int], tuple]:
+    """Of the kernels that make maps: the grid, and the last arguments."""
+    batch, channels, height, width = x.tensor.shape
+    block_c, block_p = tile_sizes(x)
+    grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
+    return grid, (mean == "channels", power(channels), block_c, block_p)
 
 
 def forward(x: Tensor, gamma: Tensor, beta: Tensor, mean: str = "channels", eps: float = 1e-6) -> Tensor:
     out, given = empty_map(x, x.shape), as_map(x)
-    norms = _sums(given, None)[0].sqrt()
-    scale = 1 + gamma.double() * norms / (_means(norms, mean) + eps)
-    _apply(given, None, as_map(out), scale, beta.float())
+    if x.numel() == 0:
+        return out
+    to, (grid, last) = as_map(out), _launch(given, mean)
+    apply_kernel[grid](
+        given.tensor, to.tensor, gamma.contiguous(), beta.contiguous(), _sums(given, None), eps,
+        x.shape[1], x.shape[2] * x.shape[3], *given.strides, *to.strides, *last,
+    )  # fmt: skip
     return out
 
 
@@ -105,17 +170,13 @@ def backward(
     grad_out: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: str = "channels", eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, given, g = empty_map(x, x.shape), as_map(x), as_map(grad_out)
-    squares, products, sums = _sums(given, g)
-    norms = squares.sqrt()
-    below = _means(norms, mean) + eps
-    response = norms / below
-    grad_response = gamma.double() * products
-    if mean == "channels":
-        through_mean = -(grad_response * norms).sum(1, keepdim=True) / below.square()
-        grad_norms = grad_response / below + through_mean / x.shape[1]
-    else:
-        grad_norms = grad_response * eps / below.square()
-    other = torch.where(norms == 0, 0.0, grad_norms / norms)
-    _apply(g, given, as_map(grad_x), 1 + gamma.double() * response, other.float())
-    grad_gamma = (response * products).sum(0).to(gamma.dtype)
-    return grad_x, grad_gamma, sums.sum(0).to(beta.dtype)
+    if x.numel() == 0:
+        return grad_x, torch.zeros_like(gamma), torch.zeros_like(beta)
+    to, (grid, last) = as_map(grad_x), _launch(given, mean)
+    shares = x.new_empty((2, *x.shape[:2]), dtype=torch.float64)
+    gradient_kernel[grid](
+        given.tensor, g.tensor, to.tensor, gamma.contiguous(), _sums(given, g), shares, eps,
+        x.shape[1], x.shape[2] * x.shape[3], *given.strides, *g.strides, *to.strides, *last,
+    )  # fmt: skip
+    grad_gamma, grad_beta = shares.sum(1).unbind(0)
+    return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)

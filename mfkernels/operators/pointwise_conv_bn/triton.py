@@ -12,10 +12,11 @@ from .operator import backward_by
 
 @triton.jit
 def product_kernel(
-    x, out, weight, numbers, inputs, outputs, pixels, x_b, x_c, x_p, out_b, out_c, out_p,
+    x, out, weight, gamma, beta, mean, variance, eps, inputs, outputs, pixels,
+    x_b, x_c, x_p, out_b, out_c, out_p,
     GELU: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """numbers (3, O): the mean, what the distance from it is multiplied by, and the summand."""
+    """The convolution, the norm of its results, and the activation."""
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     b = tl.program_id(2).to(tl.int64)
@@ -26,7 +27,7 @@ def product_kernel(
         kernel = tl.load(weight + o.to(tl.int64)[:, None] * inputs + d[None, :], inside, 0.0)
         at = b * x_b + d.to(tl.int64)[:, None] * x_c + p.to(tl.int64)[None, :] * x_p
         sums += dot(kernel, tl.load(x + at, (d < inputs)[:, None] & (p < pixels)[None, :], 0.0))
-    y = normal(sums, numbers, o, outputs)[1]
+    y = normal(sums, gamma, beta, mean, None, variance, eps, o, outputs)[1]
     if GELU:
         y = y * (0.5 * (1 + tl.erf(y * 0.7071067811865476)))
     store_tile(out, y, b, o, p, outputs, pixels, out_b, out_c, out_p)
@@ -47,12 +48,11 @@ def forward(
     if out.numel() == 0:
         return out
     given, to = as_map(x), as_map(out)
-    factor = gamma.double() * (variance.double() + eps).rsqrt()
-    numbers = torch.stack([mean.float(), factor.float(), beta.float()])
+    vectors = [t.contiguous() for t in (gamma, beta, mean, variance)]
     block_o, block_p = power(outputs, 16, 64), power(pixels, 16, 64)
     grid = (triton.cdiv(pixels, block_p), triton.cdiv(outputs, block_o), x.shape[0])
     product_kernel[grid](
-        given.tensor, to.tensor, weight.contiguous(), numbers, inputs, outputs, pixels, *given.strides,
+        given.tensor, to.tensor, weight.contiguous(), *vectors, eps, inputs, outputs, pixels, *given.strides,
         *to.strides, activation == "gelu", block_o, 32, block_p,
     )  # fmt: skip
     return out
