@@ -6,9 +6,9 @@ for every layer of the released networks in float32 and bfloat16, and for the fi
 shapes in float16, whose tiles and registers are those of bfloat16; with --all instead for all chosen shapes
 in every dtype (half an hour).
 
-Runs the launchers on CPU tensors with the launch replaced by a note of its arguments; then compiles each
-kernel for each kind of arguments and each target. Prints a line of JSON for each: registers a thread and
-spills.
+Runs the launchers on CPU tensors and has Triton say what it would compile: numbers that are 1 are constants,
+and those that 16 divides make variants. Then compiles each variant for each target. Prints a line of JSON for
+each: registers a thread and spills.
 """
 
 import importlib
@@ -31,7 +31,7 @@ from cases import modules
 from family_layers import is_tensor, layers
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import mfkernels
@@ -43,28 +43,46 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-Kind = tuple[str, str, dict, dict, dict]  # of launches: module, kernel, signature, constants and options
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # along the axes of a grid
+
+
+class Driver:
+    """In the place of Triton's: of a GPU that is not there."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+    def get_current_device(self) -> str:
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
 
 
 @contextmanager
-def noted() -> Iterator[dict[str, Kind]]:
-    """The kinds of the launches in the `with` block, none of which is made, by a name."""
-    found: dict[str, Kind] = {}
+def noted(targets: Iterable[str]) -> Iterator[dict[str, str]]:
+    """What Triton would compile for the launches in the `with` block, none of which is made: its own words,
+    with the target's name."""
+    found: dict[str, str] = {}
+    run = JITFunction.run
 
     def note(kernel: JITFunction, *args, grid, warmup, **kwargs):
-        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr or given[p.name] is None}
-        signature = {
-            name: "constexpr" if name in constants else _type(given[name]) for name in kernel.arg_names
-        }
-        options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
-        values = {k: str(v) for k, v in (constants | options).items()}
-        name = json.dumps([kernel.__module__, kernel.__name__, signature, values])
-        found[name] = (kernel.__module__, kernel.__name__, signature, constants, options)
+        assert all(n <= most for n, most in zip(grid, MOST_PROGRAMS, strict=False)), (kernel, grid)
+        for target in targets:
+            driver.set_active(Driver(target))
+            run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+
+    def keep(*, compile, **_) -> bool:
+        found[compile["specialization_data"]] = compile["device"]
+        return True  # it need not be compiled
 
     with (
         mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", keep),
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # only so that CPU tensors are let through
         mfkernels.use_backend("triton"),
     ):
@@ -104,25 +122,24 @@ def launch_activated_depthwise(dtype: torch.dtype) -> None:
             activated_depthwise(*(None if t is None else t.to(dtype) for t in given))
 
 
-def _type(value) -> str:
-    if isinstance(value, torch.Tensor):
-        return "*" + (DTYPES | {torch.float64: "fp64"})[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
-
-
-def build(module: str, kernel: str, signature: dict, constants: dict, options: dict, target: str) -> dict:
-    function = getattr(importlib.import_module(module), kernel)
-    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()})
+def build(kind: str, target: str) -> dict:
+    said = json.loads(kind)
+    module, _, kernel = said["name"].rpartition(".")
+    driver.set_active(Driver(target))
     with mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""):  # `_ptxas` does that, and says more
-        compiled = triton.compile(source, target=TARGETS[target], options=options)
-    types = sorted({t for t in signature.values() if t.startswith("*")})
+        compiled = getattr(importlib.import_module(module), kernel).preload(kind)
+    names = list(said["signature"])
     result = {
         "operator": module.split(".")[2].removesuffix("_triton"),
         "kernel": kernel,
         "target": target,
-        "types": types,
+        "types": sorted({t for t in said["signature"].values() if t.startswith("*")}),
+        "constants": {
+            names[at]: value
+            for (at,), value in zip(said["constant_keys"], said["constant_vals"], strict=True)
+        },
+        "warps": said["options"]["num_warps"],
     }
-    result["constants"] = {k: str(v) for k, v in (constants | options).items()}
     if target.startswith("sm"):
         return result | _ptxas(compiled.asm["ptx"], target)
     text = compiled.asm["amdgcn"]
@@ -150,7 +167,7 @@ def main() -> None:
     operators = [op for op in modules() if not names or op.NAME in names]
     for op in operators:  # before anything is interpreted
         importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")
-    with noted() as kinds:
+    with noted(TARGETS) as kinds:
         for dtype in DTYPES:
             for op in operators:
                 if "--all" in sys.argv:
@@ -162,7 +179,7 @@ def main() -> None:
             if not names or "activated_depthwise" in names:
                 launch_activated_depthwise(dtype)
     with ProcessPoolExecutor() as pool:
-        jobs = [pool.submit(build, *kind, target) for kind in kinds.values() for target in TARGETS]
+        jobs = [pool.submit(build, *kind) for kind in kinds.items()]
         for job in jobs:
             print(json.dumps(job.result()), flush=True)
 

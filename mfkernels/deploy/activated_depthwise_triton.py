@@ -3,6 +3,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operators.layout import empty_map
+from ..operators.triton_maps import place
 
 
 @triton.jit
@@ -18,14 +19,14 @@ def dynamic_relu(x, one, other):
     return tl.maximum(x * one, x * other, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "height"])
 def forward_kernel(
     x, before, weight, bias, behind, y, channels, outputs, height, width,
     x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    e = tl.program_id(1) * BC + tl.arange(0, BC)
-    b = tl.program_id(2).to(tl.int64)
+    tile, block, b = place(tl.cdiv(height * width, BP), tl.cdiv(outputs, BC))
+    p = tile * BP + tl.arange(0, BP)
+    e = block * BC + tl.arange(0, BC)
     c, inside_e = e // (outputs // channels), e < outputs
     row, column = p // width, p % width
     sums = tl.zeros([BC, BP], tl.float32) + tl.load(bias + e, inside_e, 0.0).to(tl.float32)[:, None]
@@ -57,7 +58,7 @@ def activated_depthwise(
     if y.numel() == 0:
         return y
     block_c, block_p = (64, 16) if x.stride(1) == 1 else (8, 64)
-    grid = (triton.cdiv(height * width, block_p), triton.cdiv(outputs, block_c), batch)
+    grid = (triton.cdiv(height * width, block_p) * triton.cdiv(outputs, block_c) * batch,)
     forward_kernel[grid](
         x, None if before is None else before.contiguous(), weight.contiguous(), bias, behind.contiguous(), y,
         channels, outputs, height, width, *x.stride(), *y.stride(), BC=block_c, BP=block_p,

@@ -27,6 +27,19 @@ def as_map(x: Tensor) -> Map:
     return Map(x, (x.stride(0), x.stride(1), x.stride(3) if width > 1 else x.stride(2)))
 
 
+# Triton makes a constant of a number that is 1, and another variant of a kernel where 16 divides a number. Of
+# these kinds of numbers kernels gain nothing by it: they do not decide how wide memory is read.
+COUNTS = ["batch", "functions", "groups", "heads", "kernels", "splits", "tokens"]
+
+
+@triton.jit
+def place(first, second):
+    """Where this program is along three axes of `first`, `second` and any number of programs. They are folded
+    into one, since a GPU takes no more than 65535 programs along the others of its own."""
+    at = tl.program_id(0)
+    return at % first, at // first % second, (at // first // second).to(tl.int64)
+
+
 def power(n: int, least: int = 1, most: int = 1 << 20) -> int:
     """The next power of two, within these bounds."""
     return min(max(triton.next_power_of_2(max(n, 1)), least), most)

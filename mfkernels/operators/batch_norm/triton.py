@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, as_map, power, splits_of, tile_sizes
+from ..triton_maps import COUNTS, Map, as_map, place, power, splits_of, tile_sizes
 
 
 @triton.jit
@@ -14,12 +14,12 @@ def load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p):
     return tl.load(x + at, inside, 0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def moments_kernel(
     x, out, channels, pixels, split, splits, x_b, x_c, x_p, BC: tl.constexpr, BP: tl.constexpr
 ):
     """out (B, splits, 2, C): over a split's pixels the mean, and the sum of squared distances from it."""
-    part, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, block, b = place(splits, tl.cdiv(channels, BC))
     c = block * BC + tl.arange(0, BC)
     first, last = part * split, tl.minimum((part + 1) * split, pixels)
     total = tl.zeros([BC], tl.float32)
@@ -36,18 +36,18 @@ def moments_kernel(
     tl.store(to + channels, squares, c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def join_moments_kernel(
-    parts, mean, rest, variance, channels, pixels, split, splits, count, BR: tl.constexpr, BC: tl.constexpr
+    parts, mean, rest, variance, channels, pixels, split, splits, batch, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """Mean and variance (C) of `count` parts (count, 2, C) together, of which each sample has `splits`. The
-    mean is a float32 and the rest that its rounding leaves off."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    """Mean and variance (C) of the parts (B, splits, 2, C) together. The mean is a float32, and the rest that
+    its rounding leaves off."""
+    c, count = tl.program_id(0) * BC + tl.arange(0, BC), batch * splits
     total = tl.zeros([BC], tl.float64)
     for start in range(0, count, BR):
         means, sizes = part_of(parts, 0, start + tl.arange(0, BR), c, channels, pixels, split, splits, count)
         total += tl.sum(means * sizes[:, None], 0)
-    every = (count // splits).to(tl.float64) * pixels
+    every = batch.to(tl.float64) * pixels
     exact = total / every
     squares = tl.zeros([BC], tl.float64)
     for start in range(0, count, BR):
@@ -77,9 +77,9 @@ def apply_kernel(
     GELU: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """out = (x - mean) / sqrt(variance + eps) * weight + bias and its activation."""
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    b = tl.program_id(2).to(tl.int64)
+    tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(channels, BC))
+    p = tile * BP + tl.arange(0, BP)
+    c = block * BC + tl.arange(0, BC)
     value = load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p)
     value = normal(value, weight, bias, mean, rest, variance, eps, c, channels)[1]
     if GELU:
@@ -124,14 +124,14 @@ def before_activation(grad, before, GELU: tl.constexpr):
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gradient_sums_kernel(
     x, g, out, weight, bias, mean, variance, eps, channels, pixels, split, splits,
     x_b, x_c, x_p, g_b, g_c, g_p, GELU: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """out (B, splits, 2, C): sums over a split's pixels of d, the gradient before the activation, and of
     d (x - mean)."""
-    part, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, block, b = place(splits, tl.cdiv(channels, BC))
     c = block * BC + tl.arange(0, BC)
     sums = tl.zeros([BC], tl.float32)
     products = tl.zeros([BC], tl.float32)
@@ -149,16 +149,16 @@ def gradient_sums_kernel(
     tl.store(to + channels, products, c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def join_gradients_kernel(
     parts, weight, variance, eps, grad_mean, grad_variance,
-    numbers, grads, channels, pixels, splits, count,
+    numbers, grads, channels, pixels, splits, batch,
     MEASURED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of `count` parts (count, 2, C) the gradients (4, C) of everything but x, and, where the
+    """From the sums of the parts (B, splits, 2, C) the gradients (4, C) of everything but x, and, where the
     statistics were measured, what their gradients add to that of x: `numbers` (2, C) times the distances from
     the mean, and as it is."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c, count = tl.program_id(0) * BC + tl.arange(0, BC), batch * splits
     sums = tl.zeros([BC], tl.float64)
     products = tl.zeros([BC], tl.float64)
     for start in range(0, count, BR):
@@ -178,7 +178,7 @@ def join_gradients_kernel(
             through_mean += tl.load(grad_mean + c, inside, 0.0).to(tl.float64)
         if grad_variance is not None:
             through_variance += tl.load(grad_variance + c, inside, 0.0).to(tl.float64)
-        every = (count // splits).to(tl.float64) * pixels
+        every = batch.to(tl.float64) * pixels
         tl.store(numbers + c, (2 * through_variance / every).to(tl.float32), inside)
         tl.store(numbers + channels + c, (through_mean / every).to(tl.float32), inside)
 
@@ -190,9 +190,9 @@ def gradient_kernel(
     GELU: tl.constexpr, MEASURED: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """out = d * scale, and with MEASURED + (x - mean) * numbers[0] + numbers[1]; numbers (2, C)."""
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    b = tl.program_id(2).to(tl.int64)
+    tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(channels, BC))
+    p = tile * BP + tl.arange(0, BP)
+    c = block * BC + tl.arange(0, BC)
     value = load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p)
     distance, before = normal(value, weight, bias, mean, None, variance, eps, c, channels)
     grad = load_tile(g, b, c, p, channels, pixels, g_b, g_c, g_p)
@@ -213,7 +213,7 @@ class _Splits:
         block_c, block_p = tile_sizes(x)
         groups = triton.cdiv(channels, block_c)
         splits, size = splits_of(height * width, batch * groups, x.tensor.device, block_p)
-        self.grid = (splits, groups, batch)
+        self.grid = (splits * groups * batch,)
         self.out = x.tensor.new_empty((batch * splits, 2, channels), dtype=torch.float32)
         self.arguments = (channels, height * width, size, splits)
         # Of the kernels that join the parts.
@@ -221,10 +221,10 @@ class _Splits:
         self.blocks = (power(batch * splits, 16, 64), 16)
 
 
-def _grid(x: Map) -> tuple[int, int, int]:
+def _grid(x: Map) -> tuple[int]:
     batch, channels, height, width = x.tensor.shape
     block_c, block_p = tile_sizes(x)
-    return triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch
+    return (triton.cdiv(height * width, block_p) * triton.cdiv(channels, block_c) * batch,)
 
 
 def forward(
@@ -248,7 +248,7 @@ def forward(
                 given.tensor, parts.out, *parts.arguments, *given.strides, *tile_sizes(given)
             )
             join_moments_kernel[parts.join_grid](
-                parts.out, near, rest, spread, *parts.arguments, len(parts.out), *parts.blocks
+                parts.out, near, rest, spread, *parts.arguments, x.shape[0], *parts.blocks
             )
         else:
             numbers.fill_(torch.nan)
@@ -292,7 +292,7 @@ def backward(
         )  # fmt: skip
         join_gradients_kernel[parts.join_grid](
             parts.out, weight, variance, eps, *statistics, numbers, grads,
-            channels, pixels, splits, len(parts.out), measured, *parts.blocks,
+            channels, pixels, splits, x.shape[0], measured, *parts.blocks,
         )  # fmt: skip
         gradient_kernel[_grid(given)](
             given.tensor, g.tensor, to.tensor, *vectors, eps, numbers, channels, pixels,

@@ -12,8 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import dot, power, splits_of
+from ..triton_maps import COUNTS, dot, place, power, splits_of
 from .reference import Pair, output_size
+
+# As COUNTS.
+NUMBERS = [*COUNTS, "blocks", "samples", "H", "GH", "SH", "RH", "ph", "dh", "dw"]
+# They need not be known but where they are 1, which makes a convolution a product, or spares divisions.
+STEPS = ["kh", "kw", "sh", "sw", "multiplier"]
 
 
 @triton.jit
@@ -74,23 +79,23 @@ def add_sample(
 @triton.jit
 def store_sums(total, others, part, at, inside, out, kernels, size, BK: tl.constexpr):
     k = tl.arange(0, BK)
-    out += part.to(tl.int64) * (1 + kernels) * size
+    out += part * (1 + kernels) * size
     tl.store(out + at, total, inside)
     to = out + (1 + k)[:, None, None] * size + at[None, :, :]
     tl.store(to, others, (k < kernels)[:, None, None] & inside[None, :, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=STEPS)
 def dense_kernel(
     source, result, weight, basis, attention, bias, basis_bias, kernels, size, scale,
-    rows, sources, blocks, SH, SW, RH, RW, kh, kw, sh, sw, ph, pw, dh, dw,
+    rows, sources, groups, blocks, SH, SW, RH, RW, kh, kw, sh, sw, ph, pw, dh, dw,
     s_b, s_c, s_y, s_x, r_b, r_c, r_y, r_x,
     TRANSPOSED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """rows and sources: channels of a group of the result and of the source; blocks: of rows, in a group."""
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
-    b = tl.program_id(2).to(tl.int64)
+    tile, block, b = place(tl.cdiv(RH * RW, BP), groups * blocks)
+    p = tile * BP + tl.arange(0, BP)
+    group, block = block // blocks, block % blocks
     r = block * BR + tl.arange(0, BR)
     inside_p, inside_r = p < RH * RW, r < rows
     taps = kh * kw
@@ -122,7 +127,7 @@ def dense_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=STEPS)
 def depthwise_kernel(
     source, result, weight, basis, attention, bias, basis_bias, kernels, size, scale,
     multiplier, channels, SH, SW, RH, RW, kh, kw, sh, sw, ph, pw, dh, dw,
@@ -130,9 +135,9 @@ def depthwise_kernel(
     TRANSPOSED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """channels: of the result; multiplier: outputs for each channel of x."""
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    r = tl.program_id(1) * BR + tl.arange(0, BR)
-    b = tl.program_id(2).to(tl.int64)
+    tile, block, b = place(tl.cdiv(RH * RW, BP), tl.cdiv(channels, BR))
+    p = tile * BP + tl.arange(0, BP)
+    r = block * BR + tl.arange(0, BR)
     inside_p, inside_r = p < RH * RW, r < channels
     taps = kh * kw
     attention += b * kernels
@@ -156,29 +161,29 @@ def depthwise_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=STEPS)
 def dense_weight_kernel(
-    x, g, basis, attention, out, shares, kernels, size, batch, split,
-    rows, inputs, blocks, H, W, GH, GW, kh, kw, sh, sw, ph, pw, dh, dw,
+    x, g, basis, attention, out, shares, kernels, size, batch, samples,
+    rows, inputs, groups, blocks, H, W, GH, GW, kh, kw, sh, sw, ph, pw, dh, dw,
     x_b, x_c, x_y, x_x, g_b, g_c, g_y, g_x,
     BO: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out (splits, 1 + K, size): over a split of the samples the sum of their kernels' gradients, and the
     sums weighted with their attention; shares (tiles, B, K): a tile's part of <gradient, basis>."""
-    group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    part = tl.program_id(2)
-    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    o = block * BO + tl.arange(0, BO)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
     taps = kh * kw
     depth = inputs * taps
+    columns = tl.cdiv(depth, BD)
+    block, column, part = place(groups * blocks, columns)
+    tile = block * columns + column
+    group, block = block // blocks, block % blocks
+    o = block * BO + tl.arange(0, BO)
+    d = column * BD + tl.arange(0, BD)
     c, tap = d // taps, d % taps
     inside = (o < rows)[:, None] & (d < depth)[None, :]
     at = (group * rows + o)[:, None] * depth + d[None, :]
     total = tl.zeros([BO, BD], tl.float32)
     others = tl.zeros([BK, BO, BD], tl.float32)
-    for step in range(tl.minimum(split, batch - part * split)):
-        b = part.to(tl.int64) * split + step
+    for b in range(part * samples, tl.minimum((part + 1) * samples, batch)):
         sums = tl.zeros([BO, BD], tl.float32)
         for start in range(0, GH * GW, BP):
             p = start + tl.arange(0, BP)
@@ -204,23 +209,22 @@ def dense_weight_kernel(
     store_sums(total, others, part, at, inside, out, kernels, size, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=STEPS)
 def depthwise_weight_kernel(
-    x, g, basis, attention, out, shares, kernels, size, batch, split,
+    x, g, basis, attention, out, shares, kernels, size, batch, samples,
     outputs, multiplier, H, W, GH, GW, kh, kw, sh, sw, ph, pw, dh, dw,
     x_b, x_c, x_y, x_x, g_b, g_c, g_y, g_x,
     BO: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """As dense_weight_kernel."""
-    tap, part = tl.program_id(1), tl.program_id(2)
-    tile = tl.program_id(0) * tl.num_programs(1) + tap
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    block, tap, part = place(tl.cdiv(outputs, BO), kh * kw)
+    tile = block * (kh * kw) + tap
+    o = block * BO + tl.arange(0, BO)
     inside_o = o < outputs
     at = (o * (kh * kw) + tap)[:, None]
     total = tl.zeros([BO, 1], tl.float32)
     others = tl.zeros([BK, BO, 1], tl.float32)
-    for step in range(tl.minimum(split, batch - part * split)):
-        b = part.to(tl.int64) * split + step
+    for b in range(part * samples, tl.minimum((part + 1) * samples, batch)):
         sums = tl.zeros([BO, 1], tl.float32)
         for start in range(0, GH * GW, BP):
             p = start + tl.arange(0, BP)
@@ -253,7 +257,7 @@ def _convolve(
     first = (source, result, *tensors, basis.shape[0], weight.numel(), scale)
     if inputs == 1:
         block_p = power(pixels, 16, 128)
-        grid = (triton.cdiv(pixels, block_p), triton.cdiv(channels, 8), batch)
+        grid = (triton.cdiv(pixels, block_p) * triton.cdiv(channels, 8) * batch,)
         depthwise_kernel[grid](
             *first, outputs // groups, channels, *maps, TRANSPOSED=transposed, BR=8, BP=block_p
         )  # fmt: skip
@@ -263,9 +267,9 @@ def _convolve(
     if block_r == block_p == 32:
         block_p = 64  # of 32 by 32 ptxas spills
     blocks = triton.cdiv(rows, block_r)
-    grid = (triton.cdiv(pixels, block_p), groups * blocks, batch)
+    grid = (triton.cdiv(pixels, block_p) * groups * blocks * batch,)
     dense_kernel[grid](
-        *first, rows, sources, blocks, *maps, TRANSPOSED=transposed, BR=block_r, BP=block_p, BD=16
+        *first, rows, sources, groups, blocks, *maps, TRANSPOSED=transposed, BR=block_r, BP=block_p, BD=16
     )  # fmt: skip
 
 
@@ -278,26 +282,26 @@ def _weight_gradients(
     taps, rows = kernel[0] * kernel[1], outputs // groups
     block_k = power(kernels)
     if inputs == 1:
-        tiles = (triton.cdiv(outputs, 8), taps)
+        tiles = triton.cdiv(outputs, 8) * taps
     else:
         block_o = power(rows, 16, 32)
         # Small: 1 + K such sums are held in registers.
         block_d = 16 if block_o == 32 and kernels > 1 else 32
         blocks = triton.cdiv(rows, block_o)
-        tiles = (groups * blocks, triton.cdiv(inputs * taps, block_d))
-    splits, split = splits_of(batch, tiles[0] * tiles[1], x.device, 1)
+        tiles = groups * blocks * triton.cdiv(inputs * taps, block_d)
+    splits, samples = splits_of(batch, tiles, x.device, 1)
     out = x.new_empty((splits, 1 + kernels, *weight.shape), dtype=torch.float32)
-    shares = x.new_zeros((tiles[0] * tiles[1], batch, kernels), dtype=torch.float32)
-    first = (x, g, basis, attention, out, shares, kernels, weight.numel(), batch, split)
+    shares = x.new_zeros((tiles, batch, kernels), dtype=torch.float32)
+    first = (x, g, basis, attention, out, shares, kernels, weight.numel(), batch, samples)
     maps = (*x.shape[2:], *g.shape[2:], *kernel, *settings, *x.stride(), *g.stride())
     if inputs == 1:
         # Of a single kernel ptxas spills.
-        depthwise_weight_kernel[(*tiles, splits)](
+        depthwise_weight_kernel[(tiles * splits,)](
             *first, outputs, rows, *maps, BO=8, BP=128, BK=max(2, block_k)
         )  # fmt: skip
     else:
-        dense_weight_kernel[(*tiles, splits)](
-            *first, rows, inputs, blocks, *maps, BO=block_o, BD=block_d, BP=16, BK=block_k
+        dense_weight_kernel[(tiles * splits,)](
+            *first, rows, inputs, groups, blocks, *maps, BO=block_o, BD=block_d, BP=16, BK=block_k
         )  # fmt: skip
     sums = out.double().sum(0)
     return sums[0], sums[1:], shares.double().sum(0)

@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, as_map, power, splits_of
+from ..triton_maps import COUNTS, Map, as_map, place, power, splits_of
 
 
 @triton.jit
@@ -44,15 +44,15 @@ def function(
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x, slopes, intercepts, attention, y, channels, pixels, tokens, functions,
     x_b, x_c, x_p, y_b, y_c, y_p,
     SHIFTED: tl.constexpr, MIXED: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    b = tl.program_id(2).to(tl.int64)
+    tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(channels, BC))
+    p = tile * BP + tl.arange(0, BP)
+    c = block * BC + tl.arange(0, BC)
     inside_c, inside_p = c < channels, p < pixels
     inside = inside_c[:, None] & inside_p[None, :]
     c_wide, p_wide = c.to(tl.int64)[:, None], p.to(tl.int64)[None, :]
@@ -90,15 +90,15 @@ def shared_gradient(
     return best, g / ties
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_map_kernel(
     x, g, slopes, intercepts, attention, grad_x, grad_attention, channels, pixels, tokens, functions,
     x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
     SHIFTED: tl.constexpr, MIXED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x and of the attention: a program has all channels of its pixels."""
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    b = tl.program_id(1).to(tl.int64)
+    tile, _, b = place(tl.cdiv(pixels, BP), 1)
+    p = tile * BP + tl.arange(0, BP)
     inside_p = p < pixels
     p_wide = p.to(tl.int64)[None, :]
     m = tl.arange(0, BM)
@@ -139,7 +139,7 @@ def backward_map_kernel(
         tl.store(to, sums.to(grad_attention.dtype.element_ty), inside_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_coefficients_kernel(
     x, g, slopes, intercepts, attention, out, channels, pixels, tokens, functions, split, splits,
     x_b, x_c, x_p, g_b, g_c, g_p,
@@ -147,8 +147,8 @@ def backward_coefficients_kernel(
 ):  # fmt: skip
     """out (2, B, splits, K, BM, C): the gradients of slopes and intercepts over a split's pixels; BM is 1
     where nothing is mixed. A program has one function."""
-    part, block = tl.program_id(0), tl.program_id(1)
-    both = tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(channels, BC)
+    part, block, both = place(splits, blocks)
     b, k = both // functions, both % functions
     c = block * BC + tl.arange(0, BC)
     inside_c = c < channels
@@ -182,7 +182,7 @@ def backward_coefficients_kernel(
         else:
             slope_sums += tl.sum(own * value, 1)[None, :]
             shift_sums += tl.sum(own, 1)[None, :]
-    batch = tl.num_programs(2).to(tl.int64) // functions
+    batch = (tl.num_programs(0) // splits // blocks // functions).to(tl.int64)
     row = (b * splits + part) * functions + k
     to = out + (row * BM + m[:, None]) * channels + c[None, :]
     tl.store(to, slope_sums, inside_c[None, :])
@@ -216,7 +216,7 @@ def forward(
     given, flags = _given(slopes, intercepts, attention)
     sizes, source, to = _sizes(x, slopes, attention), as_map(x), as_map(y)
     block_c, block_p = _blocks(source)
-    grid = (triton.cdiv(sizes[1], block_p), triton.cdiv(sizes[0], block_c), x.shape[0])
+    grid = (triton.cdiv(sizes[1], block_p) * triton.cdiv(sizes[0], block_c) * x.shape[0],)
     forward_kernel[grid](
         source.tensor, *given, y, *sizes, *source.strides, *to.strides, **flags, BC=block_c, BP=block_p
     )
@@ -242,14 +242,14 @@ def backward(
     batch, mixed = x.shape[0], attention is not None
     block_c, block_p = _blocks(source)
     block_m = power(tokens) if mixed else 1
-    backward_map_kernel[triton.cdiv(pixels, block_p), batch](
+    backward_map_kernel[(triton.cdiv(pixels, block_p) * batch,)](
         source.tensor, g.tensor, *given, grad_x, grad_attention, *sizes, *source.strides, *g.strides,
         *to.strides, **flags, BM=block_m, BC=block_c, BP=block_p,
     )  # fmt: skip
     groups = triton.cdiv(channels, block_c)
     count, size = splits_of(pixels, groups * batch * functions, x.device, block_p)
     out = torch.empty((2, batch, count, functions, block_m, channels), dtype=torch.float32, device=x.device)
-    backward_coefficients_kernel[count, groups, batch * functions](
+    backward_coefficients_kernel[(count * groups * batch * functions,)](
         source.tensor, g.tensor, *given, out, *sizes, size, count, *source.strides, *g.strides,
         **flags, BM=block_m, BC=block_c, BP=block_p,
     )  # fmt: skip

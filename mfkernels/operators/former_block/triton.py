@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_maps import add_to_mean, power
+from ..triton_maps import COUNTS, add_to_mean, power
 from ..triton_rows import product
 
 # --- steps -------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def attend_gradient(
 # --- kernels -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "in_b", "in_t"])
 def forward_kernel(
     tokens_in, in_b, in_t, in_d, result,
     qkv_w, qkv_b, proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b,
@@ -189,7 +189,7 @@ def forward_kernel(
     copy(out, size, 1, result + b * tokens * width, width, 1, tokens, width, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     given, result, qkv_w, proj_w, norm1_w, fc1_w, fc2_w, norm2_w,
     x, q, k, v, weights, sum1, second, units, sum2,
@@ -268,7 +268,8 @@ class _Call:
         # Queries, keys and values follow one another, as their layer gives them.
         names = ("x", "normed", "q", "k", "v", "attended", "sum1", "second", "sum2", "out")
         sizes = dict.fromkeys(names, self.width) | dict(units=self.hidden, active=self.hidden)
-        sizes["weights"] = self.heads * self.count
+        # So that rows of sixteens begin at sixteens, whatever the number of tokens.
+        sizes["weights"] = -(-self.heads * self.count // 16) * 16
         if gradients:
             names = ("", "_sum2", "_second", "_sum1", "_attended", "_q", "_k", "_v", "_normed", "_x")
             sizes |= dict.fromkeys([f"grad{name}" for name in names] + ["norm1", "norm2"], self.width)

@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import as_map, dot, head_blocks, head_sizes, rounded, splits_of
+from ..triton_maps import COUNTS, as_map, dot, head_blocks, head_sizes, place, rounded, splits_of
 
 
 @triton.jit
@@ -16,14 +16,13 @@ def weights_of(x, k, scale, tokens, m, BM: tl.constexpr):
     return weights / tl.sum(weights, 0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x, k, v, y, scale, pixels, tokens, heads, depth, x_b, x_c, x_p, y_b, y_c, y_p,
     BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    head = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    tile, head, b = place(tl.cdiv(pixels, BP), heads)
+    p = tile * BP + tl.arange(0, BP)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)
     inside = (d < depth)[:, None] & (p < pixels)[None, :]
@@ -38,15 +37,14 @@ def forward_kernel(
     tl.store(y + b * y_b + c[:, None] * y_c + p_wide * y_p, out.to(y.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     x, k, v, g, grad_x, sums, scale, pixels, tokens, heads, depth, split, splits,
     x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
     BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """sums (2, B, splits, M, C): the gradients of k and v over a split's pixels."""
-    part, head = tl.program_id(0), tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    part, head, b = place(splits, heads)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)
     at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
@@ -73,7 +71,7 @@ def backward_kernel(
         grad_values += dot(weights, tl.trans(grad))
     to = sums + ((b * splits + part) * tokens + m[:, None]) * heads * depth + c[None, :]
     tl.store(to, grad_keys, inside_token)
-    batch = tl.num_programs(2).to(tl.int64)
+    batch = (tl.num_programs(0) // splits // heads).to(tl.int64)
     tl.store(to + batch * splits * tokens * heads * depth, grad_values, inside_token)
 
 
@@ -84,7 +82,7 @@ def forward(x: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None
     sizes, source, to = head_sizes(x, k, num_heads), as_map(x), as_map(y)
     scale = sizes[3] ** -0.5 if scale is None else scale
     blocks = head_blocks(sizes[1], sizes[3])
-    grid = (triton.cdiv(sizes[0], blocks["BP"]), num_heads, x.shape[0])
+    grid = (triton.cdiv(sizes[0], blocks["BP"]) * num_heads * x.shape[0],)
     forward_kernel[grid](
         source.tensor,
         k.contiguous(),
@@ -110,7 +108,7 @@ def backward(
     blocks = head_blocks(sizes[1], sizes[3])
     count, size = splits_of(sizes[0], x.shape[0] * num_heads, x.device, blocks["BP"])
     sums = torch.empty((2, x.shape[0], count, *k.shape[1:]), dtype=torch.float32, device=x.device)
-    backward_kernel[count, num_heads, x.shape[0]](
+    backward_kernel[(count * num_heads * x.shape[0],)](
         source.tensor, k.contiguous(), v.contiguous(), g.tensor, grad_x, sums, scale, *sizes, size, count,
         *source.strides, *g.strides, *to.strides, **blocks,
     )  # fmt: skip

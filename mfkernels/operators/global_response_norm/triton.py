@@ -4,16 +4,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, as_map, power, splits_of, tile_sizes
+from ..triton_maps import COUNTS, Map, as_map, place, power, splits_of, tile_sizes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sums_kernel(
     x, g, out, channels, pixels, split, splits,
     x_b, x_c, x_p, g_b, g_c, g_p, BOTH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """out (B, splits, 3, C): sums over a split's pixels of x^2, x g and g; without BOTH only the first."""
-    part, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, block, b = place(splits, tl.cdiv(channels, BC))
     c = block * BC + tl.arange(0, BC)
     inside_c = c < channels
     squares = tl.zeros([BC], tl.float32)
@@ -35,10 +35,11 @@ def sums_kernel(
     tl.store(to + 2 * channels, sums, inside_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def join_kernel(parts, out, channels, splits, BOTH: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
     """out (B, 3, C), float64: the norms, and with BOTH the other two sums of all splits together."""
-    c, b = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1).to(tl.int64)
+    block, _, b = place(tl.cdiv(channels, BC), 1)
+    c = block * BC + tl.arange(0, BC)
     to = out + b * 3 * channels + c
     tl.store(to, tl.sqrt(total(parts, 0, b, c, channels, splits, BS, BC)), c < channels)
     if BOTH:
@@ -71,9 +72,9 @@ def apply_kernel(
 ):  # fmt: skip
     """out = x (1 + gamma norm / (mean + eps)) + beta, where MEAN is over the BALL or fewer channels, or the
     norm itself; sums (B, 3, C) begin with the norms."""
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    b = tl.program_id(2).to(tl.int64)
+    tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(channels, BC))
+    p = tile * BP + tl.arange(0, BP)
+    c = block * BC + tl.arange(0, BC)
     inside_c = c < channels
     inside = inside_c[:, None] & (p < pixels)[None, :]
     norms = sums + b * 3 * channels
@@ -95,10 +96,10 @@ def gradient_kernel(
     x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
     MEAN: tl.constexpr, BALL: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, and each sample's shares of those of gamma and beta, grads (2, B, C) in float64."""
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    b = tl.program_id(2).to(tl.int64)
+    """The gradient of x, and each sample's shares of those of gamma and beta, grads (B, 2, C) in float64."""
+    tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(channels, BC))
+    p = tile * BP + tl.arange(0, BP)
+    c = block * BC + tl.arange(0, BC)
     inside_c = c < channels
     inside = inside_c[:, None] & (p < pixels)[None, :]
     norms, products = sums + b * 3 * channels, sums + (b * 3 + 1) * channels
@@ -116,12 +117,10 @@ def gradient_kernel(
     response = norm / below
     other = tl.where(norm == 0, 0.0, grad_norm / tl.where(norm == 0, 1.0, norm)).to(tl.float32)
     factor = (1.0 + load_gamma(gamma, c, channels) * response).to(tl.float32)
-    if tl.program_id(0) == 0:
-        to = grads + b * channels + c
+    if tile == 0:
+        to = grads + b * 2 * channels + c
         tl.store(to, response * product, inside_c)
-        tl.store(
-            to + tl.num_programs(2) * channels, tl.load(norms + 2 * channels + c, inside_c, 0.0), inside_c
-        )
+        tl.store(to + channels, tl.load(norms + 2 * channels + c, inside_c, 0.0), inside_c)
     c_wide, p_wide = c.to(tl.int64)[:, None], p.to(tl.int64)[None, :]
     value = tl.load(x + b * x_b + c_wide * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
     grad = tl.load(g + b * g_b + c_wide * g_c + p_wide * g_p, inside, 0.0).to(tl.float32)
@@ -136,21 +135,21 @@ def _sums(x: Map, g: Map | None) -> Tensor:
     groups, other = triton.cdiv(channels, block_c), g or x
     splits, size = splits_of(height * width, batch * groups, x.tensor.device, block_p)
     parts = x.tensor.new_empty((batch, splits, 3, channels), dtype=torch.float32)
-    sums_kernel[splits, groups, batch](
+    sums_kernel[(splits * groups * batch,)](
         x.tensor, other.tensor, parts, channels, height * width, size, splits,
         *x.strides, *other.strides, g is not None, block_c, block_p,
     )  # fmt: skip
     out = x.tensor.new_empty((batch, 3, channels), dtype=torch.float64)
-    grid = (triton.cdiv(channels, 16), batch)
+    grid = (triton.cdiv(channels, 16) * batch,)
     join_kernel[grid](parts, out, channels, splits, g is not None, power(splits, 1, 64), 16)
     return out
 
 
-def _launch(x: Map, mean: str) -> tuple[tuple[int, int, int], tuple]:
+def _launch(x: Map, mean: str) -> tuple[tuple[int], tuple]:
     """Of the kernels that make maps: the grid, and the last arguments."""
     batch, channels, height, width = x.tensor.shape
     block_c, block_p = tile_sizes(x)
-    grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch)
+    grid = (triton.cdiv(height * width, block_p) * triton.cdiv(channels, block_c) * batch,)
     return grid, (mean == "channels", power(channels), block_c, block_p)
 
 
@@ -173,10 +172,10 @@ def backward(
     if x.numel() == 0:
         return grad_x, torch.zeros_like(gamma), torch.zeros_like(beta)
     to, (grid, last) = as_map(grad_x), _launch(given, mean)
-    shares = x.new_empty((2, *x.shape[:2]), dtype=torch.float64)
+    shares = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float64)
     gradient_kernel[grid](
         given.tensor, g.tensor, to.tensor, gamma.contiguous(), _sums(given, g), shares, eps,
         x.shape[1], x.shape[2] * x.shape[3], *given.strides, *g.strides, *to.strides, *last,
     )  # fmt: skip
-    grad_gamma, grad_beta = shares.sum(1).unbind(0)
+    grad_gamma, grad_beta = shares.sum(0).unbind(0)
     return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)

@@ -4,18 +4,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import add_to_mean, as_map, dot, head_blocks, head_sizes, power, rounded, splits_of
+from ..triton_maps import (
+    COUNTS,
+    add_to_mean,
+    as_map,
+    dot,
+    head_blocks,
+    head_sizes,
+    place,
+    rounded,
+    splits_of,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x, q, out, stats, logits, scale, pixels, tokens, heads, depth, split, splits, x_b, x_c, x_p,
     KEEP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Over a split's pixels: out (B, splits, M, C), sums of pixels weighted with exp(logit - top); stats
     (B, splits, heads, M, 2), the largest logit and the sum of the weights."""
-    part, head = tl.program_id(0), tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    part, head, b = place(splits, heads)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)
     inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
@@ -46,11 +55,11 @@ def forward_kernel(
     tl.store(to + 1, total, m < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(sums, stats, out, kept, splits, tokens, heads, depth, BS: tl.constexpr, BD: tl.constexpr):
     """The splits of `forward_kernel` put together for a token and a head: out (B, M, C) and kept
     (B, heads, M, 2)."""
-    m, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    m, head, b = place(tokens, heads)
     d = tl.arange(0, BD)
     top = tl.full([1], float("-inf"), tl.float32)
     for start in range(0, splits, BS):
@@ -75,7 +84,7 @@ def combine_kernel(sums, stats, out, kept, splits, tokens, heads, depth, BS: tl.
     tl.store(pair + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def means_kernel(
     x, q, g, stats, out, scale, pixels, tokens, heads, depth, split, splits, x_b, x_c, x_p,
     BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
@@ -83,8 +92,7 @@ def means_kernel(
     """With w the weights and dP their gradients, over a split's pixels: out (B, splits, heads, M, 4), the
     largest w, its dP (the pivot), the sum of w, and that of w (dP - pivot). Where one weight is nearly one,
     the mean of dP is nearly its dP, and without the pivot their difference would lose its digits."""
-    part, head = tl.program_id(0), tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    part, head, b = place(splits, heads)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)
     inside_m = m < tokens
@@ -115,7 +123,7 @@ def means_kernel(
     tl.store(to + 3, sums, inside_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     x, q, g, grad_logits, stats, means, grad_x, sums, scale, pixels, tokens, heads, depth, split, splits,
     x_b, x_c, x_p, out_b, out_c, out_p,
@@ -123,8 +131,7 @@ def backward_kernel(
 ):  # fmt: skip
     """sums (B, splits, M, C): the gradient of q over a split's pixels. `means` (B, heads, M, 2): the pivot,
     and the mean of the weights' gradients less the pivot."""
-    part, head = tl.program_id(0), tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    part, head, b = place(splits, heads)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)
     inside_m = m < tokens
@@ -186,13 +193,12 @@ def forward(
     softmax_stats = stats.new_empty((batch, num_heads, tokens, 2))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel() > 0:
-        forward_kernel[count, num_heads, batch](
+        forward_kernel[(count * num_heads * batch,)](
             source.tensor, q.contiguous(), sums, stats, logits, scale, *sizes, size, count, *source.strides,
             KEEP=return_logits, **blocks | dict(num_warps=4),
         )  # fmt: skip
-        combine_kernel[tokens, num_heads, batch](
-            sums, stats, out, softmax_stats, count, tokens, num_heads, depth, power(count, 1, 32),
-            blocks["BD"],
+        combine_kernel[(tokens * num_heads * batch,)](
+            sums, stats, out, softmax_stats, count, tokens, num_heads, depth, 16, blocks["BD"],
         )  # fmt: skip
     return out, logits, softmax_stats
 
@@ -220,7 +226,7 @@ def backward(
     means = softmax_stats
     if grad_out is not None:
         parts = torch.empty((x.shape[0], count, num_heads, tokens, 4), dtype=torch.float32, device=x.device)
-        means_kernel[count, num_heads, x.shape[0]](
+        means_kernel[(count * num_heads * x.shape[0],)](
             source.tensor, q.contiguous(), given, softmax_stats, parts, scale, *sizes, size, count,
             *source.strides, **blocks | dict(BP=min(blocks["BP"], 32)),
         )  # fmt: skip
@@ -228,7 +234,7 @@ def backward(
         pivot = pivots.gather(1, largest.argmax(1, keepdim=True))
         mean = (part_sums + weights * (pivots - pivot)).sum(1)
         means = torch.stack([pivot.squeeze(1), mean], -1)
-    backward_kernel[count, num_heads, x.shape[0]](
+    backward_kernel[(count * num_heads * x.shape[0],)](
         source.tensor, q.contiguous(), given, kept, softmax_stats, means, grad_x, sums, scale, *sizes, size,
         count, *source.strides, *to.strides,
         ATTENDED=grad_out is not None, KEPT=grad_logits is not None, **blocks,

@@ -8,7 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import Map, add_to_mean, as_map, dot, power, rounded
+from ..triton_maps import Map, add_to_mean, as_map, dot, place, power, rounded
+
+# As COUNTS.
+WINDOWS = ["WH", "columns", "windows"]
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def product(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WINDOWS)
 def forward_kernel(
     q, k, v, gate, out, stats, scale, depth, channels, width, WH, WW, columns, windows,
     q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p, o_b, o_c, o_p,
@@ -59,10 +62,9 @@ def forward_kernel(
     """out (B, C, H, W), one block of channels: the result, or without a gate the context v P^T; stats
     (B, 2, H W): largest logit and sum. One of them may be None."""
     pixels = WH * WW
-    j = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    block = tl.program_id(1)
-    both = tl.program_id(2)
-    b, window = (both // windows).to(tl.int64), both % windows
+    tile, block, both = place(tl.cdiv(pixels, BQ), 1 if out is None else tl.cdiv(channels, BC))
+    j = tile * BQ + tl.arange(0, BQ)
+    b, window = both // windows, (both % windows).to(tl.int32)
     inside_q = j < pixels
     at_q = pixels_of(j, window, width, WH, WW, columns)
     c = block * BC + tl.arange(0, BC)
@@ -103,7 +105,7 @@ def forward_kernel(
         tl.store(stats + (b * 2 + 1) * size + at_q, total, inside_q & (block == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WINDOWS)
 def means_kernel(
     q, k, v, g, stats, means, scale, depth, channels, width, WH, WW, columns, windows,
     q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p,
@@ -112,9 +114,9 @@ def means_kernel(
     """With w the weights of a query and dP their gradients: means (B, 2, H W), the dP of the largest w (the
     pivot), and the sum of w (dP - pivot). As for mobile_to_former_attention."""
     pixels = WH * WW
-    j = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    both = tl.program_id(1)
-    b, window = (both // windows).to(tl.int64), both % windows
+    tile, _, both = place(tl.cdiv(pixels, BQ), 1)
+    j = tile * BQ + tl.arange(0, BQ)
+    b, window = both // windows, (both % windows).to(tl.int32)
     inside_q = j < pixels
     at_q = pixels_of(j, window, width, WH, WW, columns)
     size = pixels.to(tl.int64) * windows
@@ -143,7 +145,7 @@ def means_kernel(
     tl.store(means + (b * 2 + 1) * size + at_q, sums, inside_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WINDOWS)
 def backward_kernel(
     q, k, v, g, stats, means, out, scale, depth, channels, width, WH, WW, columns, windows,
     q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p, o_b, o_c, o_p,
@@ -153,14 +155,13 @@ def backward_kernel(
     """The gradient of q, k or v, as OF says, for a block of its pixels (BO) and of its channels (BD or BC),
     summed over all pixels (BI at a time) that it meets. g (B, C, H, W): the gradient of v P^T."""
     pixels = WH * WW
-    own = tl.program_id(0) * BO + tl.arange(0, BO)
-    block = tl.program_id(1)
-    both = tl.program_id(2)
-    b, window = (both // windows).to(tl.int64), both % windows
+    BOWN: tl.constexpr = BC if OF == "v" else BD
+    tile, block, both = place(tl.cdiv(pixels, BO), tl.cdiv(channels if OF == "v" else depth, BOWN))
+    own = tile * BO + tl.arange(0, BO)
+    b, window = both // windows, (both % windows).to(tl.int32)
     inside_own = own < pixels
     at_own = pixels_of(own, window, width, WH, WW, columns)
     size = pixels.to(tl.int64) * windows
-    BOWN: tl.constexpr = BC if OF == "v" else BD
     c = block * BOWN + tl.arange(0, BOWN)
     sums = tl.zeros([BO, BOWN], tl.float32)
     for start in range(0, pixels, BI):
@@ -241,8 +242,9 @@ class _Call:
         self.rows = power(self.pixels, 16, 32)  # of the backward pass, which has two products at a time
         self.block_d, self.block_c = power(depth, 16, block), power(self.channels, 16, block)
 
-    def _grid(self, side: int, channels: int, block: int) -> tuple[int, int, int]:
-        return triton.cdiv(self.pixels, side), triton.cdiv(channels, block), self.batch * self.windows
+    def _grid(self, side: int, channels: int, block: int) -> tuple[int]:
+        tiles = triton.cdiv(self.pixels, side) * triton.cdiv(channels, block)
+        return (tiles * self.batch * self.windows,)
 
     def result(self, out: Tensor, gate: Tensor) -> Tensor:
         self._forward(out, None, as_map(gate))
@@ -270,8 +272,7 @@ class _Call:
     def means(self, g: Map) -> Tensor:
         out = torch.empty_like(self.stats)
         maps = (self.q, self.k, self.v, g)
-        grid = (triton.cdiv(self.pixels, self.rows), self.batch * self.windows)
-        means_kernel[grid](
+        means_kernel[self._grid(self.rows, 1, 1)](
             *(m.tensor for m in maps), self.stats, out, *self.sizes,
             *(stride for m in maps for stride in m.strides),
             SIGMOID=self.sigmoid, BQ=self.rows, BK=16, BX=self.chunk,

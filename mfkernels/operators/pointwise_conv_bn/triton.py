@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..batch_norm.triton import normal, store_tile
 from ..layout import empty_map
-from ..triton_maps import as_map, dot, power
+from ..triton_maps import as_map, dot, place, power
 from .operator import backward_by
 
 
@@ -17,9 +17,9 @@ def product_kernel(
     GELU: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """The convolution, the norm of its results, and the activation."""
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    o = tl.program_id(1) * BO + tl.arange(0, BO)
-    b = tl.program_id(2).to(tl.int64)
+    tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(outputs, BO))
+    p = tile * BP + tl.arange(0, BP)
+    o = block * BO + tl.arange(0, BO)
     sums = tl.zeros([BO, BP], tl.float32)
     for start in range(0, inputs, BD):
         d = start + tl.arange(0, BD)
@@ -50,7 +50,7 @@ def forward(
     given, to = as_map(x), as_map(out)
     vectors = [t.contiguous() for t in (gamma, beta, mean, variance)]
     block_o, block_p = power(outputs, 16, 64), power(pixels, 16, 64)
-    grid = (triton.cdiv(pixels, block_p), triton.cdiv(outputs, block_o), x.shape[0])
+    grid = (triton.cdiv(pixels, block_p) * triton.cdiv(outputs, block_o) * x.shape[0],)
     product_kernel[grid](
         given.tensor, to.tensor, weight.contiguous(), *vectors, eps, inputs, outputs, pixels, *given.strides,
         *to.strides, activation == "gelu", block_o, 32, block_p,

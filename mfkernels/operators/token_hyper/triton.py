@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_maps import COUNTS, place
 from ..triton_rows import product
 
 
-# Triton makes a constant of an integer that is 1, and a constant cannot become the other network's number.
-@triton.jit(do_not_specialize=["units", "outputs", "other_units", "other_outputs"])
+# A constant cannot become the other network's number.
+@triton.jit(do_not_specialize=[*COUNTS, "token_b", "units", "outputs", "other_units", "other_outputs"])
 def outputs_kernel(
     token, token_b, token_d, batch, width,
     weight1, bias1, weight2, bias2, g, out, hidden, units, outputs,
@@ -17,16 +18,16 @@ def outputs_kernel(
     other_outputs,
     TWO: tl.constexpr, BACKWARD: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """The slopes, of the other network where the last program axis is 1. With BACKWARD instead the gradients
+    """The slopes, of the other network where the last axis is 1. With BACKWARD instead the gradients
     of the second layer's outputs, from those of the slopes (g), and the hidden units (B, units)."""
-    if tl.program_id(2) == 1:
+    block, row, network = place(tl.cdiv(tl.maximum(outputs, other_outputs), BO), tl.cdiv(batch, BB))
+    if network == 1:
         weight1, bias1, weight2, bias2, g, out, hidden, units, outputs = (
             other_weight1, other_bias1, other_weight2, other_bias2, other_g, other_out, other_hidden,
             other_units, other_outputs,
         )  # fmt: skip
-    block = tl.program_id(0)
     o = block * BO + tl.arange(0, BO)
-    b = (tl.program_id(1) * BB + tl.arange(0, BB)).to(tl.int64)
+    b = (row * BB + tl.arange(0, BB)).to(tl.int64)
     inside_o, inside_b = o < outputs, b < batch
     y = tl.zeros([BB, BO], tl.float32)
     for start in range(0, units, BH):
@@ -70,7 +71,7 @@ def _launch(
     if batch * outputs == 0:
         return
     # Tiles of sixteen rows, the fewest that a product takes: there are few samples.
-    grid = (triton.cdiv(outputs, 64), triton.cdiv(batch, 16), len(sides))
+    grid = (triton.cdiv(outputs, 64) * triton.cdiv(batch, 16) * len(sides),)
     outputs_kernel[grid](
         token, *token.stride(), batch, width, *sides[0], *sides[-1],
         TWO=num_functions == 2, BACKWARD=backward, BB=16, BH=16, BO=64,
