@@ -228,6 +228,13 @@ def test_other_structures_are_left_alone():
     assert "no attribute 'conv_type'" in why["relu"] and "does not run" in why["conv"]
 
 
+@pytest.mark.parametrize("inputs", [32, 512])
+def test_dense_convolutions_are_left_where_theirs_is_faster(inputs):
+    kinds = dynamic.Dynamic_conv2d(inputs, 8, 3), dymn.DynamicConv(inputs, 8, 8, 3)
+    report = mfkernels.accelerate(nn.ModuleList(kinds))
+    assert len(report.replaced) == (0 if inputs == 32 else 2)
+
+
 NETWORKS = {"convnextv2_atto": 12, "convnextv2_tiny": 18, "tf_efficientnet_cc_b0_4e": 24}
 
 

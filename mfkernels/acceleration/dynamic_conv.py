@@ -78,8 +78,16 @@ class RoutedConv(_Mixed):
         return zeros // 2, zeros - zeros // 2
 
 
+def _dense(inputs: int, taps: int) -> bool:
+    """Whether PyTorch's grouped convolution, which these classes call, is faster than our kernels: it is for
+    kernels larger than 1x1 of several dozen inputs, though its results are less exact."""
+    return taps > 1 and 32 <= inputs < 512
+
+
 def context_dynamic_conv(old: Any) -> Found:
     if type(old).__name__ != "DynamicConv" or not hasattr(old, "residuals"):
+        return None
+    if _dense(old.in_channels // old.groups, old.kernel_size**2):
         return None
     shapes = (2, old.in_channels, 12, 13), (2, old.residuals[0].in_features, 1, 1)
 
@@ -91,13 +99,16 @@ def context_dynamic_conv(old: Any) -> Found:
 
 
 def self_dynamic_conv(old: Any) -> Found:
-    if type(old).__name__ != "Dynamic_conv2d":
+    if type(old).__name__ != "Dynamic_conv2d" or _dense(old.weight.shape[2], old.weight[0, 0, 0].numel()):
         return None
     return override(SelfDynamicConv, old), lambda: random_inputs((2, old.in_planes, 12, 13))
 
 
 def routed_conv(old: Any) -> Found:
     if type(old).__name__ != "CondConv2d":
+        return None
+    _, inputs, *kernel = old.weight_shape
+    if _dense(inputs, kernel[0] * kernel[1]):
         return None
     shapes = (2, old.in_channels, 12, 13), (2, old.num_experts)
     return override(RoutedConv, old), lambda: random_inputs(*shapes)
