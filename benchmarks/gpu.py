@@ -2,11 +2,13 @@
 
     python benchmarks/gpu.py OUTDIR [PART ...]
 
-The parts are latency, large, streams, training, operators, former, bottleneck, attention, trace, report; by
-default all. Each result is a line of OUTDIR/results.jsonl as soon as it is there; `report` makes table.md and
-ratios.png of them, and `trace` a timeline for a browser (chrome://tracing). Rivals are the same networks of
-PyTorch's own operators: eagerly, in a CUDA graph and compiled, in bfloat16 and float16, contiguous and
-channels last; of all that the fastest counts. Ways take turns, round after round; times are medians.
+The parts are smoke, compile, latency, large, streams, training, operators, former, bottleneck, attention,
+trace, report; by default all. `smoke` sees whether anything works; `compile` has all processors compile what
+tests and networks launch, for which they would wait one by one. Each result is a line of OUTDIR/results.jsonl
+as soon as it is there; `report` makes table.md and ratios.png of them, and `trace` a timeline for a browser
+(chrome://tracing). Rivals are the same networks of PyTorch's own operators: eagerly, in a CUDA graph and
+compiled, in bfloat16 and float16, contiguous and channels last; of all that the fastest counts. Ways take
+turns, round after round; times are medians.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from mfkernels.checks import tensors_in
 from mfkernels.deploy.activated_depthwise import activated_depthwise
 from mfkernels.deploy.dynamic_bottleneck import dynamic_bottleneck
 from mfkernels.deploy.graph import Captured
+from mfkernels.operators.dispatch import TRITON_INSTALLED
 
 FORMATS = {"": torch.contiguous_format, " channels last": torch.channels_last}
 Way = Callable[[], Any]
@@ -142,10 +146,84 @@ def inference_ways(bench: Bench, model: nn.Module, x: Tensor, ours: bool = True)
     return ways
 
 
+SMALL = ("mobile_former_26m", "dmf_96", "iformer_t")
+LATENCY = [("mobile_former_214m", 1, 2.0), ("mobile_former_294m", 1, 2.0), ("dmf_s", 1, 1.5)]
+LATENCY += [("iformer_m", 1, 1.2), ("dmf_s", 64, 1.5), ("iformer_m", 64, 1.2)]
+
+
+def smoke(bench: Bench) -> None:
+    """Compares the smallest network of each family, deployed, and an operator with its gradients to PyTorch's
+    own operators on the CPU."""
+    checks: dict[str, Callable[[], float]] = {
+        f"{name}, deployed": partial(_network_error, bench, name) for name in SMALL
+    }
+    checks["dynamic_relu, forward and backward"] = partial(_operator_error, bench)
+    failed = 0
+    for what, error_of in checks.items():
+        start = time.perf_counter()
+        try:
+            error = error_of()
+            right = error <= 1e-3  # not of NaN
+            said = f"{'right' if right else 'WRONG'}, differs by {error:.1e} of the largest number"
+        except Exception as error:  # whatever a first contact brings
+            right, said = False, f"FAILED, {type(error).__name__}: {error}"
+        failed += not right
+        print(f"{what}: {said} ({time.perf_counter() - start:.1f} s)", flush=True)
+    if failed:
+        sys.exit(f"smoke: {failed} of {len(checks)} failed")
+
+
+def _network_error(bench: Bench, name: str) -> float:
+    model, x = network(name), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = plain(lambda: model(x))()
+        return _largest_error([mfkernels.deploy(model.to(bench.device))(x.to(bench.device))], [expected])
+
+
+def _operator_error(bench: Bench) -> float:
+    x, slopes = torch.randn(2, 24, 14, 14), torch.randn(2, 2, 24)
+
+    def run(device: torch.device) -> list[Tensor]:
+        inputs = [t.to(device).requires_grad_() for t in (x, slopes)]
+        out = ops.dynamic_relu(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+    return _largest_error(run(bench.device), plain(lambda: run(torch.device("cpu")))())
+
+
+def _largest_error(ours: list[Tensor], expected: list[Tensor]) -> float:
+    pairs = zip(ours, expected, strict=True)
+    return max(float((a.cpu() - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def compile(bench: Bench) -> None:
+    """Has in Triton's cache what tests and networks launch."""
+    if not TRITON_INSTALLED:
+        print("Triton is not installed")
+        return
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    import triton_compile
+    from triton.runtime import driver
+
+    start, target = time.perf_counter(), triton_compile.TARGETS["sm_90"]
+    if bench.device.type == "cuda":
+        target = driver.active.get_current_target()
+    variants = triton_compile.to_be_launched(target, tuple({name for name, *_ in LATENCY}), bench.quick)
+    print(f"{len(variants)} variants, known after {time.perf_counter() - start:.0f} s", flush=True)
+    failed = 0
+    with ProcessPoolExecutor() as pool:
+        jobs = [pool.submit(triton_compile.in_cache, *variant) for variant in variants]
+        for variant, job in zip(variants, jobs, strict=True):
+            if (error := job.exception()) is not None:
+                failed += 1
+                print(f"not compiled: {variant[1]}: {error}", flush=True)
+    print(f"compiled {len(variants) - failed} variants after {time.perf_counter() - start:.0f} s", flush=True)
+    if failed:
+        sys.exit(f"compile: {failed} of {len(variants)} failed")
+
+
 def latency(bench: Bench) -> None:
-    cases = [("mobile_former_214m", 1, 2.0), ("mobile_former_294m", 1, 2.0), ("dmf_s", 1, 1.5)]
-    cases += [("iformer_m", 1, 1.2), ("dmf_s", 64, 1.5), ("iformer_m", 64, 1.2)]
-    for name, batch, goal in cases[: 1 if bench.quick else None]:
+    for name, batch, goal in LATENCY[: 1 if bench.quick else None]:
         with torch.no_grad():
             model, x = bench.network(name), bench.images(batch, 224)
             ours, others = split(bench.times(inference_ways(bench, model, x)))
@@ -397,7 +475,8 @@ def report(bench: Bench) -> None:
     figure.savefig(bench.out / "ratios.png")
 
 
-ALL = (latency, large, streams, training, operators, former, bottleneck, attention, trace, report)
+MEASURED = (latency, large, streams, training, operators, former, bottleneck, attention)
+ALL = (smoke, compile, *MEASURED, trace, report)
 PARTS = {part.__name__: part for part in ALL}
 
 

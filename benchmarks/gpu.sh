@@ -4,26 +4,26 @@
 #     benchmarks/gpu.sh OUTDIR [PART ...]
 #
 # PART is build, tests, sanitize, or one of `benchmarks/gpu.py`; by default all but sanitize (which takes as long
-# as all others). Each part writes as it goes and is stopped after its share of the time, with what it has.
+# as all others): first `smoke`, a minute that shows whether anything works, and `compile`, for which the others
+# would wait. Each part writes as it goes and is stopped after its share of the time, with what it has.
 # PYTHON names another Python than python3; it needs PyTorch for CUDA, setuptools and CMake, tests need pytest.
 # COMPILE=max-autotune has rivals compiled, too, which takes minutes for each network: `latency` alone, then.
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1"
 OUT=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-[ $# -ge 1 ] || set -- build tests latency large streams training operators former bottleneck attention trace report
+[ $# -ge 1 ] || set -- build smoke compile tests latency large streams training operators former bottleneck attention trace report
 
 limit() { # seconds of a part; of all but sanitize 480
   case $1 in
-    build | tests) echo 90 ;;
-    latency) echo 80 ;;
-    training) echo 50 ;;
-    large) echo 30 ;;
-    *) echo 20 ;;
+    build) echo 80 ;;
+    smoke | compile | tests | latency) echo 60 ;;
+    training) echo 40 ;;
+    *) echo 15 ;;
   esac
 }
 failed=0

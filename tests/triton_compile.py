@@ -2,13 +2,13 @@
 
     python triton_compile.py [--all] [OPERATOR ...]
 
-for every layer of the released networks in float32 and bfloat16, and for the first of an operator's chosen
-shapes in float16, whose tiles and registers are those of bfloat16; with --all instead for all chosen shapes
-in every dtype (half an hour).
+for every layer of the released networks: in bfloat16 each variant for sm_90, and one of each tile for gfx942;
+in float32 one of each tile for sm_80; and in float16, whose tiles and registers are those of bfloat16, the
+first of an operator's chosen shapes for sm_100. With --all instead for all chosen shapes in every dtype and
+for every target (an hour).
 
 Runs the launchers on CPU tensors and has Triton say what it would compile: numbers that are 1 are constants,
-and those that 16 divides make variants. Then compiles each variant for each target. Prints a line of JSON for
-each: registers a thread and spills.
+and those that 16 divides make variants. Prints a line of JSON for each: registers a thread and spills.
 """
 
 import importlib
@@ -21,8 +21,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -43,50 +45,86 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+EACH = TARGETS["sm_90"]  # for which each variant is compiled, for the others one of each tile
+PARTS = {torch.float32: ["sm_80"], torch.bfloat16: ["sm_90", "gfx942"], torch.float16: ["sm_100"]}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Variant = tuple[GPUTarget, str]  # and what Triton says of it: kernel, types, constants, options
 MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # along the axes of a grid
 
 
 class Driver:
     """In the place of Triton's: of a GPU that is not there."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: GPUTarget) -> None:
         self.target = target
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.target]
+        return self.target
 
     def get_current_device(self) -> str:
-        return self.target
+        return f"{self.target.backend} {self.target.arch}"
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
 
 @contextmanager
-def noted(targets: Iterable[str]) -> Iterator[dict[str, str]]:
-    """What Triton would compile for the launches in the `with` block, none of which is made: its own words,
-    with the target's name."""
-    found: dict[str, str] = {}
+def noted(*targets: GPUTarget) -> Iterator[dict[Variant, None]]:
+    """What Triton would compile for these targets for the launches in the `with` block, none of which is
+    made."""
+    found: dict[Variant, None] = {}
     run = JITFunction.run
 
     def note(kernel: JITFunction, *args, grid, warmup, **kwargs):
         assert all(n <= most for n, most in zip(grid, MOST_PROGRAMS, strict=False)), (kernel, grid)
         for target in targets:
             driver.set_active(Driver(target))
-            run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+            with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", partial(keep, target)):
+                run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
-    def keep(*, compile, **_) -> bool:
-        found[compile["specialization_data"]] = compile["device"]
-        return True  # it need not be compiled
+    def keep(target: GPUTarget, *, compile: dict, **_) -> bool:
+        found[target, compile["specialization_data"]] = None
+        return True  # Triton need not compile it
 
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", keep),
+        mock.patch.object(driver, "_active", None),  # until here
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # only so that CPU tensors are let through
         mfkernels.use_backend("triton"),
     ):
         yield found
+
+
+def compiled(target: GPUTarget, said: str) -> Any:
+    """The kernel that Triton makes of a variant, which stays in its cache."""
+    module, _, name = json.loads(said)["name"].rpartition(".")
+    driver.set_active(Driver(target))
+    return getattr(importlib.import_module(module), name).preload(said)
+
+
+def in_cache(target: GPUTarget, said: str) -> None:
+    """Has a variant in Triton's cache, for other processes."""
+    compiled(target, said)
+
+
+def constants_of(said: str) -> dict[str, Any]:
+    """By name; numbers that happen to be 1 are among them."""
+    variant = json.loads(said)
+    names = list(variant["signature"])
+    places = (names[at] for (at,) in variant["constant_keys"])
+    return dict(zip(places, variant["constant_vals"], strict=True))
+
+
+def one_of_each_tile(variants: Iterable[Variant]) -> list[Variant]:
+    """Those that differ in more than in which numbers are 1 and which ones 16 divides."""
+    found = {}
+    for target, said in variants:
+        variant = json.loads(said)
+        constants = {k: v for k, v in constants_of(said).items() if k.isupper() or v is None}
+        types = [t for t in variant["signature"].values() if t.startswith("*")]
+        key = (target, variant["name"], str(constants), str(types), variant["options"]["num_warps"])
+        found.setdefault(key, (target, said))
+    return list(found.values())
 
 
 def launch_shapes(op: ModuleType, dtype: torch.dtype, shapes: list[dict]) -> None:
@@ -96,21 +134,40 @@ def launch_shapes(op: ModuleType, dtype: torch.dtype, shapes: list[dict]) -> Non
         _differentiate(sample.call(op.OP), sample.given().values())
 
 
-def launch_layers(op: ModuleType, dtype: torch.dtype) -> None:
-    """Forward and backward."""
+def launch_layers(
+    op: ModuleType,
+    dtype: torch.dtype,
+    networks: tuple[str, ...] | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> None:
+    """Forward and backward, of these networks or of all."""
     run = getattr(torch.ops.mfkernels, op.NAME)
-    for layer in layers()[op.NAME]:
-        arguments = [
-            torch.empty(value[1:], dtype=dtype, requires_grad=True) if is_tensor(value) else value
-            for value in layer
-        ]
+    for layer in layers(networks=networks).get(op.NAME, ()):
+        arguments = [_empty(value[1:], dtype, layout) if is_tensor(value) else value for value in layer]
         _differentiate(run(*arguments), (a for a in arguments if isinstance(a, torch.Tensor)))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
+    layout = layout if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=layout, requires_grad=True)
 
 
 def _differentiate(outputs: torch.Tensor | Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     outputs = [out for out in outputs if out.requires_grad]
     torch.autograd.grad(outputs, list(inputs), [out.detach() for out in outputs], allow_unused=True)
+
+
+def launch_tests(op: ModuleType, dtype: torch.dtype) -> None:
+    """What `test_triton.py` launches on a GPU."""
+    from test_contract import LAYOUTS, cotangents_of, run  # needs pytest, which a benchmark may lack
+
+    for shape in op.CHOSEN:
+        generator = torch.Generator().manual_seed(0)
+        sample = op.make(shape, generator)
+        cotangents = {k: v.to(dtype) for k, v in cotangents_of(op, sample, generator).items()}
+        for layout in LAYOUTS:
+            run(op, sample.map(lambda v: v.to(dtype)), op.OP, cotangents, layout)
 
 
 def launch_activated_depthwise(dtype: torch.dtype) -> None:
@@ -122,27 +179,21 @@ def launch_activated_depthwise(dtype: torch.dtype) -> None:
             activated_depthwise(*(None if t is None else t.to(dtype) for t in given))
 
 
-def build(kind: str, target: str) -> dict:
-    said = json.loads(kind)
-    module, _, kernel = said["name"].rpartition(".")
-    driver.set_active(Driver(target))
+def build(target: str, said: str) -> dict:
     with mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""):  # `_ptxas` does that, and says more
-        compiled = getattr(importlib.import_module(module), kernel).preload(kind)
-    names = list(said["signature"])
+        made = compiled(TARGETS[target], said)
+    variant = json.loads(said)
+    module, _, kernel = variant["name"].rpartition(".")
     result = {
         "operator": module.split(".")[2].removesuffix("_triton"),
         "kernel": kernel,
         "target": target,
-        "types": sorted({t for t in said["signature"].values() if t.startswith("*")}),
-        "constants": {
-            names[at]: value
-            for (at,), value in zip(said["constant_keys"], said["constant_vals"], strict=True)
-        },
-        "warps": said["options"]["num_warps"],
+        "types": sorted({t for t in variant["signature"].values() if t.startswith("*")}),
+        "constants": constants_of(said) | {"num_warps": variant["options"]["num_warps"]},
     }
     if target.startswith("sm"):
-        return result | _ptxas(compiled.asm["ptx"], target)
-    text = compiled.asm["amdgcn"]
+        return result | _ptxas(made.asm["ptx"], target)
+    text = made.asm["amdgcn"]
     # Scalar registers spill into vector registers, not into memory.
     spills = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", text))
     return result | {"registers": int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0]), "spills": spills}
@@ -162,24 +213,67 @@ def _ptxas(ptx: str, target: str) -> dict:
     return {"registers": int(re.findall(r"Used (\d+) registers", said)[0]), "spills": spills}
 
 
-def main() -> None:
-    names = [name for name in sys.argv[1:] if name != "--all"]
-    operators = [op for op in modules() if not names or op.NAME in names]
-    for op in operators:  # before anything is interpreted
-        importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")
-    with noted(TARGETS) as kinds:
-        for dtype in DTYPES:
-            for op in operators:
-                if "--all" in sys.argv:
-                    launch_shapes(op, dtype, op.CHOSEN)
-                elif dtype == torch.float16:
+def variants_of_networks(names: Sequence[str]) -> list[Variant]:
+    """Of the operators of these names."""
+    found: list[Variant] = []
+    for dtype, targets in PARTS.items():
+        with noted(*(TARGETS[name] for name in targets)) as new:
+            for op in modules():
+                if op.NAME in names and dtype == torch.float16:
                     launch_shapes(op, dtype, op.CHOSEN[:1])
-                else:
+                elif op.NAME in names:
                     launch_layers(op, dtype)
-            if not names or "activated_depthwise" in names:
+            if "activated_depthwise" in names:
                 launch_activated_depthwise(dtype)
+        found += [variant for variant in new if variant[0] == EACH]
+        found += one_of_each_tile(variant for variant in new if variant[0] != EACH)
+    return found
+
+
+def all_variants(names: Sequence[str]) -> list[Variant]:
+    with noted(*TARGETS.values()) as found:
+        for dtype in DTYPES:
+            for op in modules():
+                if op.NAME in names:
+                    launch_shapes(op, dtype, op.CHOSEN)
+            if "activated_depthwise" in names:
+                launch_activated_depthwise(dtype)
+    return list(found)
+
+
+def to_be_launched(target: GPUTarget, networks: tuple[str, ...], quick: bool) -> list[Variant]:
+    """By these networks' layers, in both memory formats, and then by the tests; a glance: by one shape."""
+    load_kernels()
+    with noted(target) as of_networks:
+        for dtype in DTYPES if not quick else ():
+            launch_activated_depthwise(dtype)
+            for op in modules():
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    launch_layers(op, dtype, networks, layout)
+    with noted(target) as of_tests:
+        for dtype in DTYPES if not quick else ():
+            for op in modules():
+                launch_tests(op, dtype)
+        if quick:
+            op = next(op for op in modules() if op.NAME == "dynamic_relu")
+            launch_shapes(op, torch.float32, op.CHOSEN[:1])
+    return list(of_networks | of_tests)
+
+
+def load_kernels() -> None:
+    """Before anything is interpreted."""
+    for op in modules():
+        importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")
+
+
+def main() -> None:
+    load_kernels()
+    names = [name for name in sys.argv[1:] if name != "--all"]
+    names = names or ["activated_depthwise", *(op.NAME for op in modules())]
+    variants = all_variants(names) if "--all" in sys.argv else variants_of_networks(names)
+    name_of = {target: name for name, target in TARGETS.items()}
     with ProcessPoolExecutor() as pool:
-        jobs = [pool.submit(build, *kind) for kind in kinds.items()]
+        jobs = [pool.submit(build, name_of[target], said) for target, said in variants]
         for job in jobs:
             print(json.dumps(job.result()), flush=True)
 
