@@ -284,9 +284,8 @@ def _weight_gradients(
     if inputs == 1:
         tiles = triton.cdiv(outputs, 8) * taps
     else:
-        block_o = power(rows, 16, 32)
         # Small: 1 + K such sums are held in registers.
-        block_d = 16 if block_o == 32 and kernels > 1 else 32
+        block_o, block_d = 16 if kernels > 1 else power(rows, 16, 32), 32
         blocks = triton.cdiv(rows, block_o)
         tiles = groups * blocks * triton.cdiv(inputs * taps, block_d)
     splits, samples = splits_of(batch, tiles, x.device, 1)

@@ -291,7 +291,7 @@ class _Call:
             self.width // self.heads, (self.width // self.heads) ** -0.5, self.eps,
             STANDARD=self.standard, FFN=self.ffn, BD=power(self.width, 16),
             BN=power(max(self.width, self.hidden), 32, outputs), BT=power(self.count, 16),
-            num_warps=8,
+            num_warps=8, num_stages=3 if self.standard else 2,  # as ptxas does without spilling
         )  # fmt: skip
         return result
 
@@ -308,7 +308,7 @@ class _Call:
             names="qkv_w proj_w norm1_w fc1_w fc2_w norm2_w x q k v weights sum1 second units sum2 "
             "grad grad_sum2 norm2 grad_units grad_second norm1 grad_sum1 grad_attended logits grad_q grad_k "
             "grad_v grad_normed grad_x",
-            outputs=256 if self.width <= 128 else 128,
+            outputs=128,
         )  # fmt: skip
 
 

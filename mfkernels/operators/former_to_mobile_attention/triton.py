@@ -107,10 +107,11 @@ def backward(
     scale = sizes[3] ** -0.5 if scale is None else scale
     blocks = head_blocks(sizes[1], sizes[3])
     count, size = splits_of(sizes[0], x.shape[0] * num_heads, x.device, blocks["BP"])
+    stages = 2 if blocks["BP"] == 64 else 3  # as ptxas does without spilling
     sums = torch.empty((2, x.shape[0], count, *k.shape[1:]), dtype=torch.float32, device=x.device)
     backward_kernel[(count * num_heads * x.shape[0],)](
         source.tensor, k.contiguous(), v.contiguous(), g.tensor, grad_x, sums, scale, *sizes, size, count,
-        *source.strides, *g.strides, *to.strides, **blocks,
+        *source.strides, *g.strides, *to.strides, **blocks, num_stages=stages,
     )  # fmt: skip
     grad_k, grad_v = sums.double().sum(2).to(x.dtype)
     return grad_x, grad_k, grad_v

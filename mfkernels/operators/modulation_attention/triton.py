@@ -275,7 +275,7 @@ class _Call:
         means_kernel[self._grid(self.rows, 1, 1)](
             *(m.tensor for m in maps), self.stats, out, *self.sizes,
             *(stride for m in maps for stride in m.strides),
-            SIGMOID=self.sigmoid, BQ=self.rows, BK=16, BX=self.chunk,
+            SIGMOID=self.sigmoid, BQ=self.rows, BK=16, BX=self.chunk, num_stages=2,
         )  # fmt: skip
         return out
 
@@ -287,7 +287,7 @@ class _Call:
             *(m.tensor for m in maps), self.stats, means, out, *self.sizes,
             *(stride for m in (*maps, as_map(out)) for stride in m.strides), of,
             SIGMOID=self.sigmoid, BD=self.block_d, BC=self.block_c,
-            BO=self.rows, BI=16, BX=16,
+            BO=self.rows, BI=16, BX=16, num_stages=2 if of == "q" else 3,  # as ptxas does without spilling
         )  # fmt: skip
         return out
 
