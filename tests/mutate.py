@@ -111,7 +111,7 @@ TRITON = {
     "mobile_to_former_attention": ("rescale = tl.exp(top - higher)", "rescale = tl.exp(higher - top)"),
     "former_to_mobile_attention": ("- mean[None, :]) * scale", "+ mean[None, :]) * scale"),
     "dynamic_conv2d": ("return value + scale * others", "return value + others"),
-    "global_response_norm": ("factor = 1.0 + load_gamma", "factor = load_gamma"),
+    "global_response_norm": ("factor = 1.0 + load_vector", "factor = load_vector"),
     "modulation_attention": ("rescale = tl.exp(top - higher)", "rescale = tl.exp(higher - top)"),
     "former_block": ("0.3989422804014327", "0.3989"),
     "pointwise_conv_bn": ("0.7071067811865476", "0.7071"),

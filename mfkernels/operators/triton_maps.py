@@ -40,6 +40,27 @@ def place(first, second):
     return at % first, at // first % second, (at // first // second).to(tl.int64)
 
 
+@triton.jit
+def load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p):
+    inside = (c < channels)[:, None] & (p < pixels)[None, :]
+    at = b * x_b + c.to(tl.int64)[:, None] * x_c + p.to(tl.int64)[None, :] * x_p
+    return tl.load(x + at, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p):
+    inside = (c < channels)[:, None] & (p < pixels)[None, :]
+    at = b * out_b + c.to(tl.int64)[:, None] * out_c + p.to(tl.int64)[None, :] * out_p
+    tl.store(out + at, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def load_vector(vector, c, channels, other):
+    """Numbers of channels c in float64; `other` beyond the last. The interpreter converts bfloat16 to float32
+    alone."""
+    return tl.load(vector + c, c < channels, other).to(tl.float32).to(tl.float64)
+
+
 def power(n: int, least: int = 1, most: int = 1 << 20) -> int:
     """The next power of two, within these bounds."""
     return min(max(triton.next_power_of_2(max(n, 1)), least), most)
@@ -95,6 +116,13 @@ def head_blocks(tokens: int, depth: int) -> dict[str, int]:
 def tile_sizes(x: Map) -> tuple[int, int]:
     """Channels and pixels of a tile of work on single numbers: long in the direction in which memory is."""
     return (64, 16) if x.strides[1] == 1 and x.strides[2] != 1 else (4, 256)
+
+
+def map_grid(x: Map) -> tuple[int]:
+    """A program for each tile of a map."""
+    batch, channels, height, width = x.tensor.shape
+    block_c, block_p = tile_sizes(x)
+    return (triton.cdiv(height * width, block_p) * triton.cdiv(channels, block_c) * batch,)
 
 
 def splits_of(pixels: int, batches: int, device: torch.device, block: int) -> tuple[int, int]:

@@ -4,14 +4,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import COUNTS, Map, as_map, place, power, splits_of, tile_sizes
-
-
-@triton.jit
-def load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p):
-    inside = (c < channels)[:, None] & (p < pixels)[None, :]
-    at = b * x_b + c.to(tl.int64)[:, None] * x_c + p.to(tl.int64)[None, :] * x_p
-    return tl.load(x + at, inside, 0.0).to(tl.float32)
+from ..triton_maps import (
+    COUNTS,
+    Map,
+    as_map,
+    load_tile,
+    load_vector,
+    map_grid,
+    place,
+    power,
+    splits_of,
+    store_tile,
+    tile_sizes,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -90,10 +95,8 @@ def apply_kernel(
 @triton.jit
 def factors(weight, variance, eps, c, channels):
     """1 / deviation, and the factor of the distances from the mean; in float64."""
-    inside = c < channels
-    # The interpreter converts bfloat16 to float32 alone.
-    inverse = 1.0 / tl.sqrt(tl.load(variance + c, inside, 1.0).to(tl.float32).to(tl.float64) + eps)
-    return inverse, tl.load(weight + c, inside, 0.0).to(tl.float32).to(tl.float64) * inverse
+    inverse = 1.0 / tl.sqrt(load_vector(variance, c, channels, 1.0) + eps)
+    return inverse, load_vector(weight, c, channels, 0.0) * inverse
 
 
 @triton.jit
@@ -101,18 +104,11 @@ def normal(value, weight, bias, mean, rest, variance, eps, c, channels):
     """The distances from the mean, and what is before the activation; `rest` is what the mean lacks."""
     inside = c < channels
     scale = factors(weight, variance, eps, c, channels)[1]
-    shift = tl.load(bias + c, inside, 0.0).to(tl.float32).to(tl.float64)
+    shift = load_vector(bias, c, channels, 0.0)
     if rest is not None:
         shift -= tl.load(rest + c, inside, 0.0).to(tl.float64) * scale
     distance = value - tl.load(mean + c, inside, 0.0).to(tl.float32)[:, None]
     return distance, distance * scale.to(tl.float32)[:, None] + shift.to(tl.float32)[:, None]
-
-
-@triton.jit
-def store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p):
-    inside = (c < channels)[:, None] & (p < pixels)[None, :]
-    at = b * out_b + c.to(tl.int64)[:, None] * out_c + p.to(tl.int64)[None, :] * out_p
-    tl.store(out + at, value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -221,12 +217,6 @@ class _Splits:
         self.blocks = (power(batch * splits, 16, 64), 16)
 
 
-def _grid(x: Map) -> tuple[int]:
-    batch, channels, height, width = x.tensor.shape
-    block_c, block_p = tile_sizes(x)
-    return (triton.cdiv(height * width, block_p) * triton.cdiv(channels, block_c) * batch,)
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -257,7 +247,7 @@ def forward(
         returned = x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     if x.numel():
         channels, pixels, to = x.shape[1], x.shape[2] * x.shape[3], as_map(out)
-        apply_kernel[_grid(given)](
+        apply_kernel[map_grid(given)](
             given.tensor, to.tensor, weight, bias, near, rest, spread, eps, channels, pixels,
             *given.strides, *to.strides, activation == "gelu", *tile_sizes(given),
         )  # fmt: skip
@@ -294,7 +284,7 @@ def backward(
             parts.out, weight, variance, eps, *statistics, numbers, grads,
             channels, pixels, splits, x.shape[0], measured, *parts.blocks,
         )  # fmt: skip
-        gradient_kernel[_grid(given)](
+        gradient_kernel[map_grid(given)](
             given.tensor, g.tensor, to.tensor, *vectors, eps, numbers, channels, pixels,
             *given.strides, *g.strides, *to.strides, gelu, measured, *tile_sizes(given),
         )  # fmt: skip

@@ -4,7 +4,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import COUNTS, Map, as_map, place, power, splits_of, tile_sizes
+from ..triton_maps import (
+    COUNTS,
+    Map,
+    as_map,
+    load_tile,
+    load_vector,
+    map_grid,
+    place,
+    power,
+    splits_of,
+    store_tile,
+    tile_sizes,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -21,12 +33,10 @@ def sums_kernel(
     sums = tl.zeros([BC], tl.float32)
     for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
         p = start + tl.arange(0, BP)
-        inside = inside_c[:, None] & (p < pixels)[None, :]
-        c_wide, p_wide = c.to(tl.int64)[:, None], p.to(tl.int64)[None, :]
-        value = tl.load(x + b * x_b + c_wide * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+        value = load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p)
         squares += tl.sum(value * value, 1)
         if BOTH:
-            grad = tl.load(g + b * g_b + c_wide * g_c + p_wide * g_p, inside, 0.0).to(tl.float32)
+            grad = load_tile(g, b, c, p, channels, pixels, g_b, g_c, g_p)
             products += tl.sum(value * grad, 1)
             sums += tl.sum(grad, 1)
     to = out + (b * splits + part) * 3 * channels + c
@@ -60,12 +70,6 @@ def total(parts, which, b, c, channels, splits, BS: tl.constexpr, BC: tl.constex
 
 
 @triton.jit
-def load_gamma(gamma, c, channels):
-    """Float64; the interpreter converts bfloat16 to float32 alone."""
-    return tl.load(gamma + c, c < channels, 0.0).to(tl.float32).to(tl.float64)
-
-
-@triton.jit
 def apply_kernel(
     x, out, gamma, beta, sums, eps, channels, pixels, x_b, x_c, x_p, out_b, out_c, out_p,
     MEAN: tl.constexpr, BALL: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
@@ -76,18 +80,16 @@ def apply_kernel(
     p = tile * BP + tl.arange(0, BP)
     c = block * BC + tl.arange(0, BC)
     inside_c = c < channels
-    inside = inside_c[:, None] & (p < pixels)[None, :]
     norms = sums + b * 3 * channels
     norm = tl.load(norms + c, inside_c, 0.0)
     below = norm + eps
     if MEAN:
         every = tl.arange(0, BALL)
         below = tl.sum(tl.load(norms + every, every < channels, 0.0), 0) / channels + eps
-    factor = 1.0 + load_gamma(gamma, c, channels) * norm / below
-    c_wide, p_wide = c.to(tl.int64)[:, None], p.to(tl.int64)[None, :]
-    value = tl.load(x + b * x_b + c_wide * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
+    factor = 1.0 + load_vector(gamma, c, channels, 0.0) * norm / below
+    value = load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p)
     value = value * factor.to(tl.float32)[:, None] + tl.load(beta + c, inside_c, 0.0).to(tl.float32)[:, None]
-    tl.store(out + b * out_b + c_wide * out_c + p_wide * out_p, value.to(out.dtype.element_ty), inside)
+    store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p)
 
 
 @triton.jit
@@ -101,14 +103,16 @@ def gradient_kernel(
     p = tile * BP + tl.arange(0, BP)
     c = block * BC + tl.arange(0, BC)
     inside_c = c < channels
-    inside = inside_c[:, None] & (p < pixels)[None, :]
     norms, products = sums + b * 3 * channels, sums + (b * 3 + 1) * channels
     norm, product = tl.load(norms + c, inside_c, 0.0), tl.load(products + c, inside_c, 0.0)
-    through = load_gamma(gamma, c, channels) * product  # the gradient of the response
+    own = load_vector(gamma, c, channels, 0.0)
+    through = own * product  # the gradient of the response
     if MEAN:
         every = tl.arange(0, BALL)
         all_norms = tl.load(norms + every, every < channels, 0.0)
-        all_through = load_gamma(gamma, every, channels) * tl.load(products + every, every < channels, 0.0)
+        all_through = load_vector(gamma, every, channels, 0.0) * tl.load(
+            products + every, every < channels, 0.0
+        )
         below = tl.sum(all_norms, 0) / channels + eps
         grad_norm = through / below - tl.sum(all_through * all_norms, 0) / (below * below * channels)
     else:
@@ -116,16 +120,15 @@ def gradient_kernel(
         grad_norm = through * eps / (below * below)
     response = norm / below
     other = tl.where(norm == 0, 0.0, grad_norm / tl.where(norm == 0, 1.0, norm)).to(tl.float32)
-    factor = (1.0 + load_gamma(gamma, c, channels) * response).to(tl.float32)
+    factor = (1.0 + own * response).to(tl.float32)
     if tile == 0:
         to = grads + b * 2 * channels + c
         tl.store(to, response * product, inside_c)
         tl.store(to + channels, tl.load(norms + 2 * channels + c, inside_c, 0.0), inside_c)
-    c_wide, p_wide = c.to(tl.int64)[:, None], p.to(tl.int64)[None, :]
-    value = tl.load(x + b * x_b + c_wide * x_c + p_wide * x_p, inside, 0.0).to(tl.float32)
-    grad = tl.load(g + b * g_b + c_wide * g_c + p_wide * g_p, inside, 0.0).to(tl.float32)
+    value = load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p)
+    grad = load_tile(g, b, c, p, channels, pixels, g_b, g_c, g_p)
     value = grad * factor[:, None] + value * other[:, None]
-    tl.store(out + b * out_b + c_wide * out_c + p_wide * out_p, value.to(out.dtype.element_ty), inside)
+    store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p)
 
 
 def _sums(x: Map, g: Map | None) -> Tensor:
@@ -145,22 +148,15 @@ def _sums(x: Map, g: Map | None) -> Tensor:
     return out
 
 
-def _launch(x: Map, mean: str) -> tuple[tuple[int], tuple]:
-    """Of the kernels that make maps: the grid, and the last arguments."""
-    batch, channels, height, width = x.tensor.shape
-    block_c, block_p = tile_sizes(x)
-    grid = (triton.cdiv(height * width, block_p) * triton.cdiv(channels, block_c) * batch,)
-    return grid, (mean == "channels", power(channels), block_c, block_p)
-
-
 def forward(x: Tensor, gamma: Tensor, beta: Tensor, mean: str = "channels", eps: float = 1e-6) -> Tensor:
     out, given = empty_map(x, x.shape), as_map(x)
     if x.numel() == 0:
         return out
-    to, (grid, last) = as_map(out), _launch(given, mean)
-    apply_kernel[grid](
+    to = as_map(out)
+    apply_kernel[map_grid(given)](
         given.tensor, to.tensor, gamma.contiguous(), beta.contiguous(), _sums(given, None), eps,
-        x.shape[1], x.shape[2] * x.shape[3], *given.strides, *to.strides, *last,
+        x.shape[1], x.shape[2] * x.shape[3], *given.strides, *to.strides,
+        mean == "channels", power(x.shape[1]), *tile_sizes(given),
     )  # fmt: skip
     return out
 
@@ -171,11 +167,12 @@ def backward(
     grad_x, given, g = empty_map(x, x.shape), as_map(x), as_map(grad_out)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(gamma), torch.zeros_like(beta)
-    to, (grid, last) = as_map(grad_x), _launch(given, mean)
+    to = as_map(grad_x)
     shares = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float64)
-    gradient_kernel[grid](
+    gradient_kernel[map_grid(given)](
         given.tensor, g.tensor, to.tensor, gamma.contiguous(), _sums(given, g), shares, eps,
-        x.shape[1], x.shape[2] * x.shape[3], *given.strides, *g.strides, *to.strides, *last,
+        x.shape[1], x.shape[2] * x.shape[3], *given.strides, *g.strides, *to.strides,
+        mean == "channels", power(x.shape[1]), *tile_sizes(given),
     )  # fmt: skip
     grad_gamma, grad_beta = shares.sum(0).unbind(0)
     return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)

@@ -4,9 +4,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..batch_norm.triton import normal, store_tile
+from ..batch_norm.triton import normal
 from ..layout import empty_map
-from ..triton_maps import as_map, dot, place, power
+from ..triton_maps import as_map, dot, place, power, store_tile
 from .operator import backward_by
 
 
