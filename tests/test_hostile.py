@@ -338,6 +338,13 @@ def test_no_memory_is_an_exception(name):
     assert "no memory for " in message and SCARCE[name][3] in message, message
 
 
+def test_no_memory_for_the_norms_of_a_batch():
+    """Of an image that is expanded, and so takes no memory itself."""
+    x, one = torch.zeros(1, 1, 1, 1).expand(1 << 40, 1, 1, 1), torch.ones(1)
+    with pytest.raises(RuntimeError, match="no memory for 1099511627776 numbers"):
+        torch.ops.mfkernels.global_response_norm(x, one, one, "released")
+
+
 @needs_statm
 @pytest.mark.parametrize("family", ["mobile_former", "iformer"])
 def test_no_memory_for_a_deployed_network(family):

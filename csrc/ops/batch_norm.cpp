@@ -13,7 +13,7 @@ struct Call {
   Dtype dtype;
   Tensor holder;
   AnyMap x;
-  std::vector<double> weight, bias;
+  Doubles weight, bias;
 
   Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, const std::string& activation) {
     check_axes(kOp, "x", x_in, 4, "(B, C, H, W)");
@@ -30,7 +30,7 @@ struct Call {
     x = map_of(x_in, channels_last, holder);
   }
   // A number for each channel, in x's dtype or, beside half precision, in float32.
-  std::vector<double> numbers(const char* name, const Tensor& t, const Tensor& like) const {
+  Doubles numbers(const char* name, const Tensor& t, const Tensor& like) const {
     STD_TORCH_CHECK(shape_of(t) == std::vector<int64_t>{channels}, kOp, ": ", name, " must have shape ",
                     shape_text({channels}), ", got ", shape_text(shape_of(t)));
     STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() || t.scalar_type() == compute_type(like), kOp, ": ",
@@ -39,8 +39,8 @@ struct Call {
     return doubles(t);
   }
   // What the distances from the means are multiplied by.
-  std::vector<double> factors(const std::vector<double>& variance, double eps) const {
-    std::vector<double> values(channels);
+  Doubles factors(const Doubles& variance, double eps) const {
+    Doubles values(channels);
     for (int64_t c = 0; c < channels; ++c) values[c] = weight[c] / std::sqrt(variance[c] + eps);
     return values;
   }
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   STD_TORCH_CHECK(mean.has_value() == variance.has_value(), kOp,
                   ": mean and variance must both be given or both be left out");
   const bool measure = !mean.has_value();
-  std::vector<double> means(call.channels), variances(call.channels), factors(call.channels);
+  Doubles means(call.channels), variances(call.channels), factors(call.channels);
   if (!measure) {
     means = call.numbers("mean", *mean, x);
     variances = call.numbers("variance", *variance, x);
@@ -95,12 +95,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t channels = call.channels;
   const auto means = call.numbers("mean", mean, x), variances = call.numbers("variance", variance, x);
   auto given = [&](const char* name, const std::optional<Tensor>& grad) {
-    return grad.has_value() ? call.numbers(name, *grad, x) : std::vector<double>(channels);
+    return grad.has_value() ? call.numbers(name, *grad, x) : Doubles(channels);
   };
   const auto mean_grads = given("grad_mean", grad_mean),
              variance_grads = given("grad_variance", grad_variance);
   const auto factors = call.factors(variances, eps);
-  std::vector<double> sums(channels), products(channels);
+  Doubles sums(channels), products(channels);
   Tensor grad_x = empty_map(x), holder_g, holder_x;
   const BatchNormBackwardArgs args{call.dtype,
                                    call.batch,
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   call.run(false, [&](int64_t begin, int64_t end) { batch_norm_backward(args, begin, end); });
   // With s^2 = variance + eps; of statistics that were given: dmean = -weight sum(d) / s, dvariance = -weight
   // sum(d (x - mean)) / (2 s^3).
-  std::vector<double> grad_weight(channels), to_mean(channels), to_variance(channels);
+  Doubles grad_weight(channels), to_mean(channels), to_variance(channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double square = variances[c] + eps, deviation = std::sqrt(square);
     grad_weight[c] = products[c] / deviation;

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <initializer_list>
@@ -149,9 +150,28 @@ inline Tensor as_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// A vector's numbers, of which there are few; and a vector of such numbers in this dtype.
-inline std::vector<double> doubles(const Tensor& t) {
-  std::vector<double> values(t.numel());
+// Where there is no memory for so many numbers as an argument's shape asks for, the error says so; `new`
+// would end a process that runs under a sanitizer.
+template <class T>
+struct WorkingMemory {
+  using value_type = T;
+  WorkingMemory() = default;
+  template <class U>
+  WorkingMemory(const WorkingMemory<U>&) {}
+  T* allocate(size_t count) {
+    auto* memory = static_cast<T*>(std::malloc(count * sizeof(T)));
+    STD_TORCH_CHECK(memory != nullptr, "mfkernels: no memory for ", count, " numbers");
+    return memory;
+  }
+  void deallocate(T* memory, size_t) { std::free(memory); }
+  friend bool operator==(const WorkingMemory&, const WorkingMemory&) { return true; }
+  friend bool operator!=(const WorkingMemory&, const WorkingMemory&) { return false; }
+};
+using Doubles = std::vector<double, WorkingMemory<double>>;
+
+// A vector's numbers; and a vector of such numbers in this dtype.
+inline Doubles doubles(const Tensor& t) {
+  Doubles values(t.numel());
   if (t.scalar_type() == ScalarType::Float) {  // by far the most, and without a copy
     const float* from = t.const_data_ptr<float>();
     for (size_t i = 0; i < values.size(); ++i) values[i] = from[i * t.stride(0)];
@@ -161,7 +181,7 @@ inline std::vector<double> doubles(const Tensor& t) {
   std::copy_n(wide.const_data_ptr<double>(), values.size(), values.begin());
   return values;
 }
-inline Tensor from_doubles(const std::vector<double>& values, ScalarType type, const Tensor& x) {
+inline Tensor from_doubles(const Doubles& values, ScalarType type, const Tensor& x) {
   const std::vector<int64_t> shape = {static_cast<int64_t>(values.size())};
   if (type == ScalarType::Float) {
     Tensor out = empty(shape, type, x);

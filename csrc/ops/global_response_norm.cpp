@@ -15,7 +15,7 @@ struct Call {
   double eps;
   Tensor holder;
   AnyMap x;
-  std::vector<double> gamma, beta, squares;
+  Doubles gamma, beta, squares;
 
   Call(const Tensor& x_in, const Tensor& gamma_in, const Tensor& beta_in, const std::string& mean, double e)
       : eps(e) {
@@ -69,7 +69,7 @@ struct Call {
 Tensor forward(const Tensor& x, const Tensor& gamma, const Tensor& beta, std::string mean, double eps) {
   Call call(x, gamma, beta, mean, eps);
   Tensor y = empty_map(x), holder;
-  std::vector<double> scale(call.squares.size());
+  Doubles scale(call.squares.size());
   const ResponseSumsArgs first{call.dtype, call.batch, call.channels,       call.pixels, call.x,
                                AnyMap{},   false,      call.squares.data(), nullptr,     nullptr};
   const ResponseApplyArgs last{call.dtype,
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   const AnyMap g = map_of(grad_out, call.channels_last, holder_g);
   const int64_t channels = call.channels;
   const size_t count = call.squares.size();
-  std::vector<double> products(count), sums(count), scale(count), other(count);
+  Doubles products(count), sums(count), scale(count), other(count);
   const ResponseSumsArgs first{call.dtype, call.batch,          channels,        call.pixels, call.x, g,
                                true,       call.squares.data(), products.data(), sums.data()};
   const ResponseApplyArgs last{call.dtype,
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
              }
            },
            [&](int64_t begin, int64_t end) { response_apply(last, begin, end); });
-  std::vector<double> grad_gamma(channels), grad_beta(channels);
+  Doubles grad_gamma(channels), grad_beta(channels);
   for (int64_t b = 0; b < call.batch; ++b) {
     for (int64_t c = 0; c < channels; ++c) {
       grad_gamma[c] += products[b * channels + c];
