@@ -83,8 +83,8 @@ def test_the_fastest_form_that_is_right_is_measured(monkeypatch, capsys):
     (entry,) = run.bench(["mobile_former_26m"], ["mine"], [32], seconds=0.1, favourites=favourites)
     assert entry.form == "fast" and 0 <= entry.difference < 1e-4
     shown = capsys.readouterr().err
-    assert "mine: skipped, broken: no such operator" in shown
-    assert "mine: skipped, wrong: its numbers differ by" in shown
+    assert "mine, float32: skipped, broken: no such operator" in shown
+    assert "mine, float32: skipped, wrong: its numbers differ by" in shown
     assert list(favourites.values()) == [["fast"]]
 
 

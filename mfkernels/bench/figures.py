@@ -93,10 +93,10 @@ def _source_tree() -> None:
 
 
 def _networks(lines: list[dict[str, Any]]) -> str:
-    entries = _entries(lines)
+    entries = sorted(_entries(lines), key=lambda entry: _NETWORKS.index(entry.network))
     runtimes = [name for name in _TITLES if any(entry.runtime == name for entry in entries)]
     rows = [["network", *(_TITLES[name] for name in runtimes), "best other / ours"]]
-    for network in (name for name in _NETWORKS if any(entry.network == name for entry in entries)):
+    for network in dict.fromkeys(entry.network for entry in entries):
         times = {entry.runtime: entry.median_ms for entry in entries if entry.network == network}
         rows.append([network, *(_number(times.get(name)) for name in runtimes), _ratio(times)])
     title = _where(lines) + ", float32, batch 1, 224x224:"

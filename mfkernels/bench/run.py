@@ -207,20 +207,21 @@ def _prepared(
             expected = model(x).numpy()
         job = Job(formulations(model), x, threads)
         for dtype, runtime in itertools.product(dtypes, runtimes):
-            progress.show(f"preparing {name} in {runtime}")
+            what = f"{name} in {runtime}, {str(dtype)[6:]}"
+            progress.show(f"preparing {what}")
             family, large = type(model).__name__ if name in list_models() else name, x.shape[2] > LARGE
             known = favourites or {}
             wanted = known.get((family, runtime, dtype, large))
             wanted = wanted or known.get((family, runtime, torch.float32, large))
-            what, own = f"{name} in {runtime}", replace(job, dtype=dtype)
+            own = replace(job, dtype=dtype)
             try:
                 times = _forms(what, runtime, own, expected, wanted)
                 if wanted and not times:
                     times = _forms(what, runtime, own, expected)
                 if not times:
-                    raise Skipped("no form of it is right")
+                    raise Skipped("none of its forms runs and gives the right numbers")
             except Skipped as reason:
-                progress.show(f"{name} in {runtime}: skipped, {reason}", keep=True)
+                progress.show(f"{what}: skipped, {reason}", keep=True)
                 continue
             times.sort(key=lambda pair: pair[0])
             best, chosen = times[0]
