@@ -28,17 +28,19 @@ sanitize: $(SANITIZED)/built
 	cd $(SANITIZED) && $(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/.venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
 	  --rootdir $(CURDIR) $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_deploy.py $(CURDIR)/tests/test_deploy_chain.py -k "not fuzz and not compile and not export"
 	$(CXX) -std=gnu++17 -O1 -g -fsanitize=thread -Wno-psabi -DMFK_GENERIC_ONLY -DMFK_ISA=generic -o $(SANITIZED)/threads \
-	  tests/sanitize/threads.cpp csrc/isa.cpp $(wildcard csrc/cpu/mobile_former_*.cpp csrc/cpu/deployed_*.cpp)
+	  tests/sanitize/threads.cpp csrc/isa.cpp $(wildcard csrc/cpu/deployed_*.cpp)
 	.venv/bin/python tests/sanitize/plan.py $(SANITIZED)
 	$(SANITIZED)/threads $(SANITIZED)
 
 # Calls all operators with arguments that fit and that do not, under the sanitizers.
 FUZZ_SECONDS ?= 600
 FUZZ_SEED ?= 0
+FUZZ = cd $(SANITIZED) && $(SANITIZERS) PYTHONPATH=. \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2000 \
+  $(CURDIR)/.venv/bin/python $(CURDIR)/tests/fuzz.py --seed $(FUZZ_SEED)
 fuzz: $(SANITIZED)/built
-	cd $(SANITIZED) && $(SANITIZERS) PYTHONPATH=. \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2000 \
-	  $(CURDIR)/.venv/bin/python $(CURDIR)/tests/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+	$(FUZZ) --seconds $(FUZZ_SECONDS)
+	$(FUZZ) --plans --calls 600000 --seconds 3600
 
 $(SANITIZED)/built: .venv/installed $(wildcard mfkernels/*.py mfkernels/*/*.py mfkernels/*/*/*.py)
 	MFKERNELS_SANITIZE=address,undefined CXX="$(CXX)" .venv/bin/pip install -q --disable-pip-version-check \

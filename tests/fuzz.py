@@ -1,14 +1,16 @@
 """Calls every registered operator with arguments that fit and, more often, with some that do not:
 
-    python tests/fuzz.py [--seconds 600] [--calls 1000000] [--seed 0] [--case NUMBER] [--jobs COUNT]
+    python tests/fuzz.py [--seconds 600] [--calls 1000000] [--seed 0] [--case NUMBER] [--jobs COUNT] [--plans]
 
 Each call must end in a result or in an exception. It is a finding if it kills the process or takes a minute,
-if a result is on the CPU though an argument is on meta, if a plan that was changed is taken, if arguments
-that fit are refused, or if numbers are wrong. Calls are made in child processes, which tell their number
-before they make one: `--case` makes it again. Fails if there was a finding.
+if a result is on the CPU though an argument is on meta, if a plan that was changed is taken with its old
+checksum, if arguments that fit are refused, or if numbers are wrong. With `--plans` all calls are of deployed
+networks whose plans were changed, and have the right checksum. Calls are made in child processes, which tell
+their number before they make one: `--case` makes it again. Fails if there was a finding.
 """
 
 import argparse
+import copy
 import mmap
 import os
 import random
@@ -28,6 +30,7 @@ from torch import Tensor
 import mfkernels
 from mfkernels.checks import tensors_in
 from mfkernels.models import DynamicMobileFormer, IFormer, MobileFormer
+from mfkernels.models.features import FeaturePyramid
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
 OTHER_DTYPES = (*DTYPES, torch.float16, torch.int64, torch.bool, torch.complex64)
@@ -39,6 +42,27 @@ OPERATORS = torch.ops.mfkernels
 
 
 # --- arguments ------------------------------------------------------------
+
+
+def tampered(rng: random.Random, plan: list[int]) -> list[int]:
+    """A plan of which some words are others: numbers of any kind, of the plan itself, or nearly as before."""
+    plan = list(plan)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
+        i = rng.randrange(len(plan))
+        near = plan[i] + rng.choice([-1, 1]) * rng.choice([1, 2, 8, 16, 64, 1000])
+        plan[i] = rng.choice([rng.choice(NUMBERS), rng.choice(plan), near, near])
+    if rng.random() < 0.05:
+        del plan[rng.randrange(len(plan)) :]
+    return plan
+
+
+def deployed_operator(deployed) -> str:
+    return "deployed" if deployed.classes else "deployed_maps"
+
+
+def arguments_after(deployed) -> list:
+    """Of the operator, those that follow the plan."""
+    return [deployed.classes] if deployed.classes else [deployed._channels, deployed._reductions]
 
 
 def laid_out(rng: random.Random, x: Tensor) -> Tensor:
@@ -135,12 +159,14 @@ def backward_arguments(rng: random.Random, name: str, arguments: list, outputs: 
 class Case:
     """Call number `number` of a seed: `name` of the operator, `arguments`, and whether they were broken."""
 
-    def __init__(self, seed: int, number: int, networks: list) -> None:
+    def __init__(self, seed: int, number: int, networks: list, plans: bool = False) -> None:
         self.rng = rng = random.Random(f"{seed} {number}")
         torch.manual_seed(rng.randrange(1 << 40))
         self.sample = self.module = self.network = None
-        self.broken = 0
-        if rng.random() < 0.1:
+        self.broken, self.resealed = 0, False
+        if plans:
+            self._tampered(rng.choice(networks))
+        elif rng.random() < 0.1:
             self._deployed(rng.choice(networks))
         else:
             self._operator()
@@ -164,8 +190,10 @@ class Case:
     def _deployed(self, network: tuple) -> None:
         deployed, image, _ = network
         rng, self.network = self.rng, network
-        self.name = deployed._operator + rng.choice(["", "", "_times"])
-        self.arguments = [image, deployed.weights, deployed.plan, deployed.classes]
+        self.name = deployed_operator(deployed)
+        if deployed.classes and rng.random() < 0.3:
+            self.name = "deployed_times"
+        self.arguments = [image, deployed.weights, deployed.plan, *arguments_after(deployed)]
         kind = rng.randrange(4)
         if kind == 1:  # one word of the plan
             plan = deployed.plan.clone()
@@ -174,6 +202,13 @@ class Case:
                 self.arguments[2], self.broken = plan, 1
         elif kind > 1:
             self._break()
+
+    def _tampered(self, network: tuple) -> None:
+        deployed, image, _ = network
+        self.network, self.name, self.resealed = network, deployed_operator(deployed), True
+        plan = tampered(self.rng, deployed.plan[3:].tolist())
+        sealed = torch.tensor(mfkernels._C.sealed_plan(deployed.classes, plan))
+        self.arguments, self.broken = [image, deployed.weights, sealed, *arguments_after(deployed)], 1
 
     def _break(self) -> None:
         i = self.rng.randrange(len(self.arguments))
@@ -203,7 +238,8 @@ class Case:
         if self.network is not None:
             deployed, _, result = self.network
             taken = self.arguments[2]
-            assert taken.is_meta or torch.equal(taken, deployed.plan), "a plan that was changed is taken"
+            if not self.resealed:
+                assert taken.is_meta or torch.equal(taken, deployed.plan), "a plan that was changed is taken"
             if not self.broken and not self.name.endswith("times"):
                 assert torch.equal(outputs[0], result), "other numbers than before"
         elif self.sample is not None and not self.broken and self.rng.random() < 0.2:
@@ -248,8 +284,11 @@ def small_networks() -> list:
         ),
         IFormer((1, 0, 0, 2), (12, 20, 36, 40), types, num_classes=5),
     )  # fmt: skip
-    made = [(mfkernels.deploy(model.eval()), torch.randn(1, 3, 20, 25)) for model in models]
-    return [(deployed, image, deployed(image)) for deployed, image in made]
+    models = [model.eval() for model in models]
+    pyramids = [FeaturePyramid(copy.deepcopy(model)).eval() for model in models]
+    image = torch.randn(1, 3, 20, 25)
+    made = [mfkernels.deploy(model) for model in (*models, *pyramids)]
+    return [(deployed, image, tensors_in(deployed(image))[0]) for deployed in made]
 
 
 # --- processes ------------------------------------------------------------
@@ -313,13 +352,14 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int)
+    parser.add_argument("--plans", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     networks = small_networks()
     if given.case is not None:
-        case = Case(given.seed, given.case, networks)
+        case = Case(given.seed, given.case, networks, given.plans)
         print(case, flush=True)
         print(case.call())
         return 0
@@ -332,8 +372,8 @@ def main() -> int:
             with os.fdopen(write, "w") as out:
                 ends, findings = hunt(
                     range(job, given.calls, given.jobs),
-                    lambda number: Case(given.seed, number, networks).call(),
-                    lambda number: Case(given.seed, number, networks),
+                    lambda number: Case(given.seed, number, networks, given.plans).call(),
+                    lambda number: Case(given.seed, number, networks, given.plans),
                     until,
                 )
                 print(*(f"{finding} [seed {given.seed}]" for finding in findings), sep="\n", file=sys.stderr)

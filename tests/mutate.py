@@ -85,14 +85,14 @@ MUTATIONS = {
         "pointwise_conv_bn",
     ),
     "token_hyper": ("csrc/cpu/token_hyper.cpp", "splat(C(-3))", "splat(C(-2))", "token_hyper"),
-    "deployed_mobile_former": (
-        "csrc/cpu/tokens.h",
+    "deployed_norm": (
+        "csrc/cpu/deployed_state_steps.cpp",
         "variance + 1e-5",
         "variance + 1e-3",
         "test_deploy.py and test_same_numbers",
     ),
-    "deployed_chain": (
-        "csrc/cpu/deployed_chain_state.cpp",
+    "deployed_response_norm": (
+        "csrc/cpu/deployed_state_steps.cpp",
         "1 + gamma[c] * response",
         "1 - gamma[c] * response",
         "test_deploy_chain.py and test_variants",

@@ -336,12 +336,12 @@ def test_export_and_compile(pair):
 def test_opcheck(pair):
     _, deployed = pair
     arguments = (torch.randn(1, 3, 32, 32), deployed.weights, deployed.plan, deployed.classes)
-    torch.library.opcheck(torch.ops.mfkernels.deployed_mobile_former.default, arguments)
+    torch.library.opcheck(torch.ops.mfkernels.deployed.default, arguments)
 
 
 def test_foreign_weights_are_an_error(pair):
     _, deployed = pair
-    call = torch.ops.mfkernels.deployed_mobile_former
+    call = torch.ops.mfkernels.deployed
     x = torch.randn(1, 3, 32, 32)
     for weights, plan in (
         (deployed.weights.double(), deployed.plan),

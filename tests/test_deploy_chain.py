@@ -153,13 +153,13 @@ def test_export_and_opcheck(name):
     other = torch.randn(3, 3, 33, 64)
     assert torch.equal(program.module()(other), deployed(other))
     arguments = (x, deployed.weights, deployed.plan, deployed.classes)
-    torch.library.opcheck(torch.ops.mfkernels.deployed_chain.default, arguments)
+    torch.library.opcheck(torch.ops.mfkernels.deployed.default, arguments)
 
 
 def test_foreign_plans_are_an_error():
     deployed = mfkernels.deploy(make_small("dmf"))
     other = mfkernels.deploy(make_small("iformer"))
-    call = torch.ops.mfkernels.deployed_chain
+    call = torch.ops.mfkernels.deployed
     x = torch.randn(1, 3, 32, 32)
     longer = deployed.plan.clone()
     longer[-3] += 1

@@ -12,7 +12,7 @@ struct PlanLinear {
   int64_t inputs, outputs, weight, bias;  // outputs padded
 };
 
-enum PlanActivation : int64_t { kNoActivation = 0, kGelu = 1, kHardswish = 2 };
+enum PlanActivation : int64_t { kNoActivation, kGelu, kHardswish, kRelu, kRelu6 };
 
 // Always inlined: a copy of its own could be the one compiled for AVX-512.
 #define MFK_PLAN_FUNCTION static inline __attribute__((always_inline))
@@ -23,7 +23,7 @@ enum PlanActivation : int64_t { kNoActivation = 0, kGelu = 1, kHardswish = 2 };
   MFK_ON_X86(namespace avx512bf16 { void name(const Args& args, int64_t begin, int64_t end); }) \
   MFK_DECLARE_KERNEL_AFTER(MFK_ON_X86(if (bf16) return avx512bf16::name(args, begin, end);), name, Args)
 
-// A linear layer of a whole batch.
+// A linear layer of a whole batch; no activation, kGelu or kHardswish.
 struct DeployedLinearArgs {
   bool bf16;
   PlanLinear linear;

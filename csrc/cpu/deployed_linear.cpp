@@ -1,5 +1,5 @@
+#include "as_stored.h"
 #include "deployed.h"
-#include "tokens.h"
 
 namespace mfk {
 namespace MFK_ISA {

@@ -2,18 +2,18 @@
 // takes.
 #include <chrono>
 
-#include "chain_network.h"
 #include "common.h"
-#include "mobile_former_network.h"
+#include "network.h"
 #include "plan_seal.h"
 
 namespace mfk {
 namespace {
 
 constexpr const char* kOp = "deploy";
+constexpr int64_t kMostRows = 1 << 16;
 
 // (B, classes), or where `classes` is 0 the maps that are results.
-template <class Network, class Done>
+template <class Done>
 std::vector<Tensor> run(const Tensor& x, const Tensor& weights, const Tensor& plan, int64_t classes,
                         Done done) {
   check_axes(kOp, "x", x, 4, "(B, C, H, W)");
@@ -29,12 +29,12 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& weights, const Tensor& pl
   STD_TORCH_CHECK(classes == sealed[2], kOp, ": classes must be ", sealed[2], ", as of the plan, got ",
                   classes);
   const int64_t* words = sealed + kSealWords;
-  STD_TORCH_CHECK(Network::fits(words, plan.numel() - kSealWords, weights.numel(), classes), kOp,
-                  ": plan must be of this kind of network and of these weights, of which there are ",
-                  weights.numel());
-  const int64_t channels = Network::in_channels(words);
+  PlanCheck::run(words, plan.numel() - kSealWords, weights.numel(), classes);
+  const int64_t channels = reinterpret_cast<const Plan*>(words)->in_channels;
   STD_TORCH_CHECK(x.size(1) == channels, kOp, ": x must have ", channels, " channels, got ", x.size(1));
   STD_TORCH_CHECK(x.size(2) >= 1 && x.size(3) >= 1, kOp, ": x must have at least one pixel");
+  STD_TORCH_CHECK(x.size(2) <= kMostRows && x.size(3) <= kMostRows, kOp, ": x must have at most ", kMostRows,
+                  " rows and columns, got ", x.size(2), "x", x.size(3));
   const Images images{x.const_data_ptr<float>(),
                       x.size(0),
                       x.size(2),
@@ -49,8 +49,7 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& weights, const Tensor& pl
       ": a network in bfloat16 needs a processor with AVX512-BF16, and the instruction set avx512");
   std::vector<Tensor> out;
   if (classes > 0) out.push_back(empty({images.batch, classes}, ScalarType::Float, x));
-  for (int64_t i = 0; i < network.handed_out(); ++i) {
-    HandedOut& map = network.handed_out(i);
+  for (HandedOut& map : network.handed_out()) {
     const int64_t pixels = map.height * map.width;
     out.push_back(empty_map(x, {images.batch, map.channels, map.height, map.width}));
     float* data = out.back().mutable_data_ptr<float>();
@@ -64,18 +63,16 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& weights, const Tensor& pl
   return out;
 }
 
-template <class Network>
 Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan, int64_t classes) {
   STD_TORCH_CHECK(classes > 0, kOp, ": classes must be at least 1, got ", classes);
-  return run<Network>(image, weights, plan, classes, [] {})[0];
+  return run(image, weights, plan, classes, [] {})[0];
 }
 
 // The maps of a pyramid, the finest first: each with its channels and a pixel for so many of the image's,
 // which are there for those that trace the operator without running it.
-template <class Network>
 std::vector<Tensor> maps(const Tensor& image, const Tensor& weights, const Tensor& plan,
                          const std::vector<int64_t>& channels, const std::vector<int64_t>& reductions) {
-  auto found = run<Network>(image, weights, plan, 0, [] {});
+  auto found = run(image, weights, plan, 0, [] {});
   bool fits = channels.size() == found.size() && reductions.size() == found.size();
   for (size_t i = 0; fits && i < found.size(); ++i) {
     fits = reductions[i] >= 1 && found[i].size(1) == channels[i] &&
@@ -87,13 +84,12 @@ std::vector<Tensor> maps(const Tensor& image, const Tensor& weights, const Tenso
 }
 
 // Seconds, float64, that each step takes for a batch of one.
-template <class Network>
 Tensor times(const Tensor& image, const Tensor& weights, const Tensor& plan, int64_t classes) {
   STD_TORCH_CHECK(image.dim() == 4 && image.size(0) == 1, kOp, ": x must be one image");
   using Clock = std::chrono::steady_clock;
   std::vector<double> seconds;
   auto before = Clock::now();
-  run<Network>(image, weights, plan, classes, [&] {
+  run(image, weights, plan, classes, [&] {
     const auto now = Clock::now();
     seconds.push_back(std::chrono::duration<double>(now - before).count());
     before = now;
@@ -107,23 +103,13 @@ Tensor times(const Tensor& image, const Tensor& weights, const Tensor& plan, int
 }  // namespace mfk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
-  m.def("deployed_mobile_former(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
-  m.def("deployed_mobile_former_times(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
-  m.def(
-      "deployed_mobile_former_maps(Tensor x, Tensor weights, Tensor plan, int[] channels, int[] reductions) "
-      "-> Tensor[]");
-  m.def("deployed_chain(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
-  m.def("deployed_chain_times(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
-  m.def(
-      "deployed_chain_maps(Tensor x, Tensor weights, Tensor plan, int[] channels, int[] reductions) -> "
-      "Tensor[]");
+  m.def("deployed(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+  m.def("deployed_times(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+  m.def("deployed_maps(Tensor x, Tensor weights, Tensor plan, int[] channels, int[] reductions) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
-  m.impl("deployed_mobile_former", TORCH_BOX(&mfk::forward<mfk::MobileFormerNetwork>));
-  m.impl("deployed_mobile_former_times", TORCH_BOX(&mfk::times<mfk::MobileFormerNetwork>));
-  m.impl("deployed_mobile_former_maps", TORCH_BOX(&mfk::maps<mfk::MobileFormerNetwork>));
-  m.impl("deployed_chain", TORCH_BOX(&mfk::forward<mfk::ChainNetwork>));
-  m.impl("deployed_chain_times", TORCH_BOX(&mfk::times<mfk::ChainNetwork>));
-  m.impl("deployed_chain_maps", TORCH_BOX(&mfk::maps<mfk::ChainNetwork>));
+  m.impl("deployed", TORCH_BOX(&mfk::forward));
+  m.impl("deployed_times", TORCH_BOX(&mfk::times));
+  m.impl("deployed_maps", TORCH_BOX(&mfk::maps));
 }

@@ -9,7 +9,7 @@
 namespace mfk {
 
 // To be changed with the fields of any plan.
-constexpr int64_t kPlanFormat = 2;
+constexpr int64_t kPlanFormat = 3;
 
 struct PlanSeal {
   int64_t format;

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../cpu/deployed.h"
+#include "../cpu/deployed_plan.h"
 #include "working_memory.h"
 
 namespace mfk {
@@ -31,11 +31,6 @@ struct HandedOut {
     const DeployedMapArgs args{bf16, from, pixels, channels, to, sample, scratch};
     run(blocks_of(pixels, kMapTask), [&](int64_t begin, int64_t end) { deployed_map(args, begin, end); });
   }
-};
-
-struct DeployedLinear {
-  PlanActivation activation;
-  PlanLinear linear;
 };
 
 // The whole network: `out` (batch, classes). `network.features` makes of a sample the inputs of the first of
@@ -79,11 +74,18 @@ void run_network(const Network& network, int64_t batch, int64_t classes, float* 
   }
   int64_t stride = width;
   for (int64_t i = 0; i < network.linears(); ++i) {
-    const DeployedLinear layer = network.linear(i);
+    const PlanLayer& layer = network.linear(i);
     const int64_t outputs = layer.linear.outputs;
-    const DeployedLinearArgs args{
-        network.bf16(), layer.linear, layer.activation, network.weights(), from, stride, batch, to,
-        outputs,        scratch};
+    const DeployedLinearArgs args{network.bf16(),
+                                  layer.linear,
+                                  static_cast<PlanActivation>(layer.activation),
+                                  network.weights(),
+                                  from,
+                                  stride,
+                                  batch,
+                                  to,
+                                  outputs,
+                                  scratch};
     parallel((outputs + 31) / 32, [&](int64_t begin, int64_t end) { deployed_linear(args, begin, end); });
     done();
     std::swap(from, to);

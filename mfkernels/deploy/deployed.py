@@ -16,8 +16,7 @@ class Deployed(nn.Module):
     (RuntimeError), and so is a pickle whose plan another version wrote, or somebody changed.
 
     Args:
-        operator: that runs it, of `torch.ops.mfkernels`.
-        weights, plan: what the operator wants, the plan without what all plans begin with.
+        weights, plan: what the operators want, the plan without format and checksum.
         dtype: of the network.
         in_channels, classes: of its images and its results.
         parts: names of what `times` measures.
@@ -28,7 +27,6 @@ class Deployed(nn.Module):
 
     def __init__(
         self,
-        operator: str,
         weights: Tensor,
         plan: list[int],
         *,
@@ -39,7 +37,7 @@ class Deployed(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype, self.in_channels, self.classes = dtype, in_channels, classes
-        self._operator, self._parts = operator, parts
+        self._parts = parts
         self.register_buffer("weights", weights)
         sealed = torch.tensor(_C.sealed_plan(classes, plan), dtype=torch.int64)
         self.register_buffer("plan", sealed, persistent=False)
@@ -53,14 +51,14 @@ class Deployed(nn.Module):
             TypeError, ValueError: an input that does not fit, named.
         """
         self._check(x)
-        run: Any = getattr(torch.ops.mfkernels, self._operator)
+        run: Any = torch.ops.mfkernels.deployed
         return run(x.float(), self.weights, self.plan, self.classes).to(x.dtype)
 
     def times(self, x: Tensor) -> dict[str, float]:
         """Seconds that each part takes for one image, (1, C, H, W): the parts of the network by name, those
         of the tokens with " tokens" behind it."""
         self._check(x)
-        run: Any = getattr(torch.ops.mfkernels, f"{self._operator}_times")
+        run: Any = torch.ops.mfkernels.deployed_times
         times = dict.fromkeys(self._parts, 0.0)
         seconds = run(x.float(), self.weights, self.plan, self.classes).tolist()
         for part, value in zip(self._parts, seconds, strict=True):
@@ -136,5 +134,4 @@ def _fake(x: Tensor, weights: Tensor, plan: Tensor, classes: int) -> Tensor:
     return x.new_empty((x.shape[0], classes))
 
 
-register_fake("deployed_mobile_former")(_fake)
-register_fake("deployed_chain")(_fake)
+register_fake("deployed")(_fake)

@@ -1,4 +1,4 @@
-"""Dynamic Mobile-Former as a chain of steps."""
+"""Dynamic Mobile-Former as a plan."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,10 +24,11 @@ from ..nn import (
 )
 from ..nn.conv_bn import affine
 from ..nn.dmf_tokens import _MLP, _TokenAttention
-from .chain import NO_LINEAR, Chain, Gather, Map
 from .deployed import Deployed
 from .packing import fold, padded, padded_rows, padded_slots, taps
+from .plan import MOST_PAIRS, Bridges, Map, Plan
 from .pyramid import Wanted
+from .steps import Linear
 
 _KNOWN = (
     *(DynamicMobileFormer, DMFBlock, DMFFormer, DMFHead, DMFMobileToFormer, DMFStem, DropPath, DynamicMobile),
@@ -35,7 +36,6 @@ _KNOWN = (
     *(_MLP, _TokenAttention, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.GELU, nn.GroupNorm, nn.LayerNorm),
     *(nn.Linear, nn.ModuleList, nn.ReLU, nn.Sequential, FusedSequential),
 )
-_GROUP_NORM, _RESPONSE_NORM, _RESPONSE_NORM_OF_CHANNELS = range(3)
 
 
 def deployed_dynamic_mobile_former(
@@ -46,7 +46,7 @@ def deployed_dynamic_mobile_former(
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
-class _Plan(Chain):
+class _Plan(Plan):
     def __init__(self, model: DynamicMobileFormer, dtype: torch.dtype, wanted: Wanted | None) -> None:
         super().__init__(model, dtype)
         self.check_parts(_KNOWN)
@@ -73,12 +73,12 @@ class _Plan(Chain):
         with self.named("end_former"):
             self.token_step(model.end_mobile2former, model.end_former, None)
         with self.named("channel_conv"):
-            x = self.replaced(x, self.convolve(x, model.channel_conv, model.bn, gelu=True, sums=1))
+            x = self.replaced(x, self.convolve(x, model.channel_conv, model.bn, activation="gelu", sums=1))
             self.pool(x.channels, self.features)
         first, last = model.head.fc1, model.head.fc2
         pooled, token = first.weight.split([x.channels, self.dim], 1)
         weight = torch.cat([padded_rows(pooled), padded_rows(token)], 1)
-        linears: list[tuple[list[int], str | None]] = [
+        linears: list[tuple[Linear, str | None]] = [
             (self.pack.linear(weight, first.bias), "hardswish"),
             (self.pack.linear(padded_rows(last.weight), last.bias), None),
         ]
@@ -101,7 +101,7 @@ class _Plan(Chain):
             self.token_step(None, None, bridges[0])
         with self.named("stem"):
             weight, bias = fold(model.stem.conv, model.stem.bn)
-            x = self.dense(None, model.stem.conv, weight, bias, gelu=True)
+            x = self.dense(None, model.stem.conv, weight, bias, "gelu")
         with self.named("lite_bottleneck"):
             x = self.lite(x, model.lite_bottleneck, bridges[0], pooled=not self.halves(blocks[0]))
         for i, block in enumerate(blocks):
@@ -115,59 +115,72 @@ class _Plan(Chain):
     def halves(self, block: DMFBlock) -> bool:
         return hasattr(block.dynamic_mobile, "downsample")
 
-    def gather(self, bridge: DMFMobileToFormer | None) -> Gather | None:
-        return None if bridge is None else Gather(bridge.num_heads, self.count, self.queries)
+    def bridge(self, bridge: DMFMobileToFormer | None) -> Bridges | None:
+        if bridge is None:
+            return None
+        heads, row = bridge.num_heads, padded(bridge.channels)
+        self.need(heads * self.count <= MOST_PAIRS, bridge, f"at most {MOST_PAIRS} pairs of heads and tokens")
+        return Bridges(heads, self.count, row, gather=self.queries)
 
     # --- tokens ------------------------------------------------------------------------------------------
 
     def token_step(self, bridge: Any, former: Any, following: Any) -> None:
         """What `bridge` and `former` do to the tokens, and the queries of the next bridge."""
-        linear = self.pack.linear
+        linear, count, width = self.pack.linear, self.count, padded(self.dim)
         if bridge is None:
-            fields = [self.pack.add(padded_rows(self.model.tokens[0])), 0, 0, *NO_LINEAR]
+            self.copy_weights(padded_rows(self.model.tokens[0]), self.at)
         else:
-            fields = [-1, bridge.channels, bridge.num_heads, *linear(bridge.fc.weight)]
-        if former is None:
-            fields += [0] * 20
-        else:
-            attention, mlp = former.token_attention, former.mlp
-            qkv = torch.cat([padded_rows(w.t()).t() for w in attention.qkv.weight.chunk(3)])
-            fields += [1, attention.num_heads, self.norm(former.norm1), *linear(qkv)]
-            fields += linear(attention.proj.weight, attention.proj.bias)
-            fields += [self.norm(former.norm2), *linear(mlp.fc1.weight), *linear(mlp.fc2.weight)]
-        fields += [self.token if former is not None else -1]
-        if following is None:
-            fields += [-1, *NO_LINEAR, 0]
-        else:
+            with self.places(count * padded(bridge.channels)) as (made,):
+                self.combine(count, bridge.channels, bridge.num_heads, made)
+                self.linear(count, made, linear(bridge.fc.weight), self.at, added=True)
+        if former is not None:
+            self.former(former)
+            self.copy(self.at, width, self.token)
+        if following is not None:
             scale = (following.channels // following.num_heads) ** -0.5
-            query = linear(following.q.weight.double() * scale)
-            fields += [self.norm(following.norm), *query, self.queries]
-        self.tokens(self.count, self.dim, self.at, *fields)
+            self.norm(count, following.norm, self.at, self.at)
+            self.linear(count, self.at, linear(following.q.weight.double() * scale), self.queries)
+
+    def former(self, former: DMFFormer) -> None:
+        attention, mlp, count, width = former.token_attention, former.mlp, self.count, padded(self.dim)
+        linear, heads = self.pack.linear, attention.num_heads
+        hidden = padded(mlp.fc1.out_features)
+        with self.places(*(n * count * width for n in (1, 3, 1)), count * hidden) as places:
+            normed, qkv, mixed, inner = places
+            self.norm(count, former.norm1, self.at, normed)
+            weight = torch.cat([padded_rows(w.t()).t() for w in attention.qkv.weight.chunk(3)])
+            self.linear(count, normed, linear(weight), qkv)
+            self.attend(count, heads, self.dim, (qkv, qkv + width, qkv + 2 * width), 3 * width, mixed)
+            project = linear(attention.proj.weight, attention.proj.bias)
+            self.linear(count, mixed, project, self.at, added=True)
+            self.norm(count, former.norm2, self.at, normed)
+            self.linear(count, normed, linear(mlp.fc1.weight), inner, activation="gelu")
+            self.linear(count, inner, linear(mlp.fc2.weight), self.at, added=True)
 
     # --- maps --------------------------------------------------------------------------------------------
 
     def lite(self, x: Map, lite: Any, bridge: Any, pooled: bool) -> Map:
-        x = self.replaced(x, self.static(x, lite.pw_conv1, lite.bn1, gelu=True))
-        x = self.replaced(x, self.static(x, lite.dw_conv, lite.bn2, gelu=True))
+        x = self.replaced(x, self.static(x, lite.pw_conv1, lite.bn1, activation="gelu"))
+        x = self.replaced(x, self.static(x, lite.dw_conv, lite.bn2, activation="gelu"))
         return self.replaced(
-            x, self.static(x, lite.pw_conv2, lite.bn3, gather=self.gather(bridge), sums=int(pooled))
+            x, self.static(x, lite.pw_conv2, lite.bn3, bridges=self.bridge(bridge), sums=int(pooled))
         )
 
     def block(self, x: Map, block: Any, bridge: Any, pooled: bool) -> Map:
         mobile = block.dynamic_mobile
         if self.halves(block):
             halve, norm, _ = mobile.downsample
-            x = self.replaced(x, self.static(x, halve, norm, gelu=True, sums=1))
-        x = self.replaced(x, self.convolve(x, mobile.pw_conv1, mobile.bn1, gelu=True, sums=1))
-        x = self.replaced(x, self.convolve(x, mobile.dw_conv, mobile.bn2, gelu=True, sums=1))
+            x = self.replaced(x, self.static(x, halve, norm, activation="gelu", sums=1))
+        x = self.replaced(x, self.convolve(x, mobile.pw_conv1, mobile.bn1, activation="gelu", sums=1))
+        x = self.replaced(x, self.convolve(x, mobile.dw_conv, mobile.bn2, activation="gelu", sums=1))
         x = self.replaced(x, self.convolve(x, mobile.pw_conv2, mobile.bn3, sums=2))
         ffn, norm = block.ffn, block.norm
         self.need(norm.num_groups == 1, norm, "group norms of one group")
-        normed = self.affine(_GROUP_NORM, norm.weight, norm.bias, norm.eps)
-        hidden = self.static(x, ffn.pw_conv1, ffn.bn1, gelu=True, affine=normed)
+        normed = self.affine("group_norm", norm.weight, norm.bias, norm.eps)
+        hidden = self.static(x, ffn.pw_conv1, ffn.bn1, activation="gelu", affine=normed)
         hidden = self.replaced(hidden, self.shortcut(hidden, ffn.dw_conv))
         grn = ffn.grn
-        form = _RESPONSE_NORM if grn.mean == "released" else _RESPONSE_NORM_OF_CHANNELS
+        form = "response_norm" if grn.mean == "released" else "response_norm_of_channels"
         response = self.affine(form, grn.gamma, grn.beta, grn.eps)
         out = self.static(
             *(hidden, ffn.pw_conv2, ffn.bn3),
@@ -175,7 +188,7 @@ class _Plan(Chain):
             affine_gelu=True,
             added=x,
             sums=int(pooled),
-            gather=self.gather(bridge),
+            bridges=self.bridge(bridge),
         )
         self.free(hidden)
         return self.replaced(x, out)
@@ -201,7 +214,7 @@ class _Plan(Chain):
         """A convolution of a block, dynamic or not, and its batch norm; the last step left the sums of x."""
         if isinstance(conv, nn.Conv2d):
             return self.static(x, conv, norm, **options)
-        kernels = self.attend(conv.Kernel_Attention)
+        kernels = self.kernel_weights(conv.Kernel_Attention)
         scale, shift = affine(norm)
         outputs, _, size, _ = conv.static_weight.shape
         depthwise = conv.groups > 1 and conv.groups == outputs == x.channels
@@ -219,10 +232,10 @@ class _Plan(Chain):
         bias = self.pack.add(padded_rows(shift))
         if depthwise:
             return self.depthwise(x, size, place, bias, mixed=True, **options)
-        linear = [x.channels, padded(outputs), place, bias]
+        linear = Linear(x.channels, padded(outputs), place, bias)
         return self.pointwise(x, outputs, linear, groups=conv.groups, mixed=True, **options)
 
-    def attend(self, attention: KernelAttention) -> int:
+    def kernel_weights(self, attention: KernelAttention) -> int:
         """The weights of a dynamic convolution's kernels; how many there are."""
         first, last = attention.net1.weight.flatten(1), attention.net2.weight.flatten(1)
         self.need(len(last) <= 16, attention, "up to 16 kernels")
@@ -231,6 +244,6 @@ class _Plan(Chain):
         hidden = self.pack.linear(torch.cat([padded_rows(token), padded_rows(means)], 1), shift)
         scores = self.pack.linear(last.double() / attention.temperature)
         softmax = int(attention.activation == "softmax")
-        fields = [*hidden, *scores, softmax, len(last), self.attention_at]
+        fields = (hidden, scores, softmax, len(last), self.attention_at)
         self.kernels(self.token, self.dim, attention.channels, *fields)
         return len(last)

@@ -1,4 +1,4 @@
-"""iFormer as a chain of steps."""
+"""iFormer as a plan."""
 
 import copy
 from typing import Any
@@ -24,10 +24,11 @@ from ..nn import (
     SHMABlock,
     SingleHeadModulationAttention,
 )
-from .chain import Chain, Map
 from .deployed import Deployed
 from .packing import padded
+from .plan import Map, Plan
 from .pyramid import Wanted
+from .steps import Linear
 
 _KNOWN = (
     *(IFormer, BNLinear, ConvBlock, ConvBN, DropPath, FFN2d, FusedInvertedBottleneck, IFormerBlock),
@@ -39,12 +40,12 @@ _KNOWN = (
 
 def deployed_iformer(model: IFormer, dtype: torch.dtype, wanted: Wanted | None = None) -> Deployed:
     """What `deploy` makes of an `IFormer`, or of these maps of it."""
-    Chain(model, dtype).check_parts(_KNOWN)
+    Plan(model, dtype).check_parts(_KNOWN)
     plan = _Plan(copy.deepcopy(model).double().fuse(), dtype)
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
-class _Plan(Chain):
+class _Plan(Plan):
     """Of a network that is fused: all convolutions have biases, and there are no batch norms."""
 
     def __init__(self, model: IFormer, dtype: torch.dtype) -> None:
@@ -61,7 +62,7 @@ class _Plan(Chain):
         features = self.place(x.channels)
         with self.named("pool"):
             self.pool(x.channels, features)
-        linears: list[tuple[list[int], str | None]] = []
+        linears: list[tuple[Linear, str | None]] = []
         if hasattr(model, "proj"):
             linears.append((self.pack.linear(model.proj.weight, model.proj.bias), "gelu"))
         last = model.classifier
@@ -91,17 +92,17 @@ class _Plan(Chain):
 
     def stem(self, layers: Any) -> Map:
         first, _, second = layers
-        x = self.conv(None, first, gelu=True)
+        x = self.conv(None, first, activation="gelu")
         if not isinstance(second, FusedInvertedBottleneck):
             return self.replaced(x, self.conv(x, second))
-        hidden = self.replaced(x, self.conv(x, second.conv_exp_bn1, gelu=True))
+        hidden = self.replaced(x, self.conv(x, second.conv_exp_bn1, activation="gelu"))
         return self.replaced(hidden, self.point(hidden, second.conv_pwl_bn2))
 
     def halve(self, x: Map, layers: Any) -> Map:
         return x if isinstance(layers, nn.Identity) else self.replaced(x, self.conv(x, layers[0]))
 
-    def conv(self, x: Map | None, conv: Any, gelu: bool = False) -> Map:
-        return self.dense(x, conv, conv.weight, conv.bias, gelu)
+    def conv(self, x: Map | None, conv: Any, activation: str | None = None) -> Map:
+        return self.dense(x, conv, conv.weight, conv.bias, activation)
 
     def point(self, x: Map, conv: Any, **options: Any) -> Map:
         linear = self.pack.linear(conv.weight.flatten(1), conv.bias)
@@ -136,7 +137,7 @@ class _Plan(Chain):
         linear = self.pack.linear(expand.weight.flatten(1), expand.bias)
         return self.inverted(x, size, taps, bias, linear, self.scaled(residual, project), sums)
 
-    def scaled(self, residual: Any, conv: nn.Conv2d) -> list[int]:
+    def scaled(self, residual: Any, conv: nn.Conv2d) -> Linear:
         """The last convolution of a residual, with its factor."""
         factor = 1.0 if residual.gamma is None else residual.gamma.flatten()
         weight = conv.weight.flatten(1) * torch.as_tensor(factor).view(-1, 1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import _C
 from ..nn.conv_bn import affine
+from .steps import Linear
 
 LANES = 16  # channels are padded to a multiple of this
 PANEL = 32  # outputs of a packed matrix that lie together
@@ -45,8 +46,8 @@ class Packer:
         runs: int = 1,
         groups: int = 1,
         dtype: torch.dtype | None = None,
-    ) -> list[int]:
-        """A matrix (outputs, inputs) and its bias, as a PlanLinear: inputs, padded outputs, two offsets.
+    ) -> Linear:
+        """A matrix (outputs, inputs) and its bias.
 
         Panels of 32 outputs (the last may have 16), in each the outputs of an input side by side. In
         bfloat16 inputs go in pairs, and both of an output share the place of a float.
@@ -62,7 +63,7 @@ class Packer:
         biases = torch.zeros(padded(outputs), dtype=torch.float64)
         if bias is not None:
             biases[:outputs] = bias.detach()
-        return [inputs, padded(outputs), self.add(values), self.add(biases)]
+        return Linear(inputs, padded(outputs), self.add(values), self.add(biases))
 
     def matrix(
         self, weight: Tensor, *, runs: int = 1, groups: int = 1, dtype: torch.dtype | None = None

@@ -42,10 +42,8 @@ class DeployedPyramid(Deployed):
         feature_info: that of the network.
     """
 
-    def __init__(
-        self, wanted: Wanted, operator: str, weights: Tensor, plan: list[int], **options: Any
-    ) -> None:
-        super().__init__(operator, weights, plan, classes=0, **options)
+    def __init__(self, wanted: Wanted, weights: Tensor, plan: list[int], **options: Any) -> None:
+        super().__init__(weights, plan, classes=0, **options)
         self.feature_info = wanted.feature_info
         self._channels = [stage.channels for stage in wanted.stages]
         self._reductions = [stage.reduction for stage in wanted.stages]
@@ -59,7 +57,7 @@ class DeployedPyramid(Deployed):
             TypeError, ValueError: an input that does not fit, named.
         """
         self._check(x)
-        run: Any = getattr(torch.ops.mfkernels, f"{self._operator}_maps")
+        run: Any = torch.ops.mfkernels.deployed_maps
         maps = run(x.float(), self.weights, self.plan, self._channels, self._reductions)
         return [maps[i].to(x.dtype) for i in self._order]
 
@@ -77,5 +75,4 @@ def _fake(
     ]
 
 
-register_fake("deployed_mobile_former_maps")(_fake)
-register_fake("deployed_chain_maps")(_fake)
+register_fake("deployed_maps")(_fake)

@@ -1,104 +1,28 @@
-#include "bridge.h"
 #include "deployed_attention.h"
-#include "deployed_chain.h"
-#include "depthwise.h"
-#include "map_rows.h"
+#include "map_step.h"
 
 namespace mfk {
 namespace MFK_ISA {
 namespace {
 
-// One call: some tasks of a step, one after the other.
-struct Maps {
-  const ChainArgs& args;
-  const ChainOut& made;
-  const int64_t out_channels;  // padded
-  Bridge bridge;
+struct MapSteps : MapTasks {
+  using MapTasks::MapTasks;
 
-  explicit Maps(const ChainArgs& a)
-      : args(a),
-        made(*reinterpret_cast<const ChainOut*>(a.fields)),
-        out_channels(padded(made.channels)),
-        bridge(made.channels, out_channels, made.heads > 0 ? made.heads : 1, made.tokens, out_channels) {}
-
-  const float* at(int64_t offset) const { return args.weights + offset; }
-  Weights matrix(const PlanLinear& linear) const { return Weights{at(linear.weight), linear.outputs}; }
-  Stored* out_row(int64_t row) const {
-    return static_cast<Stored*>(args.out.data) + row * args.out.width * out_channels;
-  }
-
-  // Working memory in parts, of so many floats each; the last is for `finish`.
-  template <int kParts>
-  struct Room {
-    float* part[kParts + 1];
-    Stored* stored(int i) const { return reinterpret_cast<Stored*>(part[i]); }
-  };
-  template <int kParts>
-  Room<kParts> room(const int64_t (&floats)[kParts]) const {
-    int64_t total = made.heads > 0 ? bridge.scratch(args.group * args.out.width) : 0;
-    for (int64_t count : floats) total += round_up(count, 16);
-    Room<kParts> result;
-    float* next = args.scratch(total + 16);
-    for (int i = 0; i < kParts; ++i) {
-      result.part[i] = next;
-      next += round_up(floats[i], 16);
-    }
-    result.part[kParts] = next;
-    return result;
-  }
-
-  // Calls f(r0, r1) for each task's rows, and then does what the next steps want of them.
+  // Calls f with what is done to a sum: bias, then the activation.
   template <class F>
-  void for_tasks(int64_t begin, int64_t end, float* scratch, F f) {
-    const int64_t rows = args.out.count * args.out.height;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t r0 = task * args.group, r1 = r0 + args.group < rows ? r0 + args.group : rows;
-      f(r0, r1);
-      finish(args.records + task * chain_record_size(made), out_row(r0), (r1 - r0) * args.out.width, scratch);
-    }
-  }
-  void finish(double* record, Stored* x, int64_t positions, float* scratch) {
-    if (made.heads > 0) {
-      bridge.open(x, positions, scratch);
-      bridge.gather(args.state + made.queries, record);
-      record += made.tokens * (2 * made.heads + made.channels);
-    }
-    if (made.sums > 0) add_up(record, x, positions);
-  }
-  // Each channel's sum, and its sum of squares, of runs whose lengths are powers of two: of each run the mean
-  // m and the squares of what is off it in float, all else in double. So variances keep their digits where
-  // means are large: they take these m as they are.
-  void add_up(double* sums, const Stored* x, int64_t positions) const {
-    constexpr int64_t n = kLanes<float>;
-    for (int64_t c = 0; c < out_channels; c += n) {
-      WideSum<float> total, squares;
-      for (int64_t p = 0, run = 32; p < positions; p += run) {
-        while (run > positions - p) run /= 2;
-        const Stored* first = x + p * out_channels + c;
-        vec<float> sum{}, off{};
-        for (int64_t i = 0; i < run; ++i) sum += load(first + i * out_channels);
-        total.add(sum);
-        if (made.sums < 2) continue;
-        const vec<float> mean = sum * (1.0f / run);
-        for (int64_t i = 0; i < run; ++i) {
-          const vec<float> value = load(first + i * out_channels) - mean;
-          off += value * value;
-        }
-        squares.add(off);
-        squares.add_square(mean, run);
-      }
-      total.store_upto(sums + c, n);
-      if (made.sums > 1) squares.store_upto(sums + out_channels + c, n);
-    }
+  static void with_activation(int64_t activation, const float* bias, F f) {
+    if (activation == kGelu) return f(AddBiasGelu{bias});
+    if (activation == kRelu6) return f(AddBiasRelu6{bias});
+    f(AddBias{bias});
   }
 
-  void image_conv(const ChainConv& step, int64_t begin, int64_t end) {
+  void image_conv(const ConvStep& step, int64_t begin, int64_t end) {
     const int64_t k = step.kernel, runs = step.in_channels * k;
     const int64_t line = round_up((args.out.width - 1) * step.stride + 2 * k, 2);
     const auto space = room<1>({runs * line});
     Stored* lines = space.stored(0);  // (channels, kernel, line)
     memset(lines, 0, runs * line * sizeof(Stored));
-    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
         for (int64_t i = 0; i < runs; ++i) {
           image_line(*args.images, args.sample, i / k, r * step.stride - k / 2 + i % k,
@@ -108,21 +32,10 @@ struct Maps {
       }
     });
   }
-  void convolve(const ChainConv& step, int64_t positions, Rows<Stored> x, Stored* out) const {
-    const float* bias = at(step.linear.bias);
-    if (step.gelu) {
-      gemm(positions, x, matrix(step.linear), out, out_channels, AddBiasGelu{bias});
-    } else {
-      gemm(positions, x, matrix(step.linear), out, out_channels, AddBias{bias});
-    }
-  }
-
-  // The pixel (y, x) of the window that output row `r` is in; null outside of it.
-  const Stored* in_row(int64_t r, int64_t stride, int64_t offset, int64_t channels) const {
-    const int64_t y = r % args.out.height * stride + offset;
-    if (y < 0 || y >= args.in.height) return nullptr;
-    return static_cast<const Stored*>(args.in.data) +
-           (r / args.out.height * args.in.height + y) * args.in.width * channels;
+  void convolve(const ConvStep& step, int64_t positions, Rows<Stored> x, Stored* out) const {
+    with_activation(step.activation, at(step.linear.bias), [&](auto epilogue) {
+      gemm(positions, x, matrix(step.linear), out, out_channels, epilogue);
+    });
   }
 
   // Whole vectors: what is too much is written over by what comes next.
@@ -130,17 +43,19 @@ struct Maps {
     for (int64_t c = 0; c < count; c += kLanes<float>) store(to + c, load(from + c));
   }
   // Each output's inputs side by side, then one product.
-  void dense_conv(const ChainConv& step, int64_t begin, int64_t end) {
+  void dense_conv(const ConvStep& step, int64_t begin, int64_t end) {
     const int64_t k = step.kernel, channels = step.in_channels, pixel = padded(channels);
     const int64_t inputs = k * k * channels, patch = padded(inputs), width = args.out.width;
     const auto space = room<2>({args.group * width * patch + 16, pixel});
     Stored *patches = space.stored(0), *zeros = space.stored(1);
     memset(zeros, 0, pixel * sizeof(Stored));
-    for_tasks(begin, end, space.part[2], [&](int64_t r0, int64_t r1) {
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       Stored* to = patches;
       for (int64_t r = r0; r < r1; ++r) {
         const Stored* rows[16];
-        for (int64_t ky = 0; ky < k; ++ky) rows[ky] = in_row(r, step.stride, ky - k / 2, pixel);
+        for (int64_t ky = 0; ky < k; ++ky) {
+          rows[ky] = in_row(r, r % args.out.height * step.stride + ky - k / 2, pixel, nullptr);
+        }
         for (int64_t x = 0; x < width; ++x, to += patch) {
           const int64_t left = x * step.stride - k / 2;
           Stored* tap = to;
@@ -163,14 +78,14 @@ struct Maps {
     });
   }
 
-  void pointwise(const ChainPointwise& step, int64_t begin, int64_t end) {
+  void pointwise(const PointwiseStep& step, int64_t begin, int64_t end) {
     const int64_t channels = padded(step.in_channels), width = args.out.width;
     const bool changed = step.affine >= 0;
     const auto space = room<1>({changed ? args.group * width * channels : 0});
-    const float* weights = step.mixed ? args.state + step.linear.weight : at(step.linear.weight);
-    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+    const float* weights = step.mixed ? place(step.linear.weight) : at(step.linear.weight);
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       const int64_t positions = (r1 - r0) * width;
-      const Stored* x = static_cast<const Stored*>(args.in.data) + r0 * width * channels;
+      const Stored* x = in_row(r0, channels);
       if (changed) {
         change(step, x, positions, channels, space.stored(0));
         x = space.stored(0);
@@ -188,14 +103,12 @@ struct Maps {
       if (step.added >= 0) {
         const auto* added = static_cast<const Stored*>(args.added.data) + r0 * width * out_channels;
         run(AddResidual<Stored>{bias, added, out_channels});
-      } else if (step.gelu) {
-        run(AddBiasGelu{bias});
       } else {
-        run(AddBias{bias});
+        with_activation(step.activation, bias, run);
       }
     });
   }
-  void change(const ChainPointwise& step, const Stored* x, int64_t positions, int64_t channels,
+  void change(const PointwiseStep& step, const Stored* x, int64_t positions, int64_t channels,
               Stored* out) const {
     const float *factor = args.state + step.affine, *summand = factor + channels;
     for (int64_t p = 0; p < positions; ++p, x += channels, out += channels) {
@@ -214,8 +127,7 @@ struct Maps {
       constexpr int k = decltype(size)::value, s = decltype(step)::value;
       const Stored* rows[k];
       for (int ky = 0; ky < k; ++ky) {
-        rows[ky] = in_row(r, s, ky - k / 2, channels);
-        if (rows[ky] == nullptr) rows[ky] = zeros;
+        rows[ky] = in_row(r, r % args.out.height * s + ky - k / 2, channels, zeros);
       }
       depthwise_row<k, s>(rows, args.in.width, args.out.width, channels, taps, out, epilogue, channels);
     };
@@ -231,27 +143,26 @@ struct Maps {
     }
   }
 
-  void depthwise(const ChainDepthwise& step, int64_t begin, int64_t end) {
+  void depthwise(const DepthwiseStep& step, int64_t begin, int64_t end) {
     const auto space = room<1>({args.in.width * out_channels});
     memset(space.part[0], 0, args.in.width * out_channels * sizeof(Stored));
-    const float* taps = step.mixed ? args.state + step.taps : at(step.taps);
-    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+    const float* taps = step.mixed ? place(step.taps) : at(step.taps);
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
-        auto run = [&](auto epilogue) {
+        with_activation(step.activation, at(step.bias), [&](auto epilogue) {
           depthwise_of(step.kernel, step.stride, r, out_channels, taps, space.stored(0), out_row(r),
                        epilogue);
-        };
-        step.gelu ? run(AddBiasGelu{at(step.bias)}) : run(AddBias{at(step.bias)});
+        });
       }
     });
   }
 
-  void inverted(const ChainInverted& step, int64_t begin, int64_t end) {
+  void inverted(const InvertedStep& step, int64_t begin, int64_t end) {
     const int64_t width = args.out.width, row = width * out_channels, hidden = step.expand.outputs;
     const auto space = room<3>({row, step.kernel > 0 ? args.group * row : 0, args.group * width * hidden});
     memset(space.part[0], 0, row * sizeof(Stored));
-    for_tasks(begin, end, space.part[3], [&](int64_t r0, int64_t r1) {
-      const Stored *x = static_cast<const Stored*>(args.in.data) + r0 * row, *from = x;
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
+      const Stored *x = in_row(r0, out_channels), *from = x;
       if (step.kernel > 0) {
         for (int64_t r = r0; r < r1; ++r) {
           depthwise_of(step.kernel, 1, r, out_channels, at(step.taps), space.stored(0),
@@ -267,7 +178,7 @@ struct Maps {
     });
   }
 
-  void attention(const ChainAttention& step, int64_t begin, int64_t end) const {
+  void attention(const AttentionStep& step, int64_t begin, int64_t end) const {
     const int64_t pixels = args.in.height * args.in.width, tiles = blocks_of(pixels, kAttentionTile);
     const int64_t pixel = 2 * padded(step.depth) + 2 * out_channels;
     WindowAttention window(pixels, step.depth, made.channels, step.outside);
@@ -289,10 +200,10 @@ struct Maps {
   }
 
   // Rows of windows, or of the map that they are put together to.
-  void split(const ChainWindows& step, int64_t begin, int64_t end) {
+  void split(const WindowsStep& step, int64_t begin, int64_t end) {
     const int64_t window = step.window, columns = blocks_of(args.in.width, window), pixel = out_channels;
     const auto space = room<1>({0});
-    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t index = r / window, y = index / columns * window + r % window;
         const int64_t x = index % columns * window, rest = args.in.width - x;
@@ -304,11 +215,11 @@ struct Maps {
       }
     });
   }
-  void join(const ChainWindows& step, int64_t begin, int64_t end) {
+  void join(const WindowsStep& step, int64_t begin, int64_t end) {
     const int64_t window = step.window, width = args.out.width, pixel = out_channels;
     const int64_t columns = blocks_of(width, window);
     const auto space = room<1>({0});
-    for_tasks(begin, end, space.part[1], [&](int64_t r0, int64_t r1) {
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t y = r0; y < r1; ++y) {
         for (int64_t x = 0; x < width; x += window) {
           const int64_t row = (y / window * columns + x / window) * window + y % window;
@@ -323,26 +234,26 @@ struct Maps {
 
 }  // namespace
 
-void chain_map(const ChainArgs& args, int64_t begin, int64_t end) {
-  Maps maps(args);
+void map_step(const StepArgs& args, int64_t begin, int64_t end) {
+  MapSteps maps(args);
   const auto* fields = args.fields;
   switch (args.kind) {
     case kImageConv:
-      return maps.image_conv(*reinterpret_cast<const ChainConv*>(fields), begin, end);
+      return maps.image_conv(*reinterpret_cast<const ConvStep*>(fields), begin, end);
     case kDenseConv:
-      return maps.dense_conv(*reinterpret_cast<const ChainConv*>(fields), begin, end);
+      return maps.dense_conv(*reinterpret_cast<const ConvStep*>(fields), begin, end);
     case kPointwise:
-      return maps.pointwise(*reinterpret_cast<const ChainPointwise*>(fields), begin, end);
+      return maps.pointwise(*reinterpret_cast<const PointwiseStep*>(fields), begin, end);
     case kDepthwise:
-      return maps.depthwise(*reinterpret_cast<const ChainDepthwise*>(fields), begin, end);
+      return maps.depthwise(*reinterpret_cast<const DepthwiseStep*>(fields), begin, end);
     case kInverted:
-      return maps.inverted(*reinterpret_cast<const ChainInverted*>(fields), begin, end);
+      return maps.inverted(*reinterpret_cast<const InvertedStep*>(fields), begin, end);
     case kAttention:
-      return maps.attention(*reinterpret_cast<const ChainAttention*>(fields), begin, end);
+      return maps.attention(*reinterpret_cast<const AttentionStep*>(fields), begin, end);
     case kSplit:
-      return maps.split(*reinterpret_cast<const ChainWindows*>(fields), begin, end);
+      return maps.split(*reinterpret_cast<const WindowsStep*>(fields), begin, end);
     default:
-      return maps.join(*reinterpret_cast<const ChainWindows*>(fields), begin, end);
+      return maps.join(*reinterpret_cast<const WindowsStep*>(fields), begin, end);
   }
 }
 

@@ -1,0 +1,133 @@
+#include "map_step.h"
+
+namespace mfk {
+namespace MFK_ISA {
+namespace {
+
+// Mobile-Former's blocks, whose maps are one each.
+struct BlockSteps : MapTasks {
+  using MapTasks::MapTasks;
+
+  // A row of a depthwise convolution, 3x3, padded by 1.
+  template <class In, class Epilogue>
+  void depthwise(const In* const (&rows)[3], int64_t width, int64_t channels, int64_t hidden, int64_t stride,
+                 int64_t taps, Stored* out, Epilogue epilogue) const {
+    const int64_t out_width = args.out.width;
+    if (stride == 1) {
+      depthwise_row<3, 1>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
+    } else {
+      depthwise_row<3, 2>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
+    }
+  }
+  // The same of the input, row y of the output.
+  template <class Epilogue>
+  void depthwise_of_input(int64_t y, int64_t channels, int64_t hidden, int64_t stride, int64_t taps,
+                          const Stored* zeros, Stored* out, Epilogue epilogue) const {
+    const Stored* rows[3];
+    for (int64_t ky = 0; ky < 3; ++ky) rows[ky] = in_row(0, y * stride - 1 + ky, channels, zeros);
+    depthwise(rows, args.in.width, channels, hidden, stride, taps, out, epilogue);
+  }
+  AddBiasRelu6 relu6(int64_t bias) const { return {at(bias)}; }
+  AddBiasDynamicRelu dynamic_relu(int64_t bias, int64_t slopes, int64_t channels) const {
+    return {at(bias), place(slopes), place(slopes) + channels};
+  }
+  // What a depthwise convolution of so many channels, and with padding, left: runs of the true channels.
+  static Rows<Stored> expanded(const Stored* data, int64_t hidden, int64_t run, int64_t skip) {
+    return {data, hidden, hidden / skip, run, skip};
+  }
+  template <class T>
+  void project(Rows<Stored> rows, int64_t positions, const PlanLinear& linear, const T* added,
+               Stored* out) const {
+    if (added == nullptr) {
+      gemm(positions, rows, matrix(linear), out, out_channels, AddBias{at(linear.bias)});
+    } else {
+      gemm(positions, rows, matrix(linear), out, out_channels,
+           AddResidual<T>{at(linear.bias), added, out_channels});
+    }
+  }
+
+  void lite(const LiteStep& step, int64_t begin, int64_t end) {
+    const int64_t channels = padded(step.in_channels), hidden_row = args.out.width * step.hidden;
+    const auto space = room<2>({args.in.width * channels, args.group * hidden_row});
+    Stored *zeros = space.stored(0), *hidden = space.stored(1);
+    memset(zeros, 0, args.in.width * channels * sizeof(Stored));
+    for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
+      for (int64_t y = y0; y < y1; ++y) {
+        depthwise_of_input(y, channels, step.hidden, step.stride, step.taps, zeros,
+                           hidden + (y - y0) * hidden_row, relu6(step.taps + 9 * step.hidden));
+      }
+      project(expanded(hidden, step.hidden, step.in_channels, channels), (y1 - y0) * args.out.width,
+              step.project, step.residual ? in_row(y0, channels) : nullptr, out_row(y0));
+    });
+  }
+
+  void block(const BlockStep& step, int64_t begin, int64_t end) {
+    const int64_t channels = padded(step.in_channels), row = args.in.width * step.hidden;
+    const auto space = room<3>({row, (args.group + 2) * row, args.group * row});
+    memset(space.part[0], 0, row * sizeof(float));
+    Ring ring{space.part[1], space.part[0], row, args.in.height};
+    Stored* hidden = space.stored(2);
+    const auto first = dynamic_relu(step.expand.bias, step.slopes1, step.hidden);
+    const auto second = dynamic_relu(step.taps + 9 * step.hidden, step.slopes2, step.hidden);
+    for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
+      ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
+        gemm((until - from) * args.in.width,
+             Rows<Stored>{in_row(from, channels), channels, 1, step.in_channels, 0}, matrix(step.expand), to,
+             step.hidden, first);
+      });
+      for (int64_t y = y0; y < y1; ++y) {
+        const float* rows[3] = {ring.at(y - 1), ring.at(y), ring.at(y + 1)};
+        depthwise(rows, args.in.width, step.hidden, step.hidden, 1, step.taps, hidden + (y - y0) * row,
+                  second);
+      }
+      project(Rows<Stored>{hidden, step.hidden, 1, step.project.inputs, 0}, (y1 - y0) * args.in.width,
+              step.project, step.residual ? in_row(y0, channels) : nullptr, out_row(y0));
+    });
+  }
+
+  void down(const DownStep& step, int64_t begin, int64_t end) {
+    const int64_t channels = padded(step.in_channels), width = args.out.width, row = width * out_channels;
+    const int64_t row1 = width * step.hidden1, row2 = width * step.hidden2;
+    const auto space = room<5>(
+        {args.in.width * channels, row, (args.group + 2) * row1, (args.group + 2) * row, args.group * row2});
+    memset(space.part[0], 0, args.in.width * channels * sizeof(Stored));
+    memset(space.part[1], 0, row * sizeof(float));
+    Stored *hidden1 = space.stored(2), *hidden2 = space.stored(4);
+    Ring ring{space.part[3], space.part[1], row, args.out.height};
+    const auto first = dynamic_relu(step.taps1 + 9 * step.hidden1, step.slopes1, step.hidden1);
+    const auto second = dynamic_relu(step.taps2 + 9 * step.hidden2, step.slopes2, step.hidden2);
+    for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
+      ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
+        for (int64_t y = from; y < until; ++y) {
+          depthwise_of_input(y, channels, step.hidden1, step.stride, step.taps1, space.stored(0),
+                             hidden1 + (y - from) * row1, first);
+        }
+        gemm((until - from) * width, expanded(hidden1, step.hidden1, step.in_channels, channels),
+             matrix(step.project1), to, out_channels, AddBias{at(step.project1.bias)});
+      });
+      for (int64_t y = y0; y < y1; ++y) {
+        const float* rows[3] = {ring.at(y - 1), ring.at(y), ring.at(y + 1)};
+        depthwise(rows, width, out_channels, step.hidden2, 1, step.taps2, hidden2 + (y - y0) * row2, second);
+      }
+      project(expanded(hidden2, step.hidden2, made.channels, out_channels), (y1 - y0) * width, step.project2,
+              ring.at(y0), out_row(y0));
+    });
+  }
+};
+
+}  // namespace
+
+void block_step(const StepArgs& args, int64_t begin, int64_t end) {
+  BlockSteps blocks(args);
+  switch (args.kind) {
+    case kLite:
+      return blocks.lite(*reinterpret_cast<const LiteStep*>(args.fields), begin, end);
+    case kBlock:
+      return blocks.block(*reinterpret_cast<const BlockStep*>(args.fields), begin, end);
+    default:
+      return blocks.down(*reinterpret_cast<const DownStep*>(args.fields), begin, end);
+  }
+}
+
+}  // namespace MFK_ISA
+}  // namespace mfk

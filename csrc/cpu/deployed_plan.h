@@ -1,0 +1,257 @@
+// The plan of a deployed network: a list of 64-bit integers, a Plan, its linear layers, then its steps, each
+// a PlanStep and the struct of its kind. mfkernels/deploy/steps.py has the same structs, field by field.
+//
+// Steps work on a few feature maps, which they name by numbers, and on a state of floats, in which they name
+// places. Feature maps are channels last; their channels are padded to a multiple of 16, and what the padding
+// holds is zero. They are float, or bfloat16. Rows of the state are padded likewise. Offsets count floats
+// from the start of the weights.
+#pragma once
+
+#include "deployed.h"
+#include "images.h"
+
+namespace mfk {
+
+struct Plan {
+  int64_t weights;  // floats
+  int64_t bf16;     // 0 or 1: matrices and maps in bfloat16, all else in float
+  int64_t in_channels;
+  int64_t maps, state;     // how many maps; floats of the state
+  int64_t features;        // the place of the first linear layer's inputs
+  int64_t linears, steps;  // linears: 0 where maps are the results
+  // PlanLayer layer[linears], then the steps
+};
+struct PlanLayer {
+  int64_t activation;
+  PlanLinear linear;
+};
+struct PlanStep {
+  int64_t kind, words;  // words: of the struct that follows
+};
+
+enum PlanKind : int64_t {
+  // write a map
+  kImageConv,
+  kDenseConv,
+  kPointwise,
+  kDepthwise,
+  kInverted,
+  kAttention,
+  kSplit,
+  kJoin,
+  kLite,
+  kBlock,
+  kDown,
+  // write the state
+  kCopy,
+  kLinear,
+  kNorm,
+  kAttend,
+  kCombine,
+  kGate,
+  kSlopes,
+  kKernels,
+  kMix,
+  kAffine,
+  kPool,
+  kPooled,
+  // write neither
+  kHandOut,
+};
+constexpr int64_t kFirstOfState = kCopy;
+
+// The map that a step writes, and what else it does to it: the bridges of a Mobile-Former. Keys, values and
+// queries are rows of tokens in the state; the logits' scale is part of keys and queries.
+struct MapOut {
+  int64_t map, channels;
+  int64_t sums;     // for the next steps: 0 nothing; 1 each channel's sum; 2 and its sum of squares
+  int64_t heads;    // of the bridges, 0 where there is none
+  int64_t tokens;   // of the bridges
+  int64_t row;      // floats from token to token in keys, values and queries
+  int64_t scatter;  // of Mobile <- Former: the place of the keys; values lie padded channels later; -1: none
+  int64_t gather;   // of the next Mobile -> Former: the place of the queries; -1: none
+};
+
+// A dense convolution, its padding half its kernel; of the image or of a map.
+struct ConvStep {
+  MapOut out;
+  int64_t input, in_channels, kernel, stride, activation;
+  PlanLinear linear;
+};
+// A 1x1 convolution, perhaps in groups (see gemm_groups). `affine`: -1, or the place of a factor and, padded
+// channels later, a summand for each channel of the input, after which comes a GELU where `affine_gelu`.
+struct PointwiseStep {
+  MapOut out;
+  int64_t input, in_channels, affine, affine_gelu;
+  int64_t added;  // a map, or -1
+  int64_t groups, activation;
+  int64_t mixed;  // 0 or 1: linear.weight is a place in the state
+  PlanLinear linear;
+};
+struct DepthwiseStep {
+  MapOut out;
+  int64_t input, kernel, stride, activation;
+  int64_t mixed;       // 0 or 1: taps is a place in the state
+  int64_t taps, bias;  // taps: (kernel, kernel, channels)
+};
+// input + project(gelu(expand(depthwise(input)))); kernel 0: without the depthwise convolution.
+struct InvertedStep {
+  MapOut out;
+  int64_t input, kernel, taps, bias;
+  PlanLinear expand, project;
+};
+// Modulation attention of each window; a pixel of the input holds queries, with the logits' scale in them,
+// keys, values and gates, each padded.
+struct AttentionStep {
+  MapOut out;
+  int64_t input, depth;
+  int64_t outside;  // 0 or 1, see WindowAttention
+};
+// Cuts a map into windows, padded with zeros; joins them again.
+struct WindowsStep {
+  MapOut out;
+  int64_t input, window;
+};
+
+// Mobile-Former's blocks. Where a depthwise convolution, 3x3, multiplies channels, its output j * padded
+// inputs + i comes from input i; `hidden` are its outputs, so padded, `taps` (3, 3, hidden) and then the bias
+// (hidden). `slopes`: places of a dynamic ReLU's larger slope of each channel, then its smaller.
+// depthwise, relu6, project, + input
+struct LiteStep {
+  MapOut out;
+  int64_t input, in_channels, stride;
+  int64_t residual;  // 0 or 1: add the input
+  int64_t hidden, taps;
+  PlanLinear project;
+};
+// expand, dynamic ReLU, depthwise, dynamic ReLU, project, + input
+struct BlockStep {
+  MapOut out;
+  int64_t input, in_channels;
+  int64_t residual;  // 0 or 1: add the input
+  int64_t hidden, taps, slopes1, slopes2;
+  PlanLinear expand, project;
+};
+// depthwise1, dynamic ReLU, project1, depthwise2, dynamic ReLU, project2, + project1's output
+struct DownStep {
+  MapOut out;
+  int64_t input, in_channels, stride;
+  int64_t hidden1, taps1, slopes1;
+  int64_t hidden2, taps2, slopes2;
+  PlanLinear project1, project2;
+};
+
+// Steps over the state. `source`, `target`, `at` and so on: places; `stride`s: floats from row to row.
+// Numbers of the weights, or where `weights` is 0 of the state.
+struct CopyStep {
+  int64_t weights, source, floats, target;
+};
+// rows of the target = activation(rows of the source times the matrix), or added to what is there.
+struct LinearStep {
+  int64_t rows, source, source_stride, target, target_stride, activation;
+  int64_t added;  // 0 or 1
+  PlanLinear linear;
+};
+// Layer norm of each row, epsilon 1e-5; gamma, then beta, padded.
+struct NormStep {
+  int64_t rows, width, source, target, gamma;
+};
+// softmax(q k^T / sqrt(depth)) v of each head; columns of the target beyond the heads become zero.
+struct AttendStep {
+  int64_t rows, heads, depth;
+  int64_t queries, keys, values, stride;
+  int64_t target, target_stride;
+};
+// (tokens, padded channels) of Mobile -> Former, from what the last map's step gathered.
+struct CombineStep {
+  int64_t tokens, channels, heads, target;
+};
+// Rows times hardsigmoid's double of the gates: relu6(gate + 3) / 3.
+struct GateStep {
+  int64_t rows, channels, at, gates, stride;
+};
+// Slopes of a dynamic ReLU from its hyper network's hidden units: with c = 2 hardsigmoid(linear(hidden)), c
+// of the first half of the outputs and c - 1 of the second, the larger of each channel, then the smaller.
+struct SlopesStep {
+  int64_t source, target;
+  PlanLinear linear;
+};
+// Weights of the kernels of a dynamic convolution from a token and the means of the last step's map.
+struct KernelsStep {
+  int64_t token, token_dim, channels;
+  PlanLinear hidden, scores;  // hidden: of the token and the means, each padded
+  int64_t softmax, kernels;
+  int64_t target;
+};
+// target = w_0 + sum_k a_k w_k over so many blocks of 16 values; the weights hold the first block of all
+// kernels, then the second, ...
+struct MixStep {
+  int64_t attention, kernels;
+  int64_t blocks, source, target;  // source: in the weights
+  int64_t matrix;                  // 0 or 1: values are stored as those of a matrix, bfloat16 where maps are
+};
+enum PlanNorm : int64_t { kGroupNorm, kResponseNorm, kResponseNormOfChannels };
+// Factors and summands of the last step's channels that a norm amounts to.
+struct AffineStep {
+  int64_t norm, channels, gamma, beta;
+  int64_t eps;  // the bits of a double
+  int64_t target;
+};
+// Means of the last step's channels.
+struct PoolStep {
+  int64_t channels, target;
+};
+// hardswish of the means of relu6 of a 1x1 convolution of a map.
+struct PooledStep {
+  int64_t input, in_channels, target;
+  PlanLinear linear;
+};
+
+// The next of the maps that are results.
+struct HandOutStep {
+  int64_t map, channels;
+};
+
+// A map of this call: windows one after the other, or one map.
+struct StepMap {
+  void* data;
+  int64_t count, height, width;
+};
+
+MFK_PLAN_FUNCTION int64_t gathered_size(const MapOut& out) {
+  return out.gather >= 0 ? out.tokens * (2 * out.heads + out.channels) : 0;
+}
+// Doubles that a task leaves for the next steps: see Bridge::gather, then sums, then sums of squares.
+MFK_PLAN_FUNCTION int64_t record_size(const MapOut& out) {
+  return gathered_size(out) + out.sums * padded(out.channels);
+}
+
+struct StepArgs {
+  const Plan* plan;
+  const float* weights;
+  float* state;
+  int64_t kind;
+  const int64_t* fields;  // of the step
+  const Images* images;
+  int64_t sample;
+  StepMap in, added, out;
+  int64_t group;    // rows of a task
+  double* records;  // one for each task
+  // For steps that write the state: the last step that wrote a map, whose records they read; how many, and of
+  // how many pixels.
+  const MapOut* last;
+  int64_t tasks, pixels;
+  float* (*scratch)(int64_t floats);  // working memory of the calling thread
+};
+
+constexpr int64_t kMixTask = 512;       // blocks
+constexpr int64_t kAttentionTile = 28;  // queries
+constexpr int64_t kPanel = 32;          // outputs
+
+// Tasks. A map: one a group of output rows; kAttention: one for kAttentionTile queries of a window. The
+// state: one; kMix: one for kMixTask blocks; kPooled: one a panel of outputs.
+MFK_DECLARE_DEPLOYED_KERNEL(map_step, StepArgs, args.plan->bf16)
+MFK_DECLARE_DEPLOYED_KERNEL(block_step, StepArgs, args.plan->bf16)
+MFK_DECLARE_DEPLOYED_KERNEL(state_step, StepArgs, args.plan->bf16)
+
+}  // namespace mfk

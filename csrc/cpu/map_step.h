@@ -1,0 +1,111 @@
+// What all steps of a deployed network that write a map have in common.
+#pragma once
+
+#include "bridge.h"
+#include "deployed_plan.h"
+#include "depthwise.h"
+#include "map_rows.h"
+
+namespace mfk {
+namespace MFK_ISA {
+
+// One call: some tasks of a step, one after the other.
+struct MapTasks {
+  const StepArgs& args;
+  const MapOut& made;
+  const int64_t out_channels;  // padded
+  Bridge bridge;
+
+  explicit MapTasks(const StepArgs& a)
+      : args(a),
+        made(*reinterpret_cast<const MapOut*>(a.fields)),
+        out_channels(padded(made.channels)),
+        bridge(made.channels, out_channels, made.heads > 0 ? made.heads : 1, made.tokens, made.row) {}
+
+  const float* at(int64_t offset) const { return args.weights + offset; }
+  const float* place(int64_t offset) const { return args.state + offset; }
+  Weights matrix(const PlanLinear& linear) const { return Weights{at(linear.weight), linear.outputs}; }
+  Stored* out_row(int64_t row) const {
+    return static_cast<Stored*>(args.out.data) + row * args.out.width * out_channels;
+  }
+  // A row of the input, counted over all windows.
+  const Stored* in_row(int64_t row, int64_t channels) const {
+    return static_cast<const Stored*>(args.in.data) + row * args.in.width * channels;
+  }
+  // Row y of the window that output row `r` is in; `zeros` outside of it.
+  const Stored* in_row(int64_t r, int64_t y, int64_t channels, const Stored* zeros) const {
+    if (y < 0 || y >= args.in.height) return zeros;
+    return in_row(r / args.out.height * args.in.height + y, channels);
+  }
+
+  // Working memory in parts, of so many floats each; the last is for `finish`.
+  template <int kParts>
+  struct Room {
+    float* part[kParts + 1];
+    Stored* stored(int i) const { return reinterpret_cast<Stored*>(part[i]); }
+    float* last() const { return part[kParts]; }
+  };
+  template <int kParts>
+  Room<kParts> room(const int64_t (&floats)[kParts]) const {
+    int64_t total = made.heads > 0 ? bridge.scratch(args.group * args.out.width) : 0;
+    for (int64_t count : floats) total += round_up(count, 16);
+    Room<kParts> result;
+    float* next = args.scratch(total + 16);
+    for (int i = 0; i < kParts; ++i) {
+      result.part[i] = next;
+      next += round_up(floats[i], 16);
+    }
+    result.part[kParts] = next;
+    return result;
+  }
+
+  // Calls f(r0, r1) for each task's rows, and then does what the next steps want of them.
+  template <class F>
+  void for_tasks(int64_t begin, int64_t end, float* scratch, F f) {
+    const int64_t rows = args.out.count * args.out.height;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t r0 = task * args.group, r1 = r0 + args.group < rows ? r0 + args.group : rows;
+      f(r0, r1);
+      finish(args.records + task * record_size(made), out_row(r0), (r1 - r0) * args.out.width, scratch);
+    }
+  }
+
+  void finish(double* record, Stored* x, int64_t positions, float* scratch) {
+    if (made.heads > 0) {
+      bridge.open(x, positions, scratch);
+      if (made.scatter >= 0) bridge.scatter(x, place(made.scatter), place(made.scatter) + out_channels);
+      if (made.gather >= 0) bridge.gather(place(made.gather), record);
+    }
+    if (made.sums > 0) add_up(record + gathered_size(made), x, positions);
+  }
+
+  // Each channel's sum, and its sum of squares, of runs whose lengths are powers of two: of each run the mean
+  // m and the squares of what is off it in float, all else in double. So variances keep their digits where
+  // means are large: they take these m as they are.
+  void add_up(double* sums, const Stored* x, int64_t positions) const {
+    constexpr int64_t n = kLanes<float>;
+    for (int64_t c = 0; c < out_channels; c += n) {
+      WideSum<float> total, squares;
+      for (int64_t p = 0, run = 32; p < positions; p += run) {
+        while (run > positions - p) run /= 2;
+        const Stored* first = x + p * out_channels + c;
+        vec<float> sum{}, off{};
+        for (int64_t i = 0; i < run; ++i) sum += load(first + i * out_channels);
+        total.add(sum);
+        if (made.sums < 2) continue;
+        const vec<float> mean = sum * (1.0f / run);
+        for (int64_t i = 0; i < run; ++i) {
+          const vec<float> value = load(first + i * out_channels) - mean;
+          off += value * value;
+        }
+        squares.add(off);
+        squares.add_square(mean, run);
+      }
+      total.store_upto(sums + c, n);
+      if (made.sums > 1) squares.store_upto(sums + out_channels + c, n);
+    }
+  }
+};
+
+}  // namespace MFK_ISA
+}  // namespace mfk

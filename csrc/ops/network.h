@@ -1,0 +1,206 @@
+// How a deployed network runs, from its plan. No PyTorch in here, see run_network.h.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "plan_check.h"
+#include "run_network.h"
+
+namespace mfk {
+namespace {
+
+class Network {
+ public:
+  // Of a plan that PlanCheck has looked at; throws where its steps want maps of other shapes than they find.
+  Network(const int64_t* words, const float* weights, const Images& images)
+      : plan_(*reinterpret_cast<const Plan*>(words)), weights_(weights), images_(images) {
+    Shape maps[kMostMaps] = {};
+    const PlanStep* at = first_step(plan_);
+    steps_.reserve(plan_.steps);
+    for (int64_t i = 0; i < plan_.steps; ++i, at = next_step(at)) {
+      steps_.push_back({at});
+      Step& step = steps_.back();
+      if (at->kind < kFirstOfState) {
+        shape(step, maps, i);
+      } else if (at->kind == kMix) {
+        step.tasks = blocks_of(fields_of<MixStep>(at).blocks, kMixTask);
+      } else if (at->kind == kPooled) {
+        step.in = maps[fields_of<PooledStep>(at).input];
+        step.tasks = blocks_of(fields_of<PooledStep>(at).linear.outputs, kPanel);
+      } else if (at->kind == kHandOut) {
+        const auto& handed = fields_of<HandOutStep>(at);
+        const Shape& map = maps[handed.map];
+        need(map.whole_height == 0, i, "hands out a map in windows");
+        handed_out_.push_back({handed.channels, map.height, map.width, {}});
+      }
+    }
+    for (int64_t m = 0; m < plan_.maps; ++m) memory_ += padded(sizes_[m]);
+    memory_ += padded(2 * records_) + padded(plan_.state);
+  }
+
+  bool bf16() const { return plan_.bf16; }
+  const float* weights() const { return weights_; }
+  int64_t linears() const { return plan_.linears; }
+  const PlanLayer& linear(int64_t i) const { return layers_of(plan_)[i]; }
+  // The maps that are results, in their order; `to` is the caller's to fill in.
+  std::vector<HandedOut>& handed_out() { return handed_out_; }
+  // Floats of memory for a sample.
+  int64_t memory() const { return memory_; }
+
+  // See run_network; `done()` is called after each step.
+  template <class Run, class Done>
+  void features(int64_t sample, float* memory, float* out, Run run, Done done) const {
+    void* maps[kMostMaps];
+    float* p = memory;
+    for (int64_t m = 0; m < plan_.maps; ++m) {
+      maps[m] = p;
+      p += padded(sizes_[m]);
+    }
+    StepArgs args{};
+    args.plan = &plan_;
+    args.weights = weights_;
+    args.state = p;
+    args.records = reinterpret_cast<double*>(p + padded(plan_.state));
+    args.images = &images_;
+    args.sample = sample;
+    args.scratch = scratch;
+    const HandedOut* next = handed_out_.data();
+    for (const Step& step : steps_) {
+      const int64_t kind = args.kind = step.plan->kind;
+      args.fields = reinterpret_cast<const int64_t*>(step.plan + 1);
+      if (kind < kFirstOfState) {
+        const auto& made = fields_of<MapOut>(step.plan);
+        const int64_t in = input(step.plan);
+        if (in >= 0) args.in = map(step.in, maps[in]);
+        if (kind == kPointwise && fields_of<PointwiseStep>(step.plan).added >= 0) {
+          args.added = map(step.out, maps[fields_of<PointwiseStep>(step.plan).added]);
+        }
+        args.out = map(step.out, maps[made.map]);
+        args.group = step.group;
+        if (kind == kLite || kind == kBlock || kind == kDown) {
+          run(step.tasks, [&](int64_t begin, int64_t end) { block_step(args, begin, end); });
+        } else {
+          run(step.tasks, [&](int64_t begin, int64_t end) { map_step(args, begin, end); });
+        }
+        args.last = &made;
+        args.tasks = step.tasks;
+        args.pixels = step.out.count * step.out.height * step.out.width;
+      } else if (kind == kHandOut) {
+        next++->write(bf16(), maps[fields_of<HandOutStep>(step.plan).map], sample, run);
+      } else {
+        if (kind == kPooled) args.in = map(step.in, maps[fields_of<PooledStep>(step.plan).input]);
+        run(step.tasks, [&](int64_t begin, int64_t end) { state_step(args, begin, end); });
+      }
+      done();
+    }
+    if (plan_.linears > 0) std::copy_n(args.state + plan_.features, padded(linear(0).linear.inputs), out);
+  }
+
+ private:
+  // Of a map: so many windows, and what they were cut from, or one map.
+  struct Shape {
+    int64_t count, height, width;
+    int64_t whole_height, whole_width;  // 0 where it is one map
+
+    bool operator==(const Shape& other) const {
+      return count == other.count && height == other.height && width == other.width;
+    }
+  };
+  struct Step {
+    const PlanStep* plan;
+    Shape in{}, out{};
+    int64_t group = 1, tasks = 1;
+  };
+
+  static StepMap map(const Shape& shape, void* data) {
+    return {data, shape.count, shape.height, shape.width};
+  }
+  static void need(bool fits, int64_t step, const char* what) {
+    if (!fits) throw std::runtime_error("deploy: plan: step " + std::to_string(step) + " " + what);
+  }
+  // The number of the map that a step reads; -1 for the image. It follows the map that it writes.
+  static int64_t input(const PlanStep* step) {
+    return reinterpret_cast<const int64_t*>(&fields_of<MapOut>(step) + 1)[0];
+  }
+
+  // What step i makes of the maps, and in how many tasks.
+  void shape(Step& step, Shape* maps, int64_t i) {
+    const PlanStep* plan = step.plan;
+    const int64_t kind = plan->kind, in = input(plan);
+    const auto& made = fields_of<MapOut>(plan);
+    const Shape from = in < 0 ? Shape{1, images_.height, images_.width, 0, 0} : maps[in];
+    Shape to = from;
+    int64_t floats = padded(made.channels), most = kSecondCache, stride = 1;  // of a position's memory
+    switch (kind) {
+      case kImageConv:
+      case kDenseConv: {
+        const auto& conv = fields_of<ConvStep>(plan);
+        stride = conv.stride;
+        if (kind == kDenseConv) floats = padded(conv.in_channels * conv.kernel * conv.kernel);
+        most = 98304;
+        break;
+      }
+      case kPointwise: {
+        const int64_t added = fields_of<PointwiseStep>(plan).added;
+        need(added < 0 || maps[added] == from, i, "adds a map of another size");
+        break;
+      }
+      case kDepthwise:
+        stride = fields_of<DepthwiseStep>(plan).stride;
+        break;
+      case kInverted:
+        floats += fields_of<InvertedStep>(plan).expand.outputs;
+        break;
+      case kSplit: {
+        need(from.whole_height == 0, i, "cuts windows into windows");
+        const int64_t window = fields_of<WindowsStep>(plan).window;
+        to = {blocks_of(from.height, window) * blocks_of(from.width, window), window, window, from.height,
+              from.width};
+        break;
+      }
+      case kJoin: {
+        const int64_t window = fields_of<WindowsStep>(plan).window;
+        const int64_t count = blocks_of(from.whole_height, window) * blocks_of(from.whole_width, window);
+        need(from.whole_height > 0 && from == Shape{count, window, window, 0, 0}, i,
+             "joins what are not the windows of a map");
+        to = {1, from.whole_height, from.whole_width, 0, 0};
+        break;
+      }
+      case kLite:
+        stride = fields_of<LiteStep>(plan).stride;
+        floats = 2 * std::max<int64_t>(fields_of<LiteStep>(plan).hidden, 16);
+        break;
+      case kBlock:
+        floats = 2 * std::max<int64_t>(fields_of<BlockStep>(plan).hidden, 16);
+        break;
+      case kDown:
+        stride = fields_of<DownStep>(plan).stride;
+        floats = 2 * std::max(fields_of<DownStep>(plan).hidden1, fields_of<DownStep>(plan).hidden2);
+        break;
+    }
+    if (kind == kLite || kind == kBlock || kind == kDown) {
+      need(from.whole_height == 0, i, "reads a map in windows");
+    }
+    to.height = blocks_of(to.height, stride);
+    to.width = blocks_of(to.width, stride);
+    step.in = from;
+    maps[made.map] = step.out = to;
+    const int64_t rows = to.count * to.height, pixels = rows * to.width;
+    step.group = task_rows(rows, to.width, floats, most);
+    step.tasks = kind == kAttention ? to.count * blocks_of(to.height * to.width, kAttentionTile)
+                                    : blocks_of(rows, step.group);
+    sizes_[made.map] = std::max(sizes_[made.map], pixels * padded(made.channels) / (plan_.bf16 ? 2 : 1));
+    records_ = std::max(records_, step.tasks * record_size(made));
+  }
+
+  const Plan& plan_;
+  const float* weights_;
+  const Images& images_;
+  std::vector<Step> steps_;
+  std::vector<HandedOut> handed_out_;
+  int64_t sizes_[kMostMaps] = {}, records_ = 0, memory_ = 0;
+};
+
+}  // namespace
+}  // namespace mfk

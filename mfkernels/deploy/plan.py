@@ -1,0 +1,303 @@
+"""A network as a plan for the kernels in csrc/cpu/deployed_plan.h."""
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import steps
+from .deployed import Deployed
+from .packing import padded, padded_rows, padded_slots
+from .planner import Planner
+from .pyramid import DeployedPyramid, Wanted
+from .steps import ACTIVATIONS, KINDS, NORMS, Linear, MapOut
+
+MOST_STEPS, MOST_SIZE = 4096, 16  # of a plan; of a dense convolution's kernel, less one
+MOST_PAIRS = 65536  # of heads and tokens
+
+
+class Map(NamedTuple):
+    """A feature map: the number of its memory, and its channels."""
+
+    number: int
+    channels: int
+
+
+class Bridges(NamedTuple):
+    """Cross attentions of a map and tokens: heads, tokens, floats from token to token, and where keys and
+    values of the one and queries of the other are; -1 for none."""
+
+    heads: int
+    tokens: int
+    row: int
+    scatter: int = -1
+    gather: int = -1
+
+
+class Plan(Planner):
+    """A plan in the making. Steps that write a map return it, in memory that no living map has."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(model, dtype)
+        self.steps: list[int] = []
+        self.parts: list[str] = []
+        self.part = ""
+        self.living: set[int] = set()
+        self.maps = self.state = 0
+        self.spare: list[tuple[int, int]] = []  # (floats, place) of the state
+
+    @contextmanager
+    def named(self, part: str) -> Iterator[None]:
+        """Steps within belong to this part."""
+        before, self.part = self.part, part
+        yield
+        self.part = before
+
+    def place(self, floats: int) -> int:
+        """Of so many floats in the state."""
+        place = self.state
+        self.state += padded(floats)
+        return place
+
+    @contextmanager
+    def places(self, *floats: int) -> Iterator[list[int]]:
+        """Of so many floats in the state, for the steps within: the next ones find them in cache."""
+        taken = []
+        for count in map(padded, floats):
+            fitting = min((one for one in self.spare if one[0] >= count), default=None)
+            if fitting is None:
+                fitting = (count, self.place(count))
+            else:
+                self.spare.remove(fitting)
+            taken.append(fitting)
+        yield [place for _, place in taken]
+        self.spare += taken
+
+    def free(self, used: Map) -> None:
+        self.living.remove(used.number)
+
+    def replaced(self, old: Map, new: Map) -> Map:
+        """`new`, after which nobody reads `old`."""
+        self.free(old)
+        return new
+
+    def _step(self, kind: str, fields: Any) -> None:
+        numbers = list(steps.numbers(fields))
+        self.parts.append(self.part)
+        self.steps += [list(KINDS).index(kind), len(numbers), *numbers]
+
+    def out(self, channels: int, sums: int = 0, bridges: Bridges | None = None) -> MapOut:
+        number = next(i for i in range(len(self.living) + 1) if i not in self.living)
+        self.living.add(number)
+        self.maps = max(self.maps, number + 1)
+        return MapOut(number, channels, sums, *(bridges or ()))
+
+    def made(self, kind: str, fields: Any) -> Map:
+        self._step(kind, fields)
+        return Map(fields.out.map, fields.out.channels)
+
+    # --- steps that write a map --------------------------------------------------------------------------
+
+    def dense(
+        self,
+        x: Map | None,
+        conv: nn.Conv2d,
+        weight: Tensor,
+        bias: Tensor,
+        activation: str | None = None,
+        bridges: Bridges | None = None,
+    ) -> Map:
+        """A dense convolution, folded to this weight and bias; of the image where x is None."""
+        outputs, inputs, size, _ = weight.shape
+        fits = conv.groups == 1 and conv.kernel_size == (size, size) and size % 2 == 1 and size < MOST_SIZE
+        fits = fits and conv.padding == (size // 2, size // 2) and conv.stride in ((1, 1), (2, 2))
+        self.need(fits, conv, "dense convolutions of odd squares, padded by half of them, of stride 1 or 2")
+        if x is None:
+            linear = self.pack.linear(weight.flatten(1), bias, runs=inputs * size)
+        else:
+            linear = self.pack.linear(weight.permute(0, 2, 3, 1).flatten(1), bias)
+        kind, number = ("image_conv", -1) if x is None else ("dense_conv", x.number)
+        out, act = self.out(outputs, 0, bridges), ACTIVATIONS.index(activation)
+        return self.made(kind, steps.Conv(out, number, inputs, size, conv.stride[0], act, linear))
+
+    def pointwise(
+        self,
+        x: Map,
+        outputs: int,
+        linear: Linear,
+        *,
+        groups: int = 1,
+        activation: str | None = None,
+        mixed: bool = False,
+        added: Map | None = None,
+        affine: int = -1,
+        affine_gelu: bool = False,
+        sums: int = 0,
+        bridges: Bridges | None = None,
+    ) -> Map:
+        """A 1x1 convolution; `linear` as `Packer.linear` gives it."""
+        other = -1 if added is None else added.number
+        out, act = self.out(outputs, sums, bridges), ACTIVATIONS.index(activation)
+        numbers = (x.number, x.channels, affine, affine_gelu, other, groups, act, mixed, linear)
+        return self.made("pointwise", steps.Pointwise(out, *numbers))
+
+    def depthwise_weights(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> tuple[int, int, int]:
+        """Of a depthwise convolution, folded to this weight and bias: its size, where taps and biases are."""
+        size, channels = conv.kernel_size[0], conv.out_channels
+        fits = size in (3, 5, 7) and conv.groups == channels == conv.in_channels
+        fits = fits and conv.padding == (size // 2, size // 2)
+        self.need(fits, conv, "depthwise convolutions of 3x3, 5x5 or 7x7")
+        self.need(
+            conv.stride == (1, 1) or (conv.stride == (2, 2) and size == 3),
+            conv,
+            "depthwise convolutions of stride 1, and of stride 2 those of 3x3",
+        )
+        offset = self.pack.depthwise(weight, bias, padded_slots(channels))
+        return size, offset, offset + size * size * padded(channels)
+
+    def depthwise(
+        self,
+        x: Map,
+        size: int,
+        taps: int,
+        bias: int,
+        *,
+        stride: int = 1,
+        activation: str | None = None,
+        mixed: bool = False,
+        sums: int = 0,
+    ) -> Map:
+        out, act = self.out(x.channels, sums), ACTIVATIONS.index(activation)
+        return self.made("depthwise", steps.Depthwise(out, x.number, size, stride, act, mixed, taps, bias))
+
+    def inverted(
+        self, x: Map, size: int, taps: int, bias: int, expand: Linear, project: Linear, sums: int = 0
+    ) -> Map:
+        """Depthwise (size 0: none), pointwise, GELU, pointwise, and x."""
+        out = self.out(x.channels, sums)
+        return self.made("inverted", steps.Inverted(out, x.number, size, taps, bias, expand, project))
+
+    def attention(self, x: Map, channels: int, depth: int, outside: bool) -> Map:
+        return self.made("attention", steps.Attention(self.out(channels), x.number, depth, outside))
+
+    def split(self, x: Map, window: int) -> Map:
+        return self.made("split", steps.Windows(self.out(x.channels), x.number, window))
+
+    def join(self, x: Map, window: int, sums: int = 0) -> Map:
+        return self.made("join", steps.Windows(self.out(x.channels, sums), x.number, window))
+
+    # --- steps that write numbers of the state -----------------------------------------------------------
+
+    def copy_weights(self, values: Tensor, target: int) -> None:
+        self._step("copy", steps.Copy(1, self.pack.add(values), values.numel(), target))
+
+    def copy(self, source: int, count: int, target: int) -> None:
+        self._step("copy", steps.Copy(0, source, count, target))
+
+    def linear(
+        self,
+        rows: int,
+        source: int,
+        linear: Linear,
+        target: int,
+        *,
+        activation: str | None = None,
+        added: bool = False,
+    ) -> None:
+        """Of rows that lie together, each padded."""
+        numbers = (rows, source, padded(linear.inputs), target, linear.outputs)
+        self._step("linear", steps.LinearStep(*numbers, ACTIVATIONS.index(activation), added, linear))
+
+    def norm(self, rows: int, norm: nn.LayerNorm, source: int, target: int) -> None:
+        self.need(norm.eps == 1e-5, norm, "layer norms with eps 1e-5")
+        (width,) = norm.normalized_shape
+        gamma = self.pack.add(torch.cat([padded_rows(norm.weight), padded_rows(norm.bias)]))
+        self._step("norm", steps.Norm(rows, width, source, target, gamma))
+
+    def attend(
+        self, rows: int, heads: int, width: int, places: tuple[int, int, int], stride: int, target: int
+    ) -> None:
+        """`places` of queries, keys and values; rows of the target lie together."""
+        depth = width // heads
+        self._step("attend", steps.Attend(rows, heads, depth, *places, stride, target, padded(width)))
+
+    def combine(self, tokens: int, channels: int, heads: int, target: int) -> None:
+        """What the last map's step has gathered, (tokens, padded channels)."""
+        self._step("combine", steps.Combine(tokens, channels, heads, target))
+
+    def gate(self, rows: int, channels: int, at: int, gates: int, stride: int) -> None:
+        self._step("gate", steps.Gate(rows, channels, at, gates, stride))
+
+    def slopes(self, source: int, linear: Linear, target: int) -> None:
+        self._step("slopes", steps.Slopes(source, target, linear))
+
+    def kernels(self, *fields: Any) -> None:
+        self._step("kernels", steps.Kernels(*fields))
+
+    def mix(self, attention: int, count: int, values: Sequence[Tensor], matrix: bool) -> int:
+        """values[0] and the others times what is at `attention`; the place of the result."""
+        offset, blocks = self.pack.mixed(values)
+        place = self.place(16 * blocks)
+        self._step("mix", steps.Mix(attention, count, blocks, offset, place, matrix))
+        return place
+
+    def affine(self, norm: str, gamma: Tensor, beta: Tensor, eps: float) -> int:
+        """A norm of the last map; the place of its factors and summands."""
+        channels = gamma.numel()
+        place = self.place(2 * padded(channels))
+        factor, summand = self.pack.add(gamma.flatten()), self.pack.add(beta.flatten())
+        (bits,) = struct.unpack("q", struct.pack("d", eps))
+        self._step("affine", steps.Affine(NORMS.index(norm), channels, factor, summand, bits, place))
+        return place
+
+    def pool(self, channels: int, place: int) -> None:
+        """Means of the last map."""
+        self._step("pool", steps.Pool(channels, place))
+
+    def pooled(self, x: Map, linear: Linear, target: int) -> None:
+        self._step("pooled", steps.Pooled(*x, target, linear))
+
+    # --- a step that writes neither ----------------------------------------------------------------------
+
+    def hand_out(self, x: Map) -> None:
+        """A map that is a result."""
+        self._step("hand_out", steps.HandOut(*x))
+
+    def finished(
+        self,
+        features: int,
+        linears: Sequence[tuple[Linear, str | None]],
+        names: Sequence[str],
+        in_channels: int,
+        classes: int,
+    ) -> Deployed:
+        """The network.
+
+        Args:
+            features: the place of the inputs of the first linear layer.
+            linears: (as `Packer.linear` gives it, activation) of all; what they give is the result.
+            names: of their parts.
+        """
+        layers = [steps.Layer(ACTIVATIONS.index(act), linear) for linear, act in linears]
+        plan = [*self._header(in_channels, features, len(layers)), *steps.numbers(layers), *self.steps]
+        options: dict[str, Any] = dict(
+            dtype=self.pack.dtype, in_channels=in_channels, parts=[*self.parts, *names]
+        )
+        return Deployed(self.pack.tensor(), plan, classes=classes, **options)
+
+    def finished_pyramid(self, wanted: Wanted, in_channels: int) -> DeployedPyramid:
+        """The network whose results are the maps that were handed out."""
+        plan = [*self._header(in_channels, 0, 0), *self.steps]
+        options: dict[str, Any] = dict(dtype=self.pack.dtype, in_channels=in_channels, parts=self.parts)
+        return DeployedPyramid(wanted, self.pack.tensor(), plan, **options)
+
+    def _header(self, in_channels: int, features: int, linears: int) -> steps.Header:
+        count = len(self.parts)
+        if count > MOST_STEPS:
+            raise ValueError(f"deploy: at most {MOST_STEPS} steps can be deployed, got {count}")
+        bf16 = int(self.pack.dtype == torch.bfloat16)
+        counts = (self.maps, self.state, features, linears, count)
+        return steps.Header(self.pack.size, bf16, in_channels, *counts)

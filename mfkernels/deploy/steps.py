@@ -1,0 +1,280 @@
+"""Steps of a plan: the structs of csrc/cpu/deployed_plan.h, by the same names and with the same fields, where
+their meaning is told."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+ACTIVATIONS = (None, "gelu", "hardswish", "relu", "relu6")
+NORMS = ("group_norm", "response_norm", "response_norm_of_channels")
+
+
+class Linear(NamedTuple):
+    inputs: int
+    outputs: int  # padded
+    weight: int
+    bias: int
+
+
+class Header(NamedTuple):
+    weights: int
+    bf16: int
+    in_channels: int
+    maps: int
+    state: int
+    features: int
+    linears: int
+    steps: int
+
+
+class Layer(NamedTuple):
+    activation: int
+    linear: Linear
+
+
+class MapOut(NamedTuple):
+    map: int
+    channels: int
+    sums: int = 0
+    heads: int = 0
+    tokens: int = 0
+    row: int = 0
+    scatter: int = -1
+    gather: int = -1
+
+
+class Conv(NamedTuple):
+    out: MapOut
+    input: int
+    in_channels: int
+    kernel: int
+    stride: int
+    activation: int
+    linear: Linear
+
+
+class Pointwise(NamedTuple):
+    out: MapOut
+    input: int
+    in_channels: int
+    affine: int
+    affine_gelu: int
+    added: int
+    groups: int
+    activation: int
+    mixed: int
+    linear: Linear
+
+
+class Depthwise(NamedTuple):
+    out: MapOut
+    input: int
+    kernel: int
+    stride: int
+    activation: int
+    mixed: int
+    taps: int
+    bias: int
+
+
+class Inverted(NamedTuple):
+    out: MapOut
+    input: int
+    kernel: int
+    taps: int
+    bias: int
+    expand: Linear
+    project: Linear
+
+
+class Attention(NamedTuple):
+    out: MapOut
+    input: int
+    depth: int
+    outside: int
+
+
+class Windows(NamedTuple):
+    out: MapOut
+    input: int
+    window: int
+
+
+class Lite(NamedTuple):
+    out: MapOut
+    input: int
+    in_channels: int
+    stride: int
+    residual: int
+    hidden: int
+    taps: int
+    project: Linear
+
+
+class Block(NamedTuple):
+    out: MapOut
+    input: int
+    in_channels: int
+    residual: int
+    hidden: int
+    taps: int
+    slopes1: int
+    slopes2: int
+    expand: Linear
+    project: Linear
+
+
+class Down(NamedTuple):
+    out: MapOut
+    input: int
+    in_channels: int
+    stride: int
+    hidden1: int
+    taps1: int
+    slopes1: int
+    hidden2: int
+    taps2: int
+    slopes2: int
+    project1: Linear
+    project2: Linear
+
+
+class Copy(NamedTuple):
+    weights: int
+    source: int
+    floats: int
+    target: int
+
+
+class LinearStep(NamedTuple):
+    rows: int
+    source: int
+    source_stride: int
+    target: int
+    target_stride: int
+    activation: int
+    added: int
+    linear: Linear
+
+
+class Norm(NamedTuple):
+    rows: int
+    width: int
+    source: int
+    target: int
+    gamma: int
+
+
+class Attend(NamedTuple):
+    rows: int
+    heads: int
+    depth: int
+    queries: int
+    keys: int
+    values: int
+    stride: int
+    target: int
+    target_stride: int
+
+
+class Combine(NamedTuple):
+    tokens: int
+    channels: int
+    heads: int
+    target: int
+
+
+class Gate(NamedTuple):
+    rows: int
+    channels: int
+    at: int
+    gates: int
+    stride: int
+
+
+class Slopes(NamedTuple):
+    source: int
+    target: int
+    linear: Linear
+
+
+class Kernels(NamedTuple):
+    token: int
+    token_dim: int
+    channels: int
+    hidden: Linear
+    scores: Linear
+    softmax: int
+    kernels: int
+    target: int
+
+
+class Mix(NamedTuple):
+    attention: int
+    kernels: int
+    blocks: int
+    source: int
+    target: int
+    matrix: int
+
+
+class Affine(NamedTuple):
+    norm: int
+    channels: int
+    gamma: int
+    beta: int
+    eps: int
+    target: int
+
+
+class Pool(NamedTuple):
+    channels: int
+    target: int
+
+
+class Pooled(NamedTuple):
+    input: int
+    in_channels: int
+    target: int
+    linear: Linear
+
+
+class HandOut(NamedTuple):
+    map: int
+    channels: int
+
+
+KINDS: dict[str, Any] = {
+    "image_conv": Conv,
+    "dense_conv": Conv,
+    "pointwise": Pointwise,
+    "depthwise": Depthwise,
+    "inverted": Inverted,
+    "attention": Attention,
+    "split": Windows,
+    "join": Windows,
+    "lite": Lite,
+    "block": Block,
+    "down": Down,
+    "copy": Copy,
+    "linear": LinearStep,
+    "norm": Norm,
+    "attend": Attend,
+    "combine": Combine,
+    "gate": Gate,
+    "slopes": Slopes,
+    "kernels": Kernels,
+    "mix": Mix,
+    "affine": Affine,
+    "pool": Pool,
+    "pooled": Pooled,
+    "hand_out": HandOut,
+}  # in the order of C++'s
+
+
+def numbers(fields: Any) -> Iterator[int]:
+    """The numbers of a struct, those of the structs in it one after the other."""
+    for field in fields:
+        if isinstance(field, tuple):
+            yield from numbers(field)
+        else:
+            yield int(field)

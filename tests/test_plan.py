@@ -1,0 +1,80 @@
+"""Plans of deployed networks: Python and C++ mean the same by them, and none can do harm."""
+
+import re
+import time
+from pathlib import Path
+
+import fuzz
+import pytest
+import torch
+
+import mfkernels
+from mfkernels.deploy import steps
+
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+def structs() -> dict[str, list[tuple[str, str]]]:
+    """(type, name) of each field of each struct of plans, in C++."""
+    text = (CSRC / "cpu/deployed.h").read_text() + (CSRC / "cpu/deployed_plan.h").read_text()
+    text = re.sub(r"//[^\n]*", "", text)
+    found = {}
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
+        fields = []
+        for kind, names in re.findall(r"(\w+) ([\w, ]+);", body):
+            fields += [(kind, field.strip()) for field in names.split(",")]
+        found[name] = fields
+    found["PlanLinear"] = [("int64_t", f) for f in ("inputs", "outputs", "weight", "bias")]
+    return found
+
+
+def in_cpp(kind: type) -> str:
+    names = {"Header": "Plan", "Layer": "PlanLayer", "Linear": "PlanLinear", "MapOut": "MapOut"}
+    return names.get(kind.__name__, kind.__name__.removesuffix("Step") + "Step")
+
+
+def test_structs_are_the_same_in_both_languages():
+    cpp = structs()
+    of_fields = {"int64_t": int, "PlanLinear": steps.Linear, "MapOut": steps.MapOut}
+    for kind in (steps.Header, steps.Layer, steps.Linear, steps.MapOut, *dict.fromkeys(steps.KINDS.values())):
+        expected = [(field, of_fields[type_]) for type_, field in cpp[in_cpp(kind)]]
+        assert list(kind.__annotations__.items()) == expected, kind
+
+
+@pytest.mark.parametrize(
+    ("enum", "names"),
+    [("PlanKind", list(steps.KINDS)), ("PlanActivation", steps.ACTIVATIONS), ("PlanNorm", steps.NORMS)],
+)
+def test_enumerations_are_the_same_in_both_languages(enum, names):
+    text = (CSRC / "cpu/deployed.h").read_text() + (CSRC / "cpu/deployed_plan.h").read_text()
+    (body,) = re.findall(rf"enum {enum} : int64_t \{{(.*?)\}}", text, re.DOTALL)
+    found = re.findall(r"k(\w+)", re.sub(r"//[^\n]*", "", body))
+    words = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in found]
+    assert words == ["no_activation" if name is None else name for name in names]
+
+
+@pytest.fixture(scope="module")
+def networks() -> list:
+    return fuzz.small_networks()
+
+
+def test_changed_plans_do_no_harm(networks):
+    """Their checksums are right: only what looks at the numbers keeps them from memory that is not theirs."""
+    ends, findings = fuzz.hunt(
+        range(3000),
+        lambda number: fuzz.Case(0, number, networks, True).call(),
+        str,
+        time.time() + 300,
+    )
+    assert not findings, findings[0]
+    assert ends["RuntimeError"] > 1000 and ends["a result"] > 50, ends
+
+
+def test_what_is_wrong_is_named(networks):
+    deployed, image, _ = networks[0]
+    plan = deployed.plan[3:].tolist()
+    first = len(steps.Header._fields) + 5 * plan[6]  # after the linear layers
+    plan[first] = 99
+    sealed = torch.tensor(mfkernels._C.sealed_plan(deployed.classes, plan))
+    with pytest.raises(RuntimeError, match=r"deploy: plan: step 0 \(99\): is of an unknown kind"):
+        torch.ops.mfkernels.deployed(image, deployed.weights, sealed, deployed.classes)
