@@ -51,6 +51,7 @@ def tampered(rng: random.Random, plan: list[int]) -> list[int]:
         i = rng.randrange(len(plan))
         near = plan[i] + rng.choice([-1, 1]) * rng.choice([1, 2, 8, 16, 64, 1000])
         plan[i] = rng.choice([rng.choice(NUMBERS), rng.choice(plan), near, near])
+        plan[i] = (plan[i] + (1 << 63)) % (1 << 64) - (1 << 63)  # as 64 bits
     if rng.random() < 0.05:
         del plan[rng.randrange(len(plan)) :]
     return plan
