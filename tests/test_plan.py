@@ -7,6 +7,7 @@ from pathlib import Path
 import fuzz
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import mfkernels
 from mfkernels.deploy import steps
@@ -54,8 +55,11 @@ def test_enumerations_are_the_same_in_both_languages(enum, names):
 
 
 @pytest.fixture(scope="module")
-def networks() -> list:
-    return fuzz.small_networks()
+def networks():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a child of a process with threads of OpenMP's would wait for them
+    yield fuzz.small_networks()
+    torch.set_num_threads(threads)
 
 
 def test_changed_plans_do_no_harm(networks):
@@ -78,3 +82,25 @@ def test_what_is_wrong_is_named(networks):
     sealed = torch.tensor(mfkernels._C.sealed_plan(deployed.classes, plan))
     with pytest.raises(RuntimeError, match=r"deploy: plan: step 0 \(99\): is of an unknown kind"):
         torch.ops.mfkernels.deployed(image, deployed.weights, sealed, deployed.classes)
+
+
+def test_plans_are_printed(networks):
+    for deployed, _, _ in networks:
+        lines = [re.split(" {2,}", line.strip()) for line in str(deployed).splitlines()[2:-1]]
+        assert [part for part, *_ in lines] == deployed._parts
+        assert all(kind in steps.KINDS for _, kind, *_ in lines)
+
+
+def test_printed_plans_count_operations():
+    """Of a network whose channels need no padding: its multiply-adds, but for softmax and the like."""
+    model = mfkernels.models.create_model("iformer_t").eval()
+    text = str(mfkernels.deploy(model))
+    multiplied = sum(map(float, re.findall(r"([\d.]+) MFLOP", text))) / 2
+    with (
+        FlopCounterMode(display=False) as counter,
+        mfkernels.use_backend("reference"),
+        torch.inference_mode(),
+    ):
+        model(torch.randn(1, 3, 224, 224))
+    assert multiplied == pytest.approx(counter.get_total_flops() / 2e6, rel=0.01)
+    assert "map 0 -> map 1: 64 x 56 x 56, 5x5, gelu" in text

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import _C
 from ..checks import check_tensor, register_fake
+from .description import description
 
 
 class Deployed(nn.Module):
@@ -121,7 +122,13 @@ class Deployed(nn.Module):
             _C.check_plan(self.plan.tolist())
 
     def extra_repr(self) -> str:
-        return f"classes={self.classes}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
+        """What it is, and then its plan: a line a step, see `mfkernels.deploy.description`."""
+        size = f"weights={self.weights.numel() * 4 / 1e6:.1f} MB"
+        lines = description(self.plan[3:].tolist(), self._parts, 224)
+        return f"{self._results()}, {size}, a line a step, for an image of 224x224:\n{lines}"
+
+    def _results(self) -> str:
+        return f"classes={self.classes}"
 
 
 def _kind(value: object) -> str:

@@ -61,8 +61,8 @@ class DeployedPyramid(Deployed):
         maps = run(x.float(), self.weights, self.plan, self._channels, self._reductions)
         return [maps[i].to(x.dtype) for i in self._order]
 
-    def extra_repr(self) -> str:
-        return f"channels={self.feature_info.channels()}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
+    def _results(self) -> str:
+        return f"channels={self.feature_info.channels()}"
 
 
 def _fake(

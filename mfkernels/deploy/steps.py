@@ -278,3 +278,10 @@ def numbers(fields: Any) -> Iterator[int]:
             yield from numbers(field)
         else:
             yield int(field)
+
+
+def read(kind: Any, words: Iterator[int]) -> Any:
+    """The struct of these numbers, the inverse of `numbers`."""
+    return kind(
+        *(next(words) if field is int else read(field, words) for field in kind.__annotations__.values())
+    )

@@ -1,0 +1,136 @@
+"""Plans for people."""
+
+from typing import Any, NamedTuple
+
+from . import steps
+from .steps import ACTIVATIONS, KINDS, Linear
+
+
+class _Shape(NamedTuple):
+    """Of a map: so many windows, one after the other, or one map."""
+
+    windows: int
+    height: int
+    width: int
+
+    def pixels(self) -> int:
+        return self.windows * self.height * self.width
+
+
+def description(plan: list[int], parts: list[str], side: int) -> str:
+    """Return a line for each step of a plan: its part of the network, its kind, what it makes, how many bytes
+    of weights it reads, and how many floating-point operations it does for an image of side x side, those on
+    the padding of channels among them."""
+    words = iter(plan)
+    header = steps.read(steps.Header, words)
+    layers = [steps.read(steps.Layer, words) for _ in range(header.linears)]
+    maps = {-1: _Shape(1, side, side)}
+    whole = maps[-1]
+    rows = []
+    for part in parts[: header.steps]:
+        kind, _ = list(KINDS)[next(words)], next(words)
+        fields = steps.read(KINDS[kind], words)
+        if kind == "split":
+            whole = maps[fields.input]
+        shape = _made(kind, fields, maps, whole)
+        if hasattr(fields, "out"):
+            maps[fields.out.map] = shape
+        operations, floats = _cost(kind, fields, shape, header.bf16)
+        rows.append([part, kind, _what(kind, fields, shape), _bytes(floats), _operations(operations)])
+    for part, (activation, linear) in zip(parts[header.steps :], layers, strict=True):
+        what = f"{linear.inputs} -> {linear.outputs}{_then(activation)}"
+        floats = _size(linear, header.bf16)
+        rows.append([part, "linear", what, _bytes(floats), _operations(2 * linear.inputs * linear.outputs)])
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    justify = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust)
+    return "\n".join(
+        "  ".join(f(cell, width) for f, cell, width in zip(justify, row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _made(kind: str, fields: Any, maps: dict[int, _Shape], whole: _Shape) -> _Shape:
+    """The map that a step writes, or reads where it writes none."""
+    if kind == "join":
+        return whole
+    shape = maps[getattr(fields, "input", -1)]
+    if kind == "split":
+        window = fields.window
+        return _Shape(-(-shape.height // window) * -(-shape.width // window), window, window)
+    stride = getattr(fields, "stride", 1) if hasattr(fields, "out") else 1
+    return _Shape(shape.windows, -(-shape.height // stride), -(-shape.width // stride))
+
+
+def _what(kind: str, fields: Any, shape: _Shape) -> str:
+    if hasattr(fields, "out"):
+        out = fields.out
+        number = f"{shape.windows} x " if shape.windows > 1 else ""
+        text = f"map {fields.input} -> " if fields.input >= 0 else "image -> "
+        text += f"map {out.map}: {number}{out.channels} x {shape.height} x {shape.width}"
+        text += f", {fields.kernel}x{fields.kernel}" if getattr(fields, "kernel", 0) else ""
+        text += _then(getattr(fields, "activation", 0))
+        text += ", from tokens" if out.scatter >= 0 else ""
+        return text + (", to tokens" if out.gather >= 0 else "")
+    if kind == "linear":
+        return f"{fields.rows} x {fields.linear.inputs} -> {fields.linear.outputs}{_then(fields.activation)}"
+    if kind == "attend":
+        return f"{fields.rows} rows, {fields.heads} heads of {fields.depth}"
+    if kind == "slopes":
+        return f"{fields.linear.inputs} -> {fields.linear.outputs}"
+    if kind == "pooled":
+        return f"map {fields.input} -> {fields.linear.outputs}"
+    if kind == "hand_out":
+        return f"map {fields.map}"
+    counts = ("tokens", "rows", "width", "channels", "kernels", "blocks", "floats")
+    return ", ".join(f"{getattr(fields, name)} {name}" for name in counts if hasattr(fields, name))
+
+
+def _cost(kind: str, fields: Any, shape: _Shape, bf16: int) -> tuple[int, int]:
+    """Operations, and floats of weights."""
+    linears = [field for field in fields if isinstance(field, Linear)]
+    groups = getattr(fields, "groups", 1)
+    products = sum(linear.inputs * linear.outputs for linear in linears) // groups
+    taps = _taps(kind, fields)
+    floats = sum(_size(linear, bf16, groups) for linear in linears) + taps
+    if hasattr(fields, "out"):
+        out = fields.out
+        bridges = (out.scatter >= 0) + (out.gather >= 0)
+        multiplied = products + taps + 2 * bridges * out.tokens * out.channels
+        if kind == "attention":
+            multiplied = shape.height * shape.width * (fields.depth + out.channels)
+        if getattr(fields, "mixed", 0):  # its weights are of the state
+            floats = 0
+        return 2 * shape.pixels() * multiplied, floats
+    if kind == "mix":
+        size = 16 * fields.blocks
+        return 2 * size * fields.kernels, size * (fields.kernels + 1) // (2 if bf16 and fields.matrix else 1)
+    if kind == "attend":
+        return 4 * fields.rows**2 * fields.heads * fields.depth, 0
+    if kind == "copy":
+        return 0, fields.floats if fields.weights else 0
+    rows = {"linear": getattr(fields, "rows", 1), "pooled": shape.pixels()}.get(kind, 1)
+    return 2 * rows * products, floats
+
+
+def _taps(kind: str, fields: Any) -> int:
+    if kind in ("depthwise", "inverted"):
+        return fields.kernel**2 * fields.out.channels
+    if kind in ("lite", "block"):
+        return 9 * fields.hidden
+    return 9 * (fields.hidden1 + fields.hidden2) if kind == "down" else 0
+
+
+def _size(linear: Linear, bf16: int, groups: int = 1) -> int:
+    return linear.inputs * linear.outputs // groups // (2 if bf16 else 1) + linear.outputs
+
+
+def _then(activation: int) -> str:
+    return f", {ACTIVATIONS[activation]}" if activation else ""
+
+
+def _bytes(floats: int) -> str:
+    return f"{4 * floats / 1e3:.1f} kB" if floats else ""
+
+
+def _operations(count: int) -> str:
+    return f"{count / 1e6:.2f} MFLOP" if count else ""
