@@ -26,7 +26,7 @@ SANITIZED = build/sanitize
 SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
 sanitize: $(SANITIZED)/built
 	cd $(SANITIZED) && $(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/.venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
-	  --rootdir $(CURDIR) $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_deploy.py $(CURDIR)/tests/test_deploy_chain.py -k "not fuzz and not compile and not export"
+	  --rootdir $(CURDIR) $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_deploy.py $(CURDIR)/tests/test_deploy_dmf_iformer.py $(CURDIR)/tests/test_plan.py -k "not fuzz and not compile and not export"
 	$(CXX) -std=gnu++17 -O1 -g -fsanitize=thread -Wno-psabi -DMFK_GENERIC_ONLY -DMFK_ISA=generic -o $(SANITIZED)/threads \
 	  tests/sanitize/threads.cpp csrc/isa.cpp $(wildcard csrc/cpu/deployed_*.cpp)
 	.venv/bin/python tests/sanitize/plan.py $(SANITIZED)
@@ -83,7 +83,7 @@ versions-cuda: .venv-vision/installed $(CUDA_OLDEST)/headers
 NETWORKS = (test_same_numbers and (mobile_former_26m or dmf_xxs or iformer_t))
 SOME = (test_chosen_shapes and float32 and same) or test_operator_cpu or $(NETWORKS)
 ALL = test_chosen_shapes or (test_released_data and not triton) or $(NETWORKS)
-CHECKED = $(addprefix $(CURDIR)/tests/test_,contract.py released_data.py deploy.py deploy_chain.py)
+CHECKED = $(addprefix $(CURDIR)/tests/test_,contract.py released_data.py deploy.py deploy_dmf_iformer.py)
 # Of an environment and a folder: the package built with the one into the other.
 install_into = CXX="$(CXX)" $(1)/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation \
   --upgrade --target $(VERSIONS)/$(2) .

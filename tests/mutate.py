@@ -95,13 +95,13 @@ MUTATIONS = {
         "csrc/cpu/deployed_state_steps.cpp",
         "1 + gamma[c] * response",
         "1 - gamma[c] * response",
-        "test_deploy_chain.py and test_variants",
+        "test_deploy_dmf_iformer.py and test_variants",
     ),
     "deployed_attention": (
         "csrc/cpu/deployed_attention.h",
         "y * inverse[p]",
         "y * inverse[0]",
-        "test_deploy_chain.py and test_variants",
+        "test_deploy_dmf_iformer.py and test_variants",
     ),
 }
 # The same in each operator's triton.py.
@@ -136,7 +136,7 @@ FILES = (
     "test_activated_depthwise.py",
     "test_contract.py",
     "test_deploy.py",
-    "test_deploy_chain.py",
+    "test_deploy_dmf_iformer.py",
     "test_triton.py",
 )
 

@@ -130,6 +130,18 @@ DEPLOYABLE = {
     "two class tokens": dict(class_tokens=2),
     "no class token": dict(class_tokens=-1),
     "odd channels": dict(in_channels=5, stem_channels=24, features=70),
+    "kernel 5": dict(kernel_size=(5, 5)),
+    "kernels 5 and 3": dict(kernel_size=(5, 3), groups=1),
+    "all gates": dict(gates=(True, True, True)),
+    "the last gate": dict(gates=(False, False, True)),
+    "before the residual": dict(before_skip=True),
+    "static activations": dict(se_flag=(0, 0, 0, 0)),
+    "no activations": dict(se_flag=(-1, 0, -1, 0)),
+    "squeeze and excitation": dict(se_flag=(1, 0, 1, 1)),
+    "excitation of the output": dict(se_flag=(2, 0, 2, 1)),
+    "all at once": dict(se_flag=(1, 0, 2, 1), before_skip=True, kernel_size=(3, 5)),
+    "dynamic head": dict(head_activation="dynamic_relu"),
+    "pooled tokens": dict(class_tokens=0),
 }
 
 

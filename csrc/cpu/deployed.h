@@ -12,7 +12,8 @@ struct PlanLinear {
   int64_t inputs, outputs, weight, bias;  // outputs padded
 };
 
-enum PlanActivation : int64_t { kNoActivation, kGelu, kHardswish, kRelu, kRelu6 };
+// The last two have factors in the state: of positive and of other values; of relu6.
+enum PlanActivation : int64_t { kNoActivation, kGelu, kHardswish, kRelu, kRelu6, kDynamicRelu, kScaledRelu6 };
 
 // Always inlined: a copy of its own could be the one compiled for AVX-512.
 #define MFK_PLAN_FUNCTION static inline __attribute__((always_inline))

@@ -15,6 +15,15 @@ struct MapSteps : MapTasks {
     if (activation == kRelu6) return f(AddBiasRelu6{bias});
     f(AddBias{bias});
   }
+  // The same, perhaps with slopes.
+  template <class F>
+  void with_activation(int64_t activation, const float* bias, int64_t slopes, F f) const {
+    if (activation == kDynamicRelu) {
+      return f(AddBiasDynamicRelu{bias, place(slopes), place(slopes) + out_channels});
+    }
+    if (activation == kScaledRelu6) return f(AddBiasScaledRelu6{bias, place(slopes)});
+    with_activation(activation, bias, f);
+  }
 
   void image_conv(const ConvStep& step, int64_t begin, int64_t end) {
     const int64_t k = step.kernel, runs = step.in_channels * k;
@@ -104,7 +113,7 @@ struct MapSteps : MapTasks {
         const auto* added = static_cast<const Stored*>(args.added.data) + r0 * width * out_channels;
         run(AddResidual<Stored>{bias, added, out_channels});
       } else {
-        with_activation(step.activation, bias, run);
+        with_activation(step.activation, bias, step.slopes, run);
       }
     });
   }
@@ -119,38 +128,49 @@ struct MapSteps : MapTasks {
     }
   }
 
-  // Row `r` of the output.
+  // Row `r` of the output; `zeros` are a row, of two pixels more than there are, and for 5x5 kernels of
+  // stride 2 room for five follows.
   template <class Epilogue>
-  void depthwise_of(int64_t kernel, int64_t stride, int64_t r, int64_t channels, const float* taps,
-                    const Stored* zeros, Stored* out, Epilogue epilogue) const {
+  void depthwise_of(int64_t kernel, int64_t stride, int64_t r, int64_t channels, int64_t hidden,
+                    const float* taps, Stored* zeros, Stored* out, Epilogue epilogue) const {
     auto run = [&](auto size, auto step) {
       constexpr int k = decltype(size)::value, s = decltype(step)::value;
+      const int64_t width = args.in.width, row = (width + 2) * channels;
       const Stored* rows[k];
       for (int ky = 0; ky < k; ++ky) {
         rows[ky] = in_row(r, r % args.out.height * s + ky - k / 2, channels, zeros);
+        if constexpr (k == 5 && s == 2) {
+          Stored* copy = zeros + (ky + 1) * row;
+          memcpy(copy, rows[ky], width * channels * sizeof(Stored));
+          memset(copy + width * channels, 0, 2 * channels * sizeof(Stored));
+          rows[ky] = copy;
+        }
       }
-      depthwise_row<k, s>(rows, args.in.width, args.out.width, channels, taps, out, epilogue, channels);
+      depthwise_row<k, s>(rows, k == 5 && s == 2 ? width + 2 : width, args.out.width, channels, taps, out,
+                          epilogue, hidden);
     };
     using One = std::integral_constant<int, 1>;
+    using Two = std::integral_constant<int, 2>;
     if (kernel == 7) {
       run(std::integral_constant<int, 7>(), One());
     } else if (kernel == 5) {
-      run(std::integral_constant<int, 5>(), One());
-    } else if (stride == 1) {
-      run(std::integral_constant<int, 3>(), One());
+      const std::integral_constant<int, 5> five;
+      stride == 1 ? run(five, One()) : run(five, Two());
     } else {
-      run(std::integral_constant<int, 3>(), std::integral_constant<int, 2>());
+      const std::integral_constant<int, 3> three;
+      stride == 1 ? run(three, One()) : run(three, Two());
     }
   }
 
   void depthwise(const DepthwiseStep& step, int64_t begin, int64_t end) {
-    const auto space = room<1>({args.in.width * out_channels});
-    memset(space.part[0], 0, args.in.width * out_channels * sizeof(Stored));
+    const int64_t channels = padded(step.in_channels), row = (args.in.width + 2) * channels;
+    const auto space = room<1>({step.kernel == 5 && step.stride == 2 ? 6 * row : row});
+    memset(space.part[0], 0, row * sizeof(Stored));
     const float* taps = step.mixed ? place(step.taps) : at(step.taps);
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
-        with_activation(step.activation, at(step.bias), [&](auto epilogue) {
-          depthwise_of(step.kernel, step.stride, r, out_channels, taps, space.stored(0), out_row(r),
+        with_activation(step.activation, at(step.bias), step.slopes, [&](auto epilogue) {
+          depthwise_of(step.kernel, step.stride, r, channels, out_channels, taps, space.stored(0), out_row(r),
                        epilogue);
         });
       }
@@ -165,7 +185,7 @@ struct MapSteps : MapTasks {
       const Stored *x = in_row(r0, out_channels), *from = x;
       if (step.kernel > 0) {
         for (int64_t r = r0; r < r1; ++r) {
-          depthwise_of(step.kernel, 1, r, out_channels, at(step.taps), space.stored(0),
+          depthwise_of(step.kernel, 1, r, out_channels, out_channels, at(step.taps), space.stored(0),
                        space.stored(1) + (r - r0) * row, AddBias{at(step.bias)});
         }
         from = space.stored(1);
@@ -197,6 +217,18 @@ struct MapSteps : MapTasks {
         memset(y + p * out_channels + made.channels, 0, (out_channels - made.channels) * sizeof(Stored));
       }
     }
+  }
+
+  void add(const AddStep&, int64_t begin, int64_t end) {
+    const auto space = room<1>({0});
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
+      const Stored* x = in_row(r0, out_channels);
+      const Stored* other = static_cast<const Stored*>(args.added.data) + (x - in_row(0, out_channels));
+      Stored* out = out_row(r0);
+      for (int64_t i = 0; i < (r1 - r0) * args.out.width * out_channels; i += kLanes<float>) {
+        store(out + i, load(x + i) + load(other + i));
+      }
+    });
   }
 
   // Rows of windows, or of the map that they are put together to.
@@ -252,6 +284,8 @@ void map_step(const StepArgs& args, int64_t begin, int64_t end) {
       return maps.attention(*reinterpret_cast<const AttentionStep*>(fields), begin, end);
     case kSplit:
       return maps.split(*reinterpret_cast<const WindowsStep*>(fields), begin, end);
+    case kAdd:
+      return maps.add(*reinterpret_cast<const AddStep*>(fields), begin, end);
     default:
       return maps.join(*reinterpret_cast<const WindowsStep*>(fields), begin, end);
   }

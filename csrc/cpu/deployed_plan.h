@@ -42,6 +42,7 @@ enum PlanKind : int64_t {
   kLite,
   kBlock,
   kDown,
+  kAdd,
   // write the state
   kCopy,
   kLinear,
@@ -83,14 +84,15 @@ struct ConvStep {
 struct PointwiseStep {
   MapOut out;
   int64_t input, in_channels, affine, affine_gelu;
-  int64_t added;  // a map, or -1
-  int64_t groups, activation;
-  int64_t mixed;  // 0 or 1: linear.weight is a place in the state
+  int64_t added;                       // a map, or -1
+  int64_t groups, activation, slopes;  // slopes: -1, or a place; in two rows, of padded channels each
+  int64_t mixed;                       // 0 or 1: linear.weight is a place in the state
   PlanLinear linear;
 };
+// Where it multiplies channels, output j * padded inputs + i comes from input i.
 struct DepthwiseStep {
   MapOut out;
-  int64_t input, kernel, stride, activation;
+  int64_t input, in_channels, kernel, stride, activation, slopes;
   int64_t mixed;       // 0 or 1: taps is a place in the state
   int64_t taps, bias;  // taps: (kernel, kernel, channels)
 };
@@ -141,6 +143,12 @@ struct DownStep {
   PlanLinear project1, project2;
 };
 
+// input + added
+struct AddStep {
+  MapOut out;
+  int64_t input, added;
+};
+
 // Steps over the state. `source`, `target`, `at` and so on: places; `stride`s: floats from row to row.
 // Numbers of the weights, or where `weights` is 0 of the state.
 struct CopyStep {
@@ -168,12 +176,13 @@ struct CombineStep {
 };
 // Rows times hardsigmoid's double of the gates: relu6(gate + 3) / 3.
 struct GateStep {
-  int64_t rows, channels, at, gates, stride;
+  int64_t rows, channels, at, at_stride, gates, stride;
 };
 // Slopes of a dynamic ReLU from its hyper network's hidden units: with c = 2 hardsigmoid(linear(hidden)), c
-// of the first half of the outputs and c - 1 of the second, the larger of each channel, then the smaller.
+// of the first half of the outputs and c - 1 of the second, the larger of each channel, then the smaller. Of
+// one function all outputs are c, which comes twice.
 struct SlopesStep {
-  int64_t source, target;
+  int64_t source, target, functions;
   PlanLinear linear;
 };
 // Weights of the kernels of a dynamic convolution from a token and the means of the last step's map.
@@ -201,9 +210,10 @@ struct AffineStep {
 struct PoolStep {
   int64_t channels, target;
 };
-// hardswish of the means of relu6 of a 1x1 convolution of a map.
+// hardswish of the means of a map after a 1x1 convolution and relu6, or a dynamic ReLU: slopes are -1, or
+// their place.
 struct PooledStep {
-  int64_t input, in_channels, target;
+  int64_t input, in_channels, target, slopes;
   PlanLinear linear;
 };
 

@@ -59,6 +59,8 @@ struct StateSteps {
       run(AddBiasGelu{bias});
     } else if (step.activation == kRelu) {
       run(AddBiasRelu{bias});
+    } else if (step.activation == kRelu6) {
+      run(AddBiasRelu6{bias});
     } else {
       run(AddBias{bias});
     }
@@ -154,7 +156,7 @@ struct StateSteps {
     const int64_t columns = padded(step.channels);
     for (int64_t t = 0; t < step.rows; ++t) {
       for (int64_t c = 0; c < columns; c += kLanes<float>) {
-        float* to = place(step.at) + t * columns + c;
+        float* to = place(step.at) + t * step.at_stride + c;
         store(to, load(to) * relu6(load(place(step.gates) + t * step.stride + c) + 3.0f) / 3);
       }
     }
@@ -162,10 +164,14 @@ struct StateSteps {
 
   void slopes(const SlopesStep& step) const {
     const PlanLinear& l = step.linear;
-    const int64_t channels = l.outputs / 2;
+    const int64_t channels = l.outputs / step.functions;
     float* to = place(step.target);
     linear(l, 1, place(step.source), 0, to, 0, args.scratch(padded(l.inputs) + 16),
            AddBiasTwoHardsigmoid{at(l.bias)});
+    if (step.functions == 1) {
+      memcpy(to + channels, to, channels * sizeof(float));
+      return;
+    }
     for (int64_t c = 0; c < channels; c += kLanes<float>) {
       const vec<float> first = load(to + c), second = load(to + channels + c) - 1.0f;
       store(to + c, first > second ? first : second);
@@ -187,8 +193,13 @@ struct StateSteps {
       WideSum<float> sums[kPanel / n];
       for (int64_t p = 0; p < pixels; p += kRun) {
         const int64_t count = pixels - p < kRun ? pixels - p : kRun;
-        gemm(count, Rows<Stored>{in + p * stride, stride, 1, l.inputs, 0}, w, tile, outputs,
-             AddBiasRelu6{at(l.bias) + o});
+        const Rows<Stored> x{in + p * stride, stride, 1, l.inputs, 0};
+        const float *bias = at(l.bias) + o, *slopes = place(step.slopes) + o;
+        if (step.slopes >= 0) {
+          gemm(count, x, w, tile, outputs, AddBiasDynamicRelu{bias, slopes, slopes + l.outputs});
+        } else {
+          gemm(count, x, w, tile, outputs, AddBiasRelu6{bias});
+        }
         for (int64_t v = 0; v * n < outputs; ++v) {
           vec<float> run{};
           for (int64_t i = 0; i < count; ++i) run += load(tile + i * outputs + v * n);

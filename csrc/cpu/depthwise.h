@@ -42,11 +42,12 @@ void depthwise_run(const In* const (&rows)[kSize], int64_t pixel, const float* w
 // A row of `width_out` outputs from kSize input rows of `width_in` pixels (a row of zeros where the image
 // ends). Output channel c, of `channels`, comes from input channel c modulo `pixel`; taps (kSize, kSize,
 // channels). Runs are so long that what lies outside of the image is the whole padding or nothing; with
-// stride 2 this is so for 3x3 kernels alone.
+// stride 2 this is so for 3x3 kernels alone, and for 5x5 ones where rows end in two pixels of zeros, which
+// `width_in` counts.
 template <int kSize, int kStride, class In, class Epilogue>
 void depthwise_row(const In* const (&rows)[kSize], int64_t width_in, int64_t width_out, int64_t pixel,
                    const float* w, Stored* out, Epilogue epilogue, int64_t channels) {
-  static_assert(kStride == 1 || kSize == 3);
+  static_assert(kStride == 1 || kSize <= 5);
   constexpr int64_t kMost = 7;
   const int64_t runs = (width_out + kMost - 1) / kMost;
   for (int64_t run = 0; run < runs; ++run) {

@@ -92,6 +92,17 @@ struct AddBiasDynamicRelu {
   MFK_INLINE At at(int64_t o) const { return {load(bias + o), load(larger + o), load(smaller + o)}; }
 };
 
+// factor * relu6(sum + bias)
+struct AddBiasScaledRelu6 {
+  const float *bias, *factor;
+  struct At {
+    vec<float> bias, factor;
+    MFK_INLINE vec<float> activate(vec<float> y) const { return factor * relu6(y); }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return activate(y); }
+  };
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o), load(factor + o)}; }
+};
+
 struct AddBiasRelu {
   const float* bias;
   struct At {

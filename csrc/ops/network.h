@@ -73,9 +73,7 @@ class Network {
         const auto& made = fields_of<MapOut>(step.plan);
         const int64_t in = input(step.plan);
         if (in >= 0) args.in = map(step.in, maps[in]);
-        if (kind == kPointwise && fields_of<PointwiseStep>(step.plan).added >= 0) {
-          args.added = map(step.out, maps[fields_of<PointwiseStep>(step.plan).added]);
-        }
+        if (added(step.plan) >= 0) args.added = map(step.out, maps[added(step.plan)]);
         args.out = map(step.out, maps[made.map]);
         args.group = step.group;
         if (kind == kLite || kind == kBlock || kind == kDown) {
@@ -124,6 +122,12 @@ class Network {
     return reinterpret_cast<const int64_t*>(&fields_of<MapOut>(step) + 1)[0];
   }
 
+  // The number of the map that a step adds to it; -1 for none.
+  static int64_t added(const PlanStep* step) {
+    if (step->kind == kAdd) return fields_of<AddStep>(step).added;
+    return step->kind == kPointwise ? fields_of<PointwiseStep>(step).added : -1;
+  }
+
   // What step i makes of the maps, and in how many tasks.
   void shape(Step& step, Shape* maps, int64_t i) {
     const PlanStep* plan = step.plan;
@@ -139,11 +143,6 @@ class Network {
         stride = conv.stride;
         if (kind == kDenseConv) floats = padded(conv.in_channels * conv.kernel * conv.kernel);
         most = 98304;
-        break;
-      }
-      case kPointwise: {
-        const int64_t added = fields_of<PointwiseStep>(plan).added;
-        need(added < 0 || maps[added] == from, i, "adds a map of another size");
         break;
       }
       case kDepthwise:
@@ -179,6 +178,7 @@ class Network {
         floats = 2 * std::max(fields_of<DownStep>(plan).hidden1, fields_of<DownStep>(plan).hidden2);
         break;
     }
+    need(added(plan) < 0 || maps[added(plan)] == from, i, "adds a map of another size");
     if (kind == kLite || kind == kBlock || kind == kDown) {
       need(from.whole_height == 0, i, "reads a map in windows");
     }

@@ -17,10 +17,11 @@ constexpr int64_t kMostPairs = 1 << 16;  // of heads and tokens
 constexpr int64_t kMostWindow = 64;
 
 // In the order of PlanKind.
-constexpr const char* kKindNames[] = {
-    "image_conv", "dense_conv", "pointwise", "depthwise", "inverted", "attention", "split",  "join",
-    "lite",       "block",      "down",      "copy",      "linear",   "norm",      "attend", "combine",
-    "gate",       "slopes",     "kernels",   "mix",       "affine",   "pool",      "pooled", "hand_out"};
+constexpr const char* kKindNames[] = {"image_conv", "dense_conv", "pointwise", "depthwise", "inverted",
+                                      "attention",  "split",      "join",      "lite",      "block",
+                                      "down",       "add",        "copy",      "linear",    "norm",
+                                      "attend",     "combine",    "gate",      "slopes",    "kernels",
+                                      "mix",        "affine",     "pool",      "pooled",    "hand_out"};
 
 inline const PlanLayer* layers_of(const Plan& plan) { return reinterpret_cast<const PlanLayer*>(&plan + 1); }
 inline const PlanStep* first_step(const Plan& plan) {
@@ -166,6 +167,14 @@ class PlanCheck {
     channels_[made.map] = made.channels;
     last_ = &made;
   }
+  void activated(int64_t activation, int64_t slopes, int64_t channels) const {
+    if (activation == kDynamicRelu || activation == kScaledRelu6) {
+      count(channels, "has a wrong number of channels");
+      return in_state(slopes, 2 * padded(channels));
+    }
+    need(slopes == -1, "has slopes without an activation that takes them");
+    activated(activation);
+  }
   void activated(int64_t activation) const {
     need(activation == kNoActivation || activation == kGelu || activation == kRelu6,
          "has an unknown activation");
@@ -177,7 +186,7 @@ class PlanCheck {
   }
   void depthwise_kernel(int64_t kernel, int64_t stride) const {
     need(kernel == 3 || kernel == 5 || kernel == 7, "has a wrong kernel");
-    need(stride == 1 || (stride == 2 && kernel == 3), "has a wrong stride");
+    need(stride == 1 || (stride == 2 && kernel != 7), "has a wrong stride");
   }
 
   void conv(const ConvStep& s, bool image) {
@@ -199,7 +208,7 @@ class PlanCheck {
     if (s.affine != -1) in_state(s.affine, 2 * padded(s.in_channels));
     flag(s.affine_gelu, "has a wrong affine_gelu");
     flag(s.mixed, "has a wrong mixed");
-    activated(s.activation);
+    activated(s.activation, s.slopes, s.out.channels);
     if (s.added != -1) {
       read(s.added, s.out.channels);
       need(s.activation == kNoActivation, "has an activation of a sum");
@@ -225,11 +234,14 @@ class PlanCheck {
     return size;
   }
   void depthwise(const DepthwiseStep& s) {
-    read(s.input, s.out.channels);
+    read(s.input, s.in_channels);
     depthwise_kernel(s.kernel, s.stride);
-    activated(s.activation);
+    activated(s.activation, s.slopes, s.out.channels);
     flag(s.mixed, "has a wrong mixed");
-    const int64_t channels = padded(s.out.channels), size = s.kernel * s.kernel * channels;
+    count(s.out.channels, "has a wrong number of channels");
+    const int64_t inputs = padded(s.in_channels), channels = padded(s.out.channels);
+    need(s.in_channels == s.out.channels || s.out.channels % inputs == 0, "has a wrong number of channels");
+    const int64_t size = s.kernel * s.kernel * channels;
     s.mixed ? in_state(s.taps, size) : in_weights(s.taps, size);
     in_weights(s.bias, channels);
     out(s.out, s.input);
@@ -304,6 +316,12 @@ class PlanCheck {
     out(s.out, s.input);
   }
 
+  void add(const AddStep& s) {
+    read(s.input, s.out.channels);
+    read(s.added, s.out.channels);
+    out(s.out, s.input);
+  }
+
   // --- steps that write the state ------------------------------------------------------------------------
 
   void copy(const CopyStep& s) const {
@@ -318,8 +336,8 @@ class PlanCheck {
     in_state(s.source, s.rows, s.source_stride, padded(s.linear.inputs));
     in_state(s.target, s.rows, s.target_stride, s.linear.outputs);
     flag(s.added, "has a wrong added");
-    need(s.activation == kNoActivation || (!s.added && (s.activation == kGelu || s.activation == kRelu)),
-         "has an unknown activation");
+    const bool known = s.activation == kGelu || s.activation == kRelu || s.activation == kRelu6;
+    need(s.activation == kNoActivation || (known && !s.added), "has an unknown activation");
     linear(s.linear, s.linear.inputs, s.linear.outputs);
   }
   void norm(const NormStep& s) const {
@@ -344,15 +362,16 @@ class PlanCheck {
   }
   void gate(const GateStep& s) const {
     count(s.channels, "has a wrong number of channels");
-    in_state(s.at, s.rows, padded(s.channels), padded(s.channels));
+    in_state(s.at, s.rows, s.at_stride, padded(s.channels));
     in_state(s.gates, s.rows, s.stride, padded(s.channels));
   }
   void slopes(const SlopesStep& s) const {
     count(s.linear.inputs, "has a wrong number of inputs");
     count(s.linear.outputs, "has a wrong number of outputs");
-    need(s.linear.outputs % 32 == 0, "has a wrong number of outputs");
+    in_range(s.functions, 1, 2, "has a wrong number of functions");
+    need(s.linear.outputs % (16 * s.functions) == 0, "has a wrong number of outputs");
     in_state(s.source, padded(s.linear.inputs));
-    in_state(s.target, s.linear.outputs);
+    in_state(s.target, 2 * s.linear.outputs / s.functions);
     linear(s.linear, s.linear.inputs, s.linear.outputs);
   }
   // Steps that read sums of the last map.
@@ -393,6 +412,7 @@ class PlanCheck {
     count(s.linear.outputs, "has a wrong number of outputs");
     linear(s.linear, s.in_channels, s.linear.outputs);
     in_state(s.target, s.linear.outputs);
+    if (s.slopes != -1) in_state(s.slopes, 2 * s.linear.outputs);
   }
 
   void step(const PlanStep* at) {
@@ -417,6 +437,8 @@ class PlanCheck {
         return block(fields<BlockStep>(at));
       case kDown:
         return down(fields<DownStep>(at));
+      case kAdd:
+        return add(fields<AddStep>(at));
       case kCopy:
         return copy(fields<CopyStep>(at));
       case kLinear:

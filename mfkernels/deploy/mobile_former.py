@@ -1,7 +1,7 @@
 """Mobile-Former as a plan."""
 
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +21,8 @@ from ..nn import (
     MobileToFormer,
 )
 from ..nn.conv_bn import affine
-from . import steps
 from .deployed import Deployed
+from .mobile_former_blocks import Activated, Made, activations, check, steps_of
 from .packing import dense, fold, padded, padded_rows, padded_slots, shuffled, spread
 from .plan import MOST_PAIRS, Bridges, Map, Plan
 from .pyramid import Wanted
@@ -62,13 +62,6 @@ def deployed_mobile_former(model: MobileFormer, dtype: torch.dtype, wanted: Want
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
-class _Made(NamedTuple):
-    """What the tokens make for a pass: its map's bridges, and where its dynamic ReLUs' slopes are."""
-
-    bridges: Bridges | None
-    slopes: list[int]
-
-
 class _Plan(Plan):
     def __init__(self, model: MobileFormer, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
@@ -104,6 +97,7 @@ class _Plan(Plan):
         for block in blocks.values():
             if type(block) not in _BLOCKS:
                 raise self.refuse(block, "unknown to deploy")
+            check(self, block)
         each: list[tuple[str, Any]] = [("stem", None), *blocks.items()]
         self.part = "stem tokens"
         self.copy_weights(padded_rows(self.model.tokens.weight), self.at)
@@ -118,123 +112,29 @@ class _Plan(Plan):
             before.close()  # not sooner: its gates are read by this step
             before = places
             with self.named(name):
-                x = self.one_pass(x, block, made)
+                x = self.stem(made.bridges) if block is None else steps_of(self, x, block, made)
                 if name in handed_out:
                     self.hand_out(x)
         return x
-
-    def one_pass(self, x: Any, block: Any, made: _Made) -> Map:
-        """The map of `block`, None for the stem."""
-        if block is None:
-            return self.stem(made.bridges)
-        if isinstance(block, LiteBottleneck):
-            return self.replaced(x, self.lite_block(x, block, made))
-        if isinstance(block, MobileFormerBlock):
-            return self.replaced(x, self.former_block(x, block, made))
-        return self.replaced(x, self.downsample(x, block, made))
 
     def stem(self, bridges: Bridges | None) -> Map:
         stem: Any = self.model.stem
         conv, norm, _ = stem
         return self.dense(None, conv, *fold(conv, norm), "relu6", bridges)
 
-    def lite_block(self, x: Map, block: Any, made: _Made) -> Map:
-        self.need(len(block.conv) == 6, block, "3x3 depthwise convolutions")
-        conv, norm, _, shuffle, point, point_norm = block.conv
-        taps, hidden, order = self.multiplying(block, conv, norm, shuffle)
-        linear = self.folded(point, point_norm, order, nn.Identity(), len(order) // conv.in_channels)
-        out = self.out(point.out_channels, 0, made.bridges)
-        stride, residual = conv.stride[0], int(block.skip)
-        return self.made("lite", steps.Lite(out, *x, stride, residual, hidden, taps, linear))
-
-    def former_block(self, x: Map, block: Any, made: _Made) -> Map:
-        self.need(not block.before_skip, block, "blocks with the residual before the bridge")
-        point1, norm1, shuffle1 = block.conv1
-        conv, norm = block.conv2
-        point2, norm2, shuffle2 = block.conv3
-        self.check_depthwise(block, conv)
-        self.need(conv.stride == (1, 1), block, "blocks with stride 1")
-        channels = conv.out_channels
-        expand = self.folded(point1, norm1, range(point1.in_channels), shuffle1)
-        taps = self.pack.depthwise(*fold(conv, norm), padded_slots(channels))
-        project = self.folded(point2, norm2, range(channels), shuffle2)
-        out, residual, hidden = (
-            self.out(point2.out_channels, 0, made.bridges),
-            int(block.skip),
-            padded(channels),
-        )
-        first, last = made.slopes
-        return self.made("block", steps.Block(out, *x, residual, hidden, taps, first, last, expand, project))
-
-    def downsample(self, x: Map, block: Any, made: _Made) -> Map:
-        self.need(not block.skip, block, "downsample blocks without an outer residual")
-        self.need(len(block.conv1) == 3 and len(block.conv3) == 3, block, "3x3 depthwise convolutions")
-        conv1, norm1, shuffle1 = block.conv1
-        conv3, norm3, shuffle3 = block.conv3
-        point1, point2 = block.conv2, block.conv4
-        taps1, hidden1, order = self.multiplying(block, conv1, norm1, shuffle1)
-        project1 = self.folded(point1[0], point1[1], order, nn.Identity(), len(order) // conv1.in_channels)
-        taps2, hidden2, order = self.multiplying(block, conv3, norm3, shuffle3)
-        project2 = self.folded(point2[0], point2[1], order, nn.Identity(), len(order) // conv3.in_channels)
-        self.need(conv3.stride == (1, 1), block, "a second depthwise convolution of stride 1")
-        out, (slopes1, slopes2) = self.out(conv3.in_channels, 0, made.bridges), made.slopes
-        return self.made(
-            "down",
-            steps.Down(
-                *(out, *x, conv1.stride[0]),
-                *(hidden1, taps1, slopes1),
-                *(hidden2, taps2, slopes2),
-                *(project1, project2),
-            ),
-        )
-
-    def check_block(self, block: Any) -> None:
-        second = block.act2 if isinstance(block, MobileFormerBlock) else block.act3
-        last = block.act3 if isinstance(block, MobileFormerBlock) else block.act4
-        for act in (block.act1, second):
-            self.need(act.num_functions == 2, act, "dynamic ReLUs of two functions")
-        self.need(last.num_functions == -1, last, "blocks without squeeze-and-excitation")
-        self.need(block.token_id >= 0, block, "dynamic ReLUs with the coefficients of one token")
-
-    def check_depthwise(self, block: nn.Module, conv: Any) -> None:
-        fits = isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.groups == conv.in_channels
-        self.need(
-            fits and conv.stride in ((1, 1), (2, 2)), block, "3x3 depthwise convolutions of stride 1 or 2"
-        )
-
-    def multiplying(
-        self, block: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d, shuffle: nn.Module
-    ) -> tuple[int, int, list[int]]:
-        """A depthwise convolution that makes several channels of each: its offset, its padded channels, and
-        the numbers, after the shuffle, of its outputs in the order of memory."""
-        self.check_depthwise(block, conv)
-        inputs, times = conv.in_channels, conv.out_channels // conv.in_channels
-        offset = self.pack.depthwise(*fold(conv, norm), padded_slots(inputs, _made(conv)))
-        return offset, times * padded(inputs), _numbers(conv, shuffle)
-
-    def folded(
-        self, conv: nn.Conv2d, norm: nn.BatchNorm2d, columns: Any, shuffle: nn.Module, runs: int = 1
-    ) -> Linear:
-        """A 1x1 convolution; its inputs lie in memory in the order of `columns`, in so many runs;
-        its outputs are shuffled."""
-        weight, bias = fold(conv, norm)
-        rows = shuffled(shuffle, conv.out_channels)
-        matrix = dense(weight, conv.groups)[rows][:, list(columns)]
-        return self.pack.linear(matrix, bias[rows], runs=runs)
-
     # --- tokens ------------------------------------------------------------------------------------------
 
-    def token_step(self, block: Any, bridge: Any, places: ExitStack) -> _Made:
+    def token_step(self, block: Any, bridge: Any, places: ExitStack) -> Made:
         """What `block` does to the tokens, and what these make for it and for the bridge that reads its map;
         in `places`."""
         made: list[tuple[nn.Linear, float]] = []
         slopes: list[int] = []
         heads = 0
+        scatter: Any = None
         if block is not None and not isinstance(block, LiteBottleneck):
-            self.check_block(block)
             self.from_mobile(block.local_global)
             self.former(block.global_block)
-            slopes = self.hypers(block, places)
+            slopes = self.generated(activations(block), places)
             scatter = block.global_local
             self.check_scatter(scatter)
             heads = scatter.num_heads
@@ -247,18 +147,24 @@ class _Plan(Plan):
             if hasattr(bridge, "alpha"):
                 made += [(bridge.alpha[0], 1.0)]
         if not made:
-            return _Made(None, slopes)
+            return Made(None, slopes)
+        if hasattr(scatter, "alpha"):
+            made += [(scatter.alpha[0], 1.0)]
         fits = heads * self.tokens <= MOST_PAIRS
         self.need(fits, bridge or block, f"at most {MOST_PAIRS} pairs of heads and tokens")
         linear = self.side_by_side(made)
         (place,) = places.enter_context(self.places(self.tokens * linear.outputs))
         self.linear(self.tokens, self.at, linear, place)
-        columns = padded(made[-1][0].out_features)
-        scatter_at, gather_at = (place if slopes else -1), -1
+        columns, row, scatter_at, gather_at = padded(made[0][0].out_features), linear.outputs, -1, -1
+        if scatter is not None:
+            scatter_at = place
+            if hasattr(scatter, "alpha"):
+                values, gates = place + columns, place + row - columns
+                self.gate(self.tokens, scatter.channels, values, row, gates, row)
         if bridge is not None:
-            gather_at = place + (2 * columns if slopes else 0)
-            self.gates, self.row = gather_at + columns, linear.outputs
-        return _Made(Bridges(heads, self.tokens, linear.outputs, scatter_at, gather_at), slopes)
+            gather_at = place + (2 * columns if scatter is not None else 0)
+            self.gates, self.row = gather_at + columns, row
+        return Made(Bridges(heads, self.tokens, row, scatter_at, gather_at), slopes)
 
     def from_mobile(self, bridge: Any) -> None:
         """What Mobile -> Former does to the tokens, from what the last map's step gathered."""
@@ -266,20 +172,23 @@ class _Plan(Plan):
         with self.places(count * padded(channels)) as (gathered,):
             self.combine(count, channels, bridge.num_heads, gathered)
             if hasattr(bridge, "alpha"):
-                self.gate(count, channels, gathered, self.gates, self.row)
+                self.gate(count, channels, gathered, padded(channels), self.gates, self.row)
             project = self.pack.linear(bridge.proj.weight, bridge.proj.bias)
             self.linear(count, gathered, project, self.at, added=True)
         self.norm(count, bridge.layer_norm, self.at, self.at)
 
     def former(self, former: Any) -> None:
         self.need(hasattr(former, "q") and not hasattr(former, "token_mlp"), former, "mixing by attention")
-        self.need(not hasattr(former, "alpha"), former, "Formers without a gate")
         count, at, linear = self.tokens, self.at, self.pack.linear
-        floats = count * padded(self.width)
-        with self.places(floats, floats) as (queries, mixed):
+        width = padded(self.width)
+        with self.places(count * width, count * width) as (queries, mixed):
             self.linear(count, at, linear(former.q.weight, former.q.bias), queries)
             # Keys and values are the tokens themselves.
-            self.attend(count, former.num_heads, self.width, (queries, at, at), padded(self.width), mixed)
+            self.attend(count, former.num_heads, self.width, (queries, at, at), width, mixed)
+            if hasattr(former, "alpha"):
+                gate = former.alpha[0]
+                self.linear(count, at, linear(gate.weight, gate.bias), queries)
+                self.gate(count, self.width, mixed, width, queries, width)
             mlp = former.channel_mlp
             self.linear(count, mixed, linear(mlp.weight, mlp.bias), at, added=True)
         self.norm(count, former.layer_norm, at, at)
@@ -292,32 +201,34 @@ class _Plan(Plan):
             self.linear(count, hidden, linear(padded_rows(last.weight), last.bias), at, added=True)
         self.norm(count, former.ffn_norm, at, at)
 
-    def hypers(self, block: Any, places: ExitStack) -> list[int]:
-        """Where the slopes of both dynamic ReLUs are."""
-        modules: list[Any]
-        if isinstance(block, MobileFormerBlock):
-            conv: Any = block.conv2[0]
-            modules = [block.hyper1, block.hyper2]
-            slots = 2 * [padded_slots(conv.out_channels)]
-        else:
-            modules = [block.hyper1, block.hyper3]
-            convs = [(layers[0], layers[2]) for layers in (block.conv1, block.conv3)]
-            slots = [padded_slots(conv.in_channels, _numbers(conv, shuffle)) for conv, shuffle in convs]
-        squeeze = self.side_by_side([(module.hyper[0], 1.0) for module in modules])
+    def generated(self, each: list[Activated], places: ExitStack) -> list[int]:
+        """Where the slopes of each activation are, -1 for those that have none; all are of the same token."""
+        dynamic = [one for one in each if one.act.num_functions > 0]
+        if not dynamic:
+            return [-1] * len(each)
+        first = dynamic[0].hyper
+        self.need(first.token_id >= 0, first, "dynamic ReLUs with the coefficients of one token")
+        squeeze = self.side_by_side([(one.hyper.hyper[0], 1.0) for one in dynamic])
         slopes = []
         with self.places(squeeze.outputs) as (hidden,):
-            token = self.at + block.hyper1.token_id * padded(self.width)
+            token = self.at + first.token_id * padded(self.width)
             self.linear(1, token, squeeze, hidden, activation="relu")
-            for module, channels in zip(modules, slots, strict=True):
-                layer = module.hyper[2]
-                weight, bias = padded_rows(layer.weight).double(), layer.bias.double()
-                half = layer.out_features // 2
-                both = [*channels, *(-1 if channel < 0 else channel + half for channel in channels)]
-                linear = self.pack.linear(spread(weight, both), spread(bias, both))
-                slopes += places.enter_context(self.places(linear.outputs))
-                self.slopes(hidden, linear, slopes[-1])
+            for one in each:
+                if one.act.num_functions < 1:
+                    slopes.append(-1)
+                    continue
+                linear = self.slopes_of(one.hyper.hyper[2], one.act.num_functions, one.slots)
+                slopes += places.enter_context(self.places(2 * len(one.slots)))
+                self.slopes(hidden, one.act.num_functions, linear, slopes[-1])
                 hidden += linear.inputs
         return slopes
+
+    def slopes_of(self, layer: Any, functions: int, slots: list[int]) -> Linear:
+        """The second layer of a hyper network, its outputs those of `slots` for each function."""
+        weight, bias = padded_rows(layer.weight).double(), layer.bias.double()
+        size = layer.out_features // functions
+        rows = [-1 if slot < 0 else slot + f * size for f in range(functions) for slot in slots]
+        return self.pack.linear(spread(weight, rows), spread(bias, rows))
 
     def side_by_side(self, layers: list[tuple[Any, float]]) -> Linear:
         """Layers of the same input as one matrix, each with padded outputs and multiplied by its factor."""
@@ -333,46 +244,37 @@ class _Plan(Plan):
     def check_scatter(self, scatter: Any) -> None:
         self.need(hasattr(scatter, "k") and not hasattr(scatter, "mlp"), scatter, "mixing by attention")
         self.need(not hasattr(scatter, "q"), scatter, "bridges without projections of the map")
-        self.need(not hasattr(scatter, "alpha"), scatter, "a Mobile <- Former without a gate")
 
     # --- head --------------------------------------------------------------------------------------------
 
     def head(self, x: Map, head: Any) -> tuple[int, list[tuple[Linear, str | None]]]:
         """The place of the classifier's inputs, and its linear layers."""
         shuffle, conv, norm = head.conv
-        act = head.act
-        self.need(act.num_functions == 0, act, "a relu6 in the head")
-        self.need(head.class_tokens != 0, head, "class tokens that are joined, not averaged,")
         weight, bias = fold(conv, norm)
         order = shuffled(shuffle, conv.in_channels)
         place = sorted(range(len(order)), key=order.__getitem__)  # the column that reads each channel
         last = self.pack.linear(dense(weight, conv.groups)[:, place], bias)
-        width, count = padded(self.width), max(head.class_tokens, 0)
+        averaged = head.class_tokens == 0
+        width, count = padded(self.width), self.tokens if averaged else max(head.class_tokens, 0)
         features = self.place(last.outputs + count * width)
-        with self.named("classifier.conv"):
-            self.pooled(x, last, features)
-            for i in range(count):  # each writes over the padding of the one before
-                self.copy(self.at + i * width, width, features + last.outputs + i * self.width)
         linear, norm1d, _ = head.fc
         scale, shift = affine(norm1d)
-        weight = linear.weight.double() * scale[:, None]
-        weight = torch.cat([padded_rows(weight[:, : conv.out_channels]), weight[:, conv.out_channels :]], 1)
-        fc = self.pack.linear(weight, linear.bias.double() * scale + shift)
+        weight, bias = linear.weight.double() * scale[:, None], linear.bias.double() * scale + shift
+        pooled, tokens = weight.split([conv.out_channels, weight.shape[1] - conv.out_channels], 1)
+        with self.named("classifier.conv"), ExitStack() as places:
+            generator = Activated(head.act, getattr(head, "hyper", None), padded_slots(conv.out_channels))
+            (slopes,) = self.generated([generator], places)
+            self.pooled(x, last, features, slopes)
+            if averaged:  # which the next matrix does
+                same = self.pack.linear(torch.eye(self.width))
+                self.linear(count, self.at, same, features + last.outputs, activation="relu6")
+                tokens = torch.cat([padded_rows(tokens / count)] * count, 1)
+            else:
+                for i in range(count):  # each writes over the padding of the one before
+                    self.copy(self.at + i * width, width, features + last.outputs + i * self.width)
+        fc = self.pack.linear(torch.cat([padded_rows(pooled), tokens], 1), bias)
         classifier = head.classifier[1]
         return features, [
             (fc, "hardswish"),
             (self.pack.linear(padded_rows(classifier.weight), classifier.bias), None),
         ]
-
-
-def _made(conv: nn.Conv2d) -> list[int]:
-    """The outputs of a depthwise convolution in the order of memory: the first that each input makes, then
-    the second, ..."""
-    times = conv.out_channels // conv.in_channels
-    return [i * times + j for j in range(times) for i in range(conv.in_channels)]
-
-
-def _numbers(conv: nn.Conv2d, shuffle: nn.Module) -> list[int]:
-    """The same, each by its number after the shuffle."""
-    number = {old: new for new, old in enumerate(shuffled(shuffle, conv.out_channels))}
-    return [number[old] for old in _made(conv)]

@@ -131,6 +131,7 @@ class Plan(Planner):
         *,
         groups: int = 1,
         activation: str | None = None,
+        slopes: int = -1,
         mixed: bool = False,
         added: Map | None = None,
         affine: int = -1,
@@ -141,7 +142,7 @@ class Plan(Planner):
         """A 1x1 convolution; `linear` as `Packer.linear` gives it."""
         other = -1 if added is None else added.number
         out, act = self.out(outputs, sums, bridges), ACTIVATIONS.index(activation)
-        numbers = (x.number, x.channels, affine, affine_gelu, other, groups, act, mixed, linear)
+        numbers = (x.number, x.channels, affine, affine_gelu, other, groups, act, slopes, mixed, linear)
         return self.made("pointwise", steps.Pointwise(out, *numbers))
 
     def depthwise_weights(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> tuple[int, int, int]:
@@ -151,9 +152,9 @@ class Plan(Planner):
         fits = fits and conv.padding == (size // 2, size // 2)
         self.need(fits, conv, "depthwise convolutions of 3x3, 5x5 or 7x7")
         self.need(
-            conv.stride == (1, 1) or (conv.stride == (2, 2) and size == 3),
+            conv.stride == (1, 1) or (conv.stride == (2, 2) and size < 7),
             conv,
-            "depthwise convolutions of stride 1, and of stride 2 those of 3x3",
+            "depthwise convolutions of stride 1, and of stride 2 those of 3x3 and 5x5",
         )
         offset = self.pack.depthwise(weight, bias, padded_slots(channels))
         return size, offset, offset + size * size * padded(channels)
@@ -167,11 +168,15 @@ class Plan(Planner):
         *,
         stride: int = 1,
         activation: str | None = None,
+        slopes: int = -1,
         mixed: bool = False,
         sums: int = 0,
+        outputs: int | None = None,
     ) -> Map:
-        out, act = self.out(x.channels, sums), ACTIVATIONS.index(activation)
-        return self.made("depthwise", steps.Depthwise(out, x.number, size, stride, act, mixed, taps, bias))
+        """To as many channels, or to `outputs`, a multiple of the padded ones."""
+        out, act = self.out(outputs or x.channels, sums), ACTIVATIONS.index(activation)
+        numbers = (*x, size, stride, act, slopes, mixed, taps, bias)
+        return self.made("depthwise", steps.Depthwise(out, *numbers))
 
     def inverted(
         self, x: Map, size: int, taps: int, bias: int, expand: Linear, project: Linear, sums: int = 0
@@ -188,6 +193,9 @@ class Plan(Planner):
 
     def join(self, x: Map, window: int, sums: int = 0) -> Map:
         return self.made("join", steps.Windows(self.out(x.channels, sums), x.number, window))
+
+    def add(self, x: Map, other: Map, bridges: Bridges | None = None) -> Map:
+        return self.made("add", steps.Add(self.out(x.channels, 0, bridges), x.number, other.number))
 
     # --- steps that write numbers of the state -----------------------------------------------------------
 
@@ -228,11 +236,11 @@ class Plan(Planner):
         """What the last map's step has gathered, (tokens, padded channels)."""
         self._step("combine", steps.Combine(tokens, channels, heads, target))
 
-    def gate(self, rows: int, channels: int, at: int, gates: int, stride: int) -> None:
-        self._step("gate", steps.Gate(rows, channels, at, gates, stride))
+    def gate(self, rows: int, channels: int, at: int, at_stride: int, gates: int, stride: int) -> None:
+        self._step("gate", steps.Gate(rows, channels, at, at_stride, gates, stride))
 
-    def slopes(self, source: int, linear: Linear, target: int) -> None:
-        self._step("slopes", steps.Slopes(source, target, linear))
+    def slopes(self, source: int, functions: int, linear: Linear, target: int) -> None:
+        self._step("slopes", steps.Slopes(source, target, functions, linear))
 
     def kernels(self, *fields: Any) -> None:
         self._step("kernels", steps.Kernels(*fields))
@@ -257,8 +265,8 @@ class Plan(Planner):
         """Means of the last map."""
         self._step("pool", steps.Pool(channels, place))
 
-    def pooled(self, x: Map, linear: Linear, target: int) -> None:
-        self._step("pooled", steps.Pooled(*x, target, linear))
+    def pooled(self, x: Map, linear: Linear, target: int, slopes: int = -1) -> None:
+        self._step("pooled", steps.Pooled(*x, target, slopes, linear))
 
     # --- a step that writes neither ----------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ their meaning is told."""
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-ACTIVATIONS = (None, "gelu", "hardswish", "relu", "relu6")
+ACTIVATIONS = (None, "gelu", "hardswish", "relu", "relu6", "dynamic_relu", "scaled_relu6")
 NORMS = ("group_norm", "response_norm", "response_norm_of_channels")
 
 
@@ -61,6 +61,7 @@ class Pointwise(NamedTuple):
     added: int
     groups: int
     activation: int
+    slopes: int
     mixed: int
     linear: Linear
 
@@ -68,9 +69,11 @@ class Pointwise(NamedTuple):
 class Depthwise(NamedTuple):
     out: MapOut
     input: int
+    in_channels: int
     kernel: int
     stride: int
     activation: int
+    slopes: int
     mixed: int
     taps: int
     bias: int
@@ -138,6 +141,12 @@ class Down(NamedTuple):
     project2: Linear
 
 
+class Add(NamedTuple):
+    out: MapOut
+    input: int
+    added: int
+
+
 class Copy(NamedTuple):
     weights: int
     source: int
@@ -187,6 +196,7 @@ class Gate(NamedTuple):
     rows: int
     channels: int
     at: int
+    at_stride: int
     gates: int
     stride: int
 
@@ -194,6 +204,7 @@ class Gate(NamedTuple):
 class Slopes(NamedTuple):
     source: int
     target: int
+    functions: int
     linear: Linear
 
 
@@ -235,6 +246,7 @@ class Pooled(NamedTuple):
     input: int
     in_channels: int
     target: int
+    slopes: int
     linear: Linear
 
 
@@ -255,6 +267,7 @@ KINDS: dict[str, Any] = {
     "lite": Lite,
     "block": Block,
     "down": Down,
+    "add": Add,
     "copy": Copy,
     "linear": LinearStep,
     "norm": Norm,
