@@ -83,7 +83,8 @@ class PlanCheck {
   }
   void linear(const PlanLinear& l, int64_t inputs, int64_t outputs, int64_t run = 0) const {
     need(l.inputs == inputs && l.inputs >= 1 && l.inputs <= kMostOf, "has a matrix of other inputs");
-    need(l.outputs == padded(outputs) && l.outputs <= kMostOf, "has a matrix of other outputs");
+    count(outputs, "has a wrong number of outputs");
+    need(l.outputs == padded(outputs), "has a matrix of other outputs");
     in_weights(l.weight, matrix_size(inputs, run > 0 ? run : inputs, l.outputs));
     in_weights(l.bias, l.outputs);
   }
@@ -179,11 +180,13 @@ class PlanCheck {
     need(activation == kNoActivation || activation == kGelu || activation == kRelu6,
          "has an unknown activation");
   }
-  // (kernel, kernel, channels), then the bias.
+  // (kernel, kernel, channels), and somewhere the bias.
   void taps(int64_t kernel, int64_t channels, int64_t offset, int64_t bias) const {
     in_weights(offset, kernel * kernel * channels);
     in_weights(bias, channels);
   }
+  // 3x3, and the bias behind it.
+  void taps(int64_t channels, int64_t offset) const { in_weights(offset, 10 * channels); }
   void depthwise_kernel(int64_t kernel, int64_t stride) const {
     need(kernel == 3 || kernel == 5 || kernel == 7, "has a wrong kernel");
     need(stride == 1 || (stride == 2 && kernel != 7), "has a wrong stride");
@@ -279,7 +282,7 @@ class PlanCheck {
     const int64_t width = padded(channels);
     count(hidden, "has a wrong number of channels");
     need(hidden % width == 0, "has a wrong number of channels");
-    taps(3, hidden, offset, offset + 9 * hidden);
+    taps(hidden, offset);
     linear(l, hidden / width * channels, outputs, channels);
   }
   void residual(int64_t added, int64_t in_channels, const MapOut& made, int64_t stride) const {
@@ -299,7 +302,7 @@ class PlanCheck {
     count(s.hidden, "has a wrong number of channels");
     linear(s.expand, s.in_channels, s.hidden);
     need(s.hidden % 16 == 0 && s.project.inputs <= s.hidden, "has a wrong number of channels");
-    taps(3, s.hidden, s.taps, s.taps + 9 * s.hidden);
+    taps(s.hidden, s.taps);
     in_state(s.slopes1, 2 * s.hidden);
     in_state(s.slopes2, 2 * s.hidden);
     linear(s.project, s.project.inputs, s.out.channels);
