@@ -73,7 +73,7 @@ def test_bench(tmp_path, capsys):
     sizes = ["--sizes", "64,96", "--seconds", "0.1", "--output", str(tmp_path)]
     assert cli.main(["bench", *options, *sizes]) == 0
     printed = capsys.readouterr()
-    assert "mobilenet_v3_large in mfkernels: skipped" in printed.err
+    assert "mobilenet_v3_large in mfkernels, float32: skipped" in printed.err
     assert "ours / best other" in printed.out
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 3
@@ -97,7 +97,7 @@ def test_bench_in_bfloat16(tmp_path, capsys):
         == 0
     )
     skipped = capsys.readouterr().err
-    assert "mobile_former_26m in onnxruntime: skipped" in skipped
+    assert "mobile_former_26m in onnxruntime, bfloat16: skipped" in skipped
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["runtime"] for line in lines] == ["mfkernels"] * _C.bf16_supported() + ["eager"]
     assert ("needs a processor with avx512bf16" in skipped) == (not _C.bf16_supported())

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from test_deploy import BF16, plain, truth
-from test_deploy_chain import TYPES, WINDOWED, small_dmf, small_iformer
+from test_deploy_dmf_iformer import TYPES, WINDOWED, small_dmf, small_iformer
 
 import mfkernels
 from mfkernels.bench.run import randomise
