@@ -127,7 +127,7 @@ def test_export_and_opcheck(name):
     program = torch.export.export(deployed, (x,), dynamic_shapes=(sizes,))
     other = torch.randn(3, 3, 33, 64)
     assert all(torch.equal(a, b) for a, b in zip(program.module()(other), deployed(other), strict=True))
-    operator = getattr(torch.ops.mfkernels, f"{deployed._operator}_maps").default
+    operator = torch.ops.mfkernels.deployed_maps.default
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         arguments = (image, deployed.weights, deployed.plan, deployed._channels, deployed._reductions)
         torch.library.opcheck(operator, arguments)
@@ -137,7 +137,7 @@ def test_export_and_opcheck(name):
 def test_other_channels_and_other_operators_are_an_error(name):
     pyramid = make(name)
     deployed, scores = mfkernels.deploy(pyramid), mfkernels.deploy(scored(name))
-    maps = getattr(torch.ops.mfkernels, f"{deployed._operator}_maps")
+    maps = torch.ops.mfkernels.deployed_maps
     x, channels, reductions = torch.randn(1, 3, 33, 32), deployed._channels, deployed._reductions
     made = deployed.weights, deployed.plan
     for wrong in (
@@ -151,7 +151,7 @@ def test_other_channels_and_other_operators_are_an_error(name):
             maps(x, *made, *wrong)
     with pytest.raises(RuntimeError, match="deploy: "):
         maps(x, scores.weights, scores.plan, channels, reductions)
-    one = getattr(torch.ops.mfkernels, deployed._operator)
+    one = torch.ops.mfkernels.deployed
     for classes in (0, 1, -1, 7):
         with pytest.raises(RuntimeError, match="deploy: "):
             one(x, *made, classes)
