@@ -1,5 +1,6 @@
 """Plans of deployed networks: Python and C++ mean the same by them, and none can do harm."""
 
+import copy
 import re
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import fuzz
 import pytest
 import torch
+from threads import threads
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfkernels
@@ -56,10 +58,8 @@ def test_enumerations_are_the_same_in_both_languages(enum, names):
 
 @pytest.fixture(scope="module")
 def networks():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a child of a process with threads of OpenMP's would wait for them
-    yield fuzz.small_networks()
-    torch.set_num_threads(threads)
+    with threads(1):  # a child of a process with threads of OpenMP's would wait for them
+        yield fuzz.small_networks()
 
 
 def test_changed_plans_do_no_harm(networks):
@@ -89,6 +89,14 @@ def test_plans_are_printed(networks):
         lines = [re.split(" {2,}", line.strip()) for line in str(deployed).splitlines()[2:-1]]
         assert [part for part, *_ in lines] == deployed._parts
         assert all(kind in steps.KINDS for _, kind, *_ in lines)
+
+
+def test_networks_without_their_plan_are_printed(networks):
+    deployed, _, _ = networks[0]
+    changed = copy.deepcopy(deployed)
+    changed.plan[5] += 1
+    for network in (copy.deepcopy(deployed).to("meta"), changed):
+        assert str(network).startswith("Deployed(classes=5, weights=0.")
 
 
 def test_printed_plans_count_operations():

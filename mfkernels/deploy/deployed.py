@@ -118,14 +118,24 @@ class Deployed(nn.Module):
         for name in ("weights", "plan"):
             if not isinstance(self._buffers.get(name), Tensor):
                 raise RuntimeError(f"deploy: {name} must be a tensor, got {_kind(self._buffers.get(name))}")
-        if type(self.plan) is Tensor and self.plan.device.type == "cpu":  # neither a compiler's nor on meta
+        if self._plan_is_there():
             _C.check_plan(self.plan.tolist())
+
+    def _plan_is_there(self) -> bool:
+        """Whether the plan has numbers: neither a compiler's nor on meta."""
+        return type(self.plan) is Tensor and self.plan.device.type == "cpu"
 
     def extra_repr(self) -> str:
         """What it is, and then its plan: a line a step, see `mfkernels.deploy.description`."""
-        size = f"weights={self.weights.numel() * 4 / 1e6:.1f} MB"
-        lines = description(self.plan[3:].tolist(), self._parts, 224)
-        return f"{self._results()}, {size}, a line a step, for an image of 224x224:\n{lines}"
+        text = f"{self._results()}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
+        if not self._plan_is_there():
+            return text
+        plan = self.plan.tolist()
+        try:
+            _C.check_plan(plan)
+        except RuntimeError:  # which a call says, not who prints it
+            return text
+        return f"{text}, a line a step, for an image of 224x224:\n{description(plan[3:], self._parts, 224)}"
 
     def _results(self) -> str:
         return f"classes={self.classes}"
