@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from test_deploy import BF16, check_numbers, make, plain, truth
+from threads import on_threads
 
 import mfkernels
 from mfkernels.bench.run import randomise
@@ -126,14 +127,7 @@ def test_batches_strides_and_threads(name):
     model = make_small(name)
     deployed = mfkernels.deploy(model)
     x = torch.randn(5, 3, 150, 130)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results.append(deployed(x))
-    finally:
-        torch.set_num_threads(before)
+    results = on_threads(lambda: deployed(x))
     assert all(torch.equal(result, results[0]) for result in results)
     assert torch.equal(deployed(x.contiguous(memory_format=torch.channels_last)), results[0])
     assert torch.equal(torch.cat([deployed(image[None]) for image in x]), results[0]) or torch.allclose(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_deploy import BF16, plain, truth
 from test_deploy_dmf_iformer import TYPES, WINDOWED, small_dmf, small_iformer
+from threads import on_threads
 
 import mfkernels
 from mfkernels.bench.run import randomise
@@ -84,14 +85,7 @@ def test_what_comes_after_the_last_map_is_not_there(name):
 def test_batches_strides_and_threads(name):
     deployed = mfkernels.deploy(make(name))
     x = torch.randn(5, 3, 150, 130)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results.append(deployed(x))
-    finally:
-        torch.set_num_threads(before)
+    results = on_threads(lambda: deployed(x))
     assert all(torch.equal(a, b) for maps in results for a, b in zip(maps, results[0], strict=True))
     for a, b in zip(deployed(x.contiguous(memory_format=torch.channels_last)), results[0], strict=True):
         assert torch.equal(a, b) and a.is_contiguous(memory_format=torch.channels_last)

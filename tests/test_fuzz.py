@@ -7,6 +7,7 @@ import time
 import fuzz
 import pytest
 import torch
+from threads import threads
 
 
 def hunt(call, count):
@@ -52,8 +53,6 @@ class _Anything:
 
 def test_calls():
     networks = fuzz.small_networks()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # those of this process are not in its children
-    ends, findings = hunt(lambda number: fuzz.Case(1, number, networks).call(), 300)
-    torch.set_num_threads(threads)
+    with threads(1):  # those of this process are not in its children
+        ends, findings = hunt(lambda number: fuzz.Case(1, number, networks).call(), 300)
     assert not findings and sum(ends.values()) == 300 and ends["a result"] > 50, (ends, findings)
