@@ -99,8 +99,8 @@ class _Plan(Plan):
                 raise self.refuse(block, "unknown to deploy")
             check(self, block)
         each: list[tuple[str, Any]] = [("stem", None), *blocks.items()]
-        self.part = "stem tokens"
-        self.copy_weights(padded_rows(self.model.tokens.weight), self.at)
+        with self.named("stem tokens"):
+            self.copy_weights(padded_rows(self.model.tokens.weight), self.at)
         x: Any = None
         before = ExitStack()
         for i, (name, block) in enumerate(each):

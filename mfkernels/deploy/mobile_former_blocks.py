@@ -109,8 +109,8 @@ def _composed_block(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     conv, norm = block.conv2
     point2, norm2, shuffle2 = block.conv3
     names = _names(block)
-    linear = _folded(plan, point1, norm1, range(point1.in_channels), shuffle1)
-    hidden = plan.pointwise(x, point1.out_channels, linear, activation=names[0], slopes=made.slopes[0])
+    first: dict[str, Any] = dict(activation=names[0], slopes=made.slopes[0], shuffle=shuffle1)
+    hidden = _pointwise(plan, x, point1, norm1, range(point1.in_channels), **first)
     moved, slots = _depthwise(plan, hidden, conv, norm, nn.Identity(), names[1], made.slopes[1])
     hidden = plan.replaced(hidden, moved)
     options: dict[str, Any] = dict(activation=names[2], slopes=made.slopes[2], shuffle=shuffle2)
@@ -241,22 +241,19 @@ def _pointwise(
     shuffle: nn.Module | None = None,
     **options: Any,
 ) -> Map:
-    """A 1x1 convolution of a map whose channels are those of `slots`, -1 for none; its outputs are
-    shuffled."""
-    weight, bias = fold(conv, norm)
-    rows = shuffled(shuffle or nn.Identity(), conv.out_channels)
-    matrix = spread(dense(weight, conv.groups)[rows].t(), slots).t()
-    return plan.pointwise(x, conv.out_channels, plan.pack.linear(matrix, bias[rows]), **options)
+    """A 1x1 convolution of a map whose channels are those of `slots`; its outputs are shuffled."""
+    linear = _folded(plan, conv, norm, slots, shuffle or nn.Identity())
+    return plan.pointwise(x, conv.out_channels, linear, **options)
 
 
 def _folded(
-    plan: Plan, conv: nn.Conv2d, norm: nn.BatchNorm2d, columns: Any, shuffle: nn.Module, runs: int = 1
+    plan: Plan, conv: nn.Conv2d, norm: nn.BatchNorm2d, slots: Sequence[int], shuffle: nn.Module, runs: int = 1
 ) -> Linear:
-    """A 1x1 convolution; its inputs lie in memory in the order of `columns`, in so many runs; its outputs
-    are shuffled."""
+    """The matrix of a 1x1 convolution; its inputs lie in memory in the order of `slots`, -1 for none, in so
+    many runs; its outputs are shuffled."""
     weight, bias = fold(conv, norm)
     rows = shuffled(shuffle, conv.out_channels)
-    matrix = dense(weight, conv.groups)[rows][:, list(columns)]
+    matrix = spread(dense(weight, conv.groups)[rows].t(), slots).t()
     return plan.pack.linear(matrix, bias[rows], runs=runs)
 
 
