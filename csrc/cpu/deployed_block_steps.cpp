@@ -8,24 +8,21 @@ namespace {
 struct BlockSteps : MapTasks {
   using MapTasks::MapTasks;
 
-  // A row of a depthwise convolution, 3x3, padded by 1.
-  template <class In, class Epilogue>
-  void depthwise(const In* const (&rows)[3], int64_t width, int64_t channels, int64_t hidden, int64_t stride,
-                 int64_t taps, Stored* out, Epilogue epilogue) const {
-    const int64_t out_width = args.out.width;
-    if (stride == 1) {
-      depthwise_row<3, 1>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
-    } else {
-      depthwise_row<3, 2>(rows, width, out_width, channels, at(taps), out, epilogue, hidden);
-    }
-  }
-  // The same of the input, row y of the output.
+  // Row y of the output of a depthwise convolution of the input, 3x3.
   template <class Epilogue>
   void depthwise_of_input(int64_t y, int64_t channels, int64_t hidden, int64_t stride, int64_t taps,
-                          const Stored* zeros, Stored* out, Epilogue epilogue) const {
-    const Stored* rows[3];
-    for (int64_t ky = 0; ky < 3; ++ky) rows[ky] = in_row(0, y * stride - 1 + ky, channels, zeros);
-    depthwise(rows, args.in.width, channels, hidden, stride, taps, out, epilogue);
+                          Stored* zeros, Stored* out, Epilogue epilogue) const {
+    if (stride == 1) {
+      depthwise_of<3, 1>(y, channels, hidden, at(taps), zeros, out, epilogue);
+    } else {
+      depthwise_of<3, 2>(y, channels, hidden, at(taps), zeros, out, epilogue);
+    }
+  }
+  // The same of rows that are kept.
+  void depthwise_of_ring(const Ring& ring, int64_t y, int64_t channels, int64_t hidden, int64_t taps,
+                         Stored* out, AddBiasDynamicRelu epilogue) const {
+    const float* rows[3] = {ring.at(y - 1), ring.at(y), ring.at(y + 1)};
+    depthwise_row<3, 1>(rows, args.out.width, args.out.width, channels, at(taps), out, epilogue, hidden);
   }
   AddBiasRelu6 relu6(int64_t bias) const { return {at(bias)}; }
   AddBiasDynamicRelu dynamic_relu(int64_t bias, int64_t slopes, int64_t channels) const {
@@ -76,9 +73,7 @@ struct BlockSteps : MapTasks {
              step.hidden, first);
       });
       for (int64_t y = y0; y < y1; ++y) {
-        const float* rows[3] = {ring.at(y - 1), ring.at(y), ring.at(y + 1)};
-        depthwise(rows, args.in.width, step.hidden, step.hidden, 1, step.taps, hidden + (y - y0) * row,
-                  second);
+        depthwise_of_ring(ring, y, step.hidden, step.hidden, step.taps, hidden + (y - y0) * row, second);
       }
       project(Rows<Stored>{hidden, step.hidden, 1, step.project.inputs, 0}, (y1 - y0) * args.in.width,
               step.project, step.residual ? in_row(y0, channels) : nullptr, out_row(y0));
@@ -106,8 +101,7 @@ struct BlockSteps : MapTasks {
              matrix(step.project1), to, out_channels, AddBias{at(step.project1.bias)});
       });
       for (int64_t y = y0; y < y1; ++y) {
-        const float* rows[3] = {ring.at(y - 1), ring.at(y), ring.at(y + 1)};
-        depthwise(rows, width, out_channels, step.hidden2, 1, step.taps2, hidden2 + (y - y0) * row2, second);
+        depthwise_of_ring(ring, y, out_channels, step.hidden2, step.taps2, hidden2 + (y - y0) * row2, second);
       }
       project(expanded(hidden2, step.hidden2, made.channels, out_channels), (y1 - y0) * width, step.project2,
               ring.at(y0), out_row(y0));
@@ -121,11 +115,11 @@ void block_step(const StepArgs& args, int64_t begin, int64_t end) {
   BlockSteps blocks(args);
   switch (args.kind) {
     case kLite:
-      return blocks.lite(*reinterpret_cast<const LiteStep*>(args.fields), begin, end);
+      return blocks.lite(fields_of<LiteStep>(args), begin, end);
     case kBlock:
-      return blocks.block(*reinterpret_cast<const BlockStep*>(args.fields), begin, end);
+      return blocks.block(fields_of<BlockStep>(args), begin, end);
     default:
-      return blocks.down(*reinterpret_cast<const DownStep*>(args.fields), begin, end);
+      return blocks.down(fields_of<DownStep>(args), begin, end);
   }
 }
 

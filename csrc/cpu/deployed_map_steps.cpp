@@ -128,38 +128,14 @@ struct MapSteps : MapTasks {
     }
   }
 
-  // Row `r` of the output; `zeros` are a row, of two pixels more than there are, and for 5x5 kernels of
-  // stride 2 room for five follows.
-  template <class Epilogue>
-  void depthwise_of(int64_t kernel, int64_t stride, int64_t r, int64_t channels, int64_t hidden,
-                    const float* taps, Stored* zeros, Stored* out, Epilogue epilogue) const {
-    auto run = [&](auto size, auto step) {
-      constexpr int k = decltype(size)::value, s = decltype(step)::value;
-      const int64_t width = args.in.width, row = (width + 2) * channels;
-      const Stored* rows[k];
-      for (int ky = 0; ky < k; ++ky) {
-        rows[ky] = in_row(r, r % args.out.height * s + ky - k / 2, channels, zeros);
-        if constexpr (k == 5 && s == 2) {
-          Stored* copy = zeros + (ky + 1) * row;
-          memcpy(copy, rows[ky], width * channels * sizeof(Stored));
-          memset(copy + width * channels, 0, 2 * channels * sizeof(Stored));
-          rows[ky] = copy;
-        }
-      }
-      depthwise_row<k, s>(rows, k == 5 && s == 2 ? width + 2 : width, args.out.width, channels, taps, out,
-                          epilogue, hidden);
-    };
-    using One = std::integral_constant<int, 1>;
-    using Two = std::integral_constant<int, 2>;
-    if (kernel == 7) {
-      run(std::integral_constant<int, 7>(), One());
-    } else if (kernel == 5) {
-      const std::integral_constant<int, 5> five;
-      stride == 1 ? run(five, One()) : run(five, Two());
-    } else {
-      const std::integral_constant<int, 3> three;
-      stride == 1 ? run(three, One()) : run(three, Two());
+  // The same with a kernel and a stride that are known only now.
+  template <class... Args>
+  void depthwise_of(int64_t kernel, int64_t stride, Args... rest) const {
+    if (kernel == 7) return MapTasks::depthwise_of<7, 1>(rest...);
+    if (kernel == 5) {
+      return stride == 1 ? MapTasks::depthwise_of<5, 1>(rest...) : MapTasks::depthwise_of<5, 2>(rest...);
     }
+    stride == 1 ? MapTasks::depthwise_of<3, 1>(rest...) : MapTasks::depthwise_of<3, 2>(rest...);
   }
 
   void depthwise(const DepthwiseStep& step, int64_t begin, int64_t end) {
@@ -268,26 +244,25 @@ struct MapSteps : MapTasks {
 
 void map_step(const StepArgs& args, int64_t begin, int64_t end) {
   MapSteps maps(args);
-  const auto* fields = args.fields;
   switch (args.kind) {
     case kImageConv:
-      return maps.image_conv(*reinterpret_cast<const ConvStep*>(fields), begin, end);
+      return maps.image_conv(fields_of<ConvStep>(args), begin, end);
     case kDenseConv:
-      return maps.dense_conv(*reinterpret_cast<const ConvStep*>(fields), begin, end);
+      return maps.dense_conv(fields_of<ConvStep>(args), begin, end);
     case kPointwise:
-      return maps.pointwise(*reinterpret_cast<const PointwiseStep*>(fields), begin, end);
+      return maps.pointwise(fields_of<PointwiseStep>(args), begin, end);
     case kDepthwise:
-      return maps.depthwise(*reinterpret_cast<const DepthwiseStep*>(fields), begin, end);
+      return maps.depthwise(fields_of<DepthwiseStep>(args), begin, end);
     case kInverted:
-      return maps.inverted(*reinterpret_cast<const InvertedStep*>(fields), begin, end);
+      return maps.inverted(fields_of<InvertedStep>(args), begin, end);
     case kAttention:
-      return maps.attention(*reinterpret_cast<const AttentionStep*>(fields), begin, end);
+      return maps.attention(fields_of<AttentionStep>(args), begin, end);
     case kSplit:
-      return maps.split(*reinterpret_cast<const WindowsStep*>(fields), begin, end);
+      return maps.split(fields_of<WindowsStep>(args), begin, end);
     case kAdd:
-      return maps.add(*reinterpret_cast<const AddStep*>(fields), begin, end);
+      return maps.add(fields_of<AddStep>(args), begin, end);
     default:
-      return maps.join(*reinterpret_cast<const WindowsStep*>(fields), begin, end);
+      return maps.join(fields_of<WindowsStep>(args), begin, end);
   }
 }
 

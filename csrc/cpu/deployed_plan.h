@@ -254,6 +254,12 @@ struct StepArgs {
   float* (*scratch)(int64_t floats);  // working memory of the calling thread
 };
 
+// The struct of the step's kind.
+template <class T>
+MFK_PLAN_FUNCTION const T& fields_of(const StepArgs& args) {
+  return *reinterpret_cast<const T*>(args.fields);
+}
+
 constexpr int64_t kMixTask = 512;       // blocks
 constexpr int64_t kAttentionTile = 28;  // queries
 constexpr int64_t kPanel = 32;          // outputs

@@ -294,38 +294,35 @@ struct StateSteps {
 
 void state_step(const StepArgs& args, int64_t begin, int64_t end) {
   const StateSteps state{args};
-  auto fields = [&](auto step) -> const decltype(step)& {
-    return *reinterpret_cast<const decltype(step)*>(args.fields);
-  };
   switch (args.kind) {
     case kCopy:
-      return state.copy(fields(CopyStep{}));
+      return state.copy(fields_of<CopyStep>(args));
     case kLinear:
-      return state.linear(fields(LinearStep{}));
+      return state.linear(fields_of<LinearStep>(args));
     case kNorm:
-      return state.norm(fields(NormStep{}));
+      return state.norm(fields_of<NormStep>(args));
     case kAttend:
-      return state.attend(fields(AttendStep{}));
+      return state.attend(fields_of<AttendStep>(args));
     case kCombine:
-      return state.combine(fields(CombineStep{}));
+      return state.combine(fields_of<CombineStep>(args));
     case kGate:
-      return state.gate(fields(GateStep{}));
+      return state.gate(fields_of<GateStep>(args));
     case kSlopes:
-      return state.slopes(fields(SlopesStep{}));
+      return state.slopes(fields_of<SlopesStep>(args));
     case kKernels:
-      return state.kernels(fields(KernelsStep{}));
+      return state.kernels(fields_of<KernelsStep>(args));
     case kMix: {
-      const auto& step = fields(MixStep{});
+      const auto& step = fields_of<MixStep>(args);
       return step.matrix ? state.mix<Stored>(step, begin, end) : state.mix<float>(step, begin, end);
     }
     case kAffine:
-      return state.affine(fields(AffineStep{}));
+      return state.affine(fields_of<AffineStep>(args));
     case kPool: {
-      const auto& step = fields(PoolStep{});
+      const auto& step = fields_of<PoolStep>(args);
       return state.means(step.channels, args.state + step.target);
     }
     default:
-      return state.pooled(fields(PooledStep{}), begin, end);
+      return state.pooled(fields_of<PooledStep>(args), begin, end);
   }
 }
 

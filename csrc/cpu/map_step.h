@@ -18,7 +18,7 @@ struct MapTasks {
 
   explicit MapTasks(const StepArgs& a)
       : args(a),
-        made(*reinterpret_cast<const MapOut*>(a.fields)),
+        made(fields_of<MapOut>(a)),
         out_channels(padded(made.channels)),
         bridge(made.channels, out_channels, made.heads > 0 ? made.heads : 1, made.tokens, made.row) {}
 
@@ -36,6 +36,27 @@ struct MapTasks {
   const Stored* in_row(int64_t r, int64_t y, int64_t channels, const Stored* zeros) const {
     if (y < 0 || y >= args.in.height) return zeros;
     return in_row(r / args.out.height * args.in.height + y, channels);
+  }
+
+  // Row `r` of the output of a depthwise convolution; `zeros` are a row of the input, of two pixels more for
+  // 5x5 kernels of stride 2, after which room for five such rows follows.
+  template <int kSize, int kStride, class Epilogue>
+  void depthwise_of(int64_t r, int64_t channels, int64_t hidden, const float* taps, Stored* zeros,
+                    Stored* out, Epilogue epilogue) const {
+    constexpr bool kCopied = kSize == 5 && kStride == 2;
+    const int64_t width = args.in.width, row = (width + 2) * channels;
+    const Stored* rows[kSize];
+    for (int ky = 0; ky < kSize; ++ky) {
+      rows[ky] = in_row(r, r % args.out.height * kStride + ky - kSize / 2, channels, zeros);
+      if constexpr (kCopied) {
+        Stored* copy = zeros + (ky + 1) * row;
+        memcpy(copy, rows[ky], width * channels * sizeof(Stored));
+        memset(copy + width * channels, 0, 2 * channels * sizeof(Stored));
+        rows[ky] = copy;
+      }
+    }
+    depthwise_row<kSize, kStride>(rows, kCopied ? width + 2 : width, args.out.width, channels, taps, out,
+                                  epilogue, hidden);
   }
 
   // Working memory in parts, of so many floats each; the last is for `finish`.

@@ -31,7 +31,7 @@ class Network {
       } else if (at->kind == kHandOut) {
         const auto& handed = fields_of<HandOutStep>(at);
         const Shape& map = maps[handed.map];
-        need(map.whole_height == 0, i, "hands out a map in windows");
+        need_of_step(map.whole_height == 0, i, at->kind, "hands out a map in windows");
         handed_out_.push_back({handed.channels, map.height, map.width, {}});
       }
     }
@@ -114,9 +114,6 @@ class Network {
   static StepMap map(const Shape& shape, void* data) {
     return {data, shape.count, shape.height, shape.width};
   }
-  static void need(bool fits, int64_t step, const char* what) {
-    if (!fits) throw std::runtime_error("deploy: plan: step " + std::to_string(step) + " " + what);
-  }
   // The number of the map that a step reads; -1 for the image. It follows the map that it writes.
   static int64_t input(const PlanStep* step) {
     return reinterpret_cast<const int64_t*>(&fields_of<MapOut>(step) + 1)[0];
@@ -132,6 +129,7 @@ class Network {
   void shape(Step& step, Shape* maps, int64_t i) {
     const PlanStep* plan = step.plan;
     const int64_t kind = plan->kind, in = input(plan);
+    auto need = [&](bool fits, const char* what) { need_of_step(fits, i, kind, what); };
     const auto& made = fields_of<MapOut>(plan);
     const Shape from = in < 0 ? Shape{1, images_.height, images_.width, 0, 0} : maps[in];
     Shape to = from;
@@ -152,7 +150,7 @@ class Network {
         floats += fields_of<InvertedStep>(plan).expand.outputs;
         break;
       case kSplit: {
-        need(from.whole_height == 0, i, "cuts windows into windows");
+        need(from.whole_height == 0, "cuts windows into windows");
         const int64_t window = fields_of<WindowsStep>(plan).window;
         to = {blocks_of(from.height, window) * blocks_of(from.width, window), window, window, from.height,
               from.width};
@@ -161,7 +159,7 @@ class Network {
       case kJoin: {
         const int64_t window = fields_of<WindowsStep>(plan).window;
         const int64_t count = blocks_of(from.whole_height, window) * blocks_of(from.whole_width, window);
-        need(from.whole_height > 0 && from == Shape{count, window, window, 0, 0}, i,
+        need(from.whole_height > 0 && from == Shape{count, window, window, 0, 0},
              "joins what are not the windows of a map");
         to = {1, from.whole_height, from.whole_width, 0, 0};
         break;
@@ -178,9 +176,9 @@ class Network {
         floats = 2 * std::max(fields_of<DownStep>(plan).hidden1, fields_of<DownStep>(plan).hidden2);
         break;
     }
-    need(added(plan) < 0 || maps[added(plan)] == from, i, "adds a map of another size");
+    need(added(plan) < 0 || maps[added(plan)] == from, "adds a map of another size");
     if (kind == kLite || kind == kBlock || kind == kDown) {
-      need(from.whole_height == 0, i, "reads a map in windows");
+      need(from.whole_height == 0, "reads a map in windows");
     }
     to.height = blocks_of(to.height, stride);
     to.width = blocks_of(to.width, stride);

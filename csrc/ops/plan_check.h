@@ -35,6 +35,17 @@ const T& fields_of(const PlanStep* step) {
   return *reinterpret_cast<const T*>(step + 1);
 }
 
+// Throws where something of a plan, or of one of its steps, does not fit.
+inline void need_of_plan(bool fits, const std::string& where, const char* what) {
+  if (!fits) throw std::runtime_error("deploy: plan: " + where + " " + what + "; deploy the network again");
+}
+inline void need_of_step(bool fits, int64_t number, int64_t kind, const char* what) {
+  if (fits) return;
+  const bool known = kind >= 0 && kind <= kHandOut;
+  const std::string name = known ? kKindNames[kind] : std::to_string(kind);
+  need_of_plan(false, "step " + std::to_string(number) + " (" + name + "):", what);
+}
+
 class PlanCheck {
  public:
   // Throws, naming the step, where `count` words are no plan for so many weights and classes.
@@ -47,18 +58,11 @@ class PlanCheck {
  private:
   PlanCheck(const Plan& plan, int64_t weights) : plan_(plan), weights_(weights) {}
 
-  static void need(bool fits, const std::string& where, const char* what) {
-    if (!fits) throw std::runtime_error("deploy: plan: " + where + " " + what + "; deploy the network again");
+  static void need(bool fits, const char* where, const char* what) {
+    if (!fits) need_of_plan(false, where, what);
   }
   // Of the step that is being looked at.
-  void need(bool fits, const char* what) const {
-    if (fits) return;
-    const bool known = kind_ >= 0 && kind_ <= kHandOut;
-    need(
-        false,
-        "step " + std::to_string(number_) + " (" + (known ? kKindNames[kind_] : std::to_string(kind_)) + "):",
-        what);
-  }
+  void need(bool fits, const char* what) const { need_of_step(fits, number_, kind_, what); }
   void in_range(int64_t value, int64_t least, int64_t most, const char* what) const {
     need(value >= least && value <= most, what);
   }
