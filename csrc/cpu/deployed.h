@@ -37,7 +37,9 @@ struct DeployedLinearArgs {
   float* (*scratch)(int64_t floats);  // working memory of the calling thread
 };
 
-// Tasks: one a panel of 32 outputs.
+constexpr int64_t kOutputsTask = 32;  // outputs
+
+// Tasks: one for kOutputsTask outputs.
 MFK_DECLARE_DEPLOYED_KERNEL(deployed_linear, DeployedLinearArgs, args.bf16)
 
 // A sample's map that is a result.

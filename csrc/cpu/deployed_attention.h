@@ -15,9 +15,9 @@ MFK_INLINE vec<float> sigmoid(vec<float> x) {
 // A panel of a right side that is not packed yet: `row(i, j)` is a vector of the outputs from j on of input
 // i.
 template <class F>
-MFK_INLINE void pack_panel(float* panel, int64_t width, int64_t inputs, F row) {
-  for (int64_t i = 0; i < inputs; i += kStep<Stored>, panel += width) {
-    for (int64_t j = 0; j < width; j += kLanes<float>) {
+MFK_INLINE void pack_panel(float* panel, int64_t inputs, F row) {
+  for (int64_t i = 0; i < inputs; i += kStep<Stored>, panel += kPanel) {
+    for (int64_t j = 0; j < kPanel; j += kLanes<float>) {
       const vec<float> value = row(i, j);
       if constexpr (kStep<Stored> == 1) {
         store(panel + j, value);
@@ -50,7 +50,7 @@ class WindowAttention {
 
   // Floats of working memory for so many queries at a time.
   int64_t scratch(int64_t queries) const {
-    return keys_size() + values_size() + 32 * padded(depth_) + queries * (2 * padded(pixels_) + 1) + 64;
+    return keys_size() + values_size() + kPanel * padded(depth_) + queries * (2 * padded(pixels_) + 1) + 64;
   }
 
   // Keys and values of a window, as right sides of products.
@@ -59,20 +59,18 @@ class WindowAttention {
     keys_ = scratch;
     values_ = keys_ + keys_size();
     float* tile = values_ + values_size();
-    logits_ = tile + 32 * padded(depth_);
+    logits_ = tile + kPanel * padded(depth_);
     const Stored *k = x + padded(depth_), *v = x + 2 * padded(depth_);
-    for (int64_t o = 0; o < padded(pixels_); o += 32) {
-      const int64_t width = padded(pixels_) - o < 32 ? padded(pixels_) - o : 32;
-      const int64_t count = pixels_ - o < width ? pixels_ - o : width;
+    for (int64_t o = 0; o < padded(pixels_); o += kPanel) {
+      const int64_t count = pixels_ - o < kPanel ? pixels_ - o : kPanel;
       const Tile<float> turned =
           load_tile<Stored>(FeatureMap<const Stored>{k, 0, 1, pixel_}, 0, 0, depth_, o, count, tile);
-      pack_panel(keys_ + o * weight_rows(depth_), width, depth_, [&](int64_t i, int64_t j) {
+      pack_panel(keys_ + o * weight_rows(depth_), depth_, [&](int64_t i, int64_t j) {
         return j < turned.stride ? load(turned.data + i * turned.stride + j) : vec<float>{};
       });
     }
-    for (int64_t o = 0; o < padded(channels_); o += 32) {
-      const int64_t width = padded(channels_) - o < 32 ? padded(channels_) - o : 32;
-      pack_panel(values_ + o * weight_rows(pixels_), width, pixels_, [&](int64_t i, int64_t j) {
+    for (int64_t o = 0; o < padded(channels_); o += kPanel) {
+      pack_panel(values_ + o * weight_rows(pixels_), pixels_, [&](int64_t i, int64_t j) {
         const vec<float> value = load(v + i * pixel_ + o + j);
         return outside_ ? value : sigmoid(value);
       });

@@ -262,10 +262,9 @@ MFK_PLAN_FUNCTION const T& fields_of(const StepArgs& args) {
 
 constexpr int64_t kMixTask = 512;       // blocks
 constexpr int64_t kAttentionTile = 28;  // queries
-constexpr int64_t kPanel = 32;          // outputs
 
 // Tasks. A map: one a group of output rows; kAttention: one for kAttentionTile queries of a window. The
-// state: one; kMix: one for kMixTask blocks; kPooled: one a panel of outputs.
+// state: one; kMix: one for kMixTask blocks; kPooled: one for kOutputsTask outputs.
 MFK_DECLARE_DEPLOYED_KERNEL(map_step, StepArgs, args.plan->bf16)
 MFK_DECLARE_DEPLOYED_KERNEL(block_step, StepArgs, args.plan->bf16)
 MFK_DECLARE_DEPLOYED_KERNEL(state_step, StepArgs, args.plan->bf16)

@@ -179,18 +179,18 @@ struct StateSteps {
     }
   }
 
-  // Panels of outputs, one a task.
   void pooled(const PooledStep& step, int64_t begin, int64_t end) const {
     constexpr int64_t kRun = 64, n = kLanes<float>;
     const PlanLinear& l = step.linear;
     const int64_t stride = padded(step.in_channels), rows = weight_rows(l.inputs);
     const int64_t pixels = args.in.count * args.in.height * args.in.width;
     const auto* in = static_cast<const Stored*>(args.in.data);
-    float* tile = args.scratch(kRun * kPanel);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t o = panel * kPanel, outputs = l.outputs - o < kPanel ? l.outputs - o : kPanel;
+    float* tile = args.scratch(kRun * kOutputsTask);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t o = task * kOutputsTask, rest = l.outputs - o;
+      const int64_t outputs = rest < kOutputsTask ? rest : kOutputsTask;
       const Weights w{at(l.weight) + o * rows, outputs};
-      WideSum<float> sums[kPanel / n];
+      WideSum<float> sums[kOutputsTask / n];
       for (int64_t p = 0; p < pixels; p += kRun) {
         const int64_t count = pixels - p < kRun ? pixels - p : kRun;
         const Rows<Stored> x{in + p * stride, stride, 1, l.inputs, 0};

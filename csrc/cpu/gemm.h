@@ -47,8 +47,9 @@ MFK_INLINE vec<float> multiply_add(const bf16* a, vec<float> b, vec<float> sum) 
 #endif
 
 // The right side, (inputs, outputs) with outputs a multiple of 16, as packed by mfkernels/deploy/packing.py:
-// panels of 32 outputs (the last one may have 16), in each the outputs of an input side by side. In
-// bfloat16 two inputs of an output share the place of a float; a run of odd length ends with a zero.
+// panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 two inputs of an output
+// share the place of a float; a run of odd length ends with a zero.
+constexpr int64_t kPanel = 16;
 struct Weights {
   const float* data;
   int64_t outputs;
@@ -165,66 +166,78 @@ struct AddResidual {
 // A sum of so many products is added to the total as one: long chains would gather rounding errors.
 constexpr int64_t kLongestChain = 256;
 
-// Tiles of P positions by V vectors of outputs, from position `first` and output `o` on. Few positions would
-// wait for each other's sums: they get several sums each, for every second or fourth input.
+// Rows of weights that are fetched ahead where each is used once.
+constexpr int64_t kFetchedRows = 32;
+
+// Tiles of P positions by V vectors of outputs, from position `first` and output `o` on; a panel holds
+// `panel` floats. Few positions would wait for each other's sums: they get several sums each, for every
+// second or fourth input. Meanwhile the weights that come next are fetched.
 template <int P, int V, class T, class Out, class Epilogue>
-__attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float* w, int64_t w_stride,
-                                          Out* out, int64_t out_stride, Epilogue epilogue, int64_t first,
-                                          int64_t o) {
-  constexpr int n = kLanes<float>;
-  constexpr int kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
+__attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float* w, int64_t panel, Out* out,
+                                          int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
+  constexpr int n = kLanes<float>, kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
+  constexpr int64_t kPanels = (V * n + kPanel - 1) / kPanel;
   const int64_t s = x.position, steps = blocks_of(x.run, kStep<T>);
+  const bool once = tiles == 1;
   x.data += first * s;
   out += first * out_stride + o;
   for (; tiles > 0; --tiles, first += P, x.data += P * s, out += P * out_stride) {
-    vec<float> acc[kSums][P][V] = {};
-    vec<float> total[P][V];  // of the chains before this one, once there is one
+    // All indices are constants: only so do these stay in registers.
+    vec<float> sums[kSums * P * V] = {};
+    float total[P * V * n];  // of the chains before this one, once there is one
     int64_t chains = 0;
+    const int64_t ahead = once ? kFetchedRows * kPanel : (kPanels + tiles % kPanels) * panel;
     for (int64_t r = 0, length = 0; r < x.runs; ++r) {
       // Few pointers, three positions each: one for every position would not fit the integer registers.
       const T* base[(P + 2) / 3];
-      for (int i = 0; i < (P + 2) / 3; ++i) base[i] = x.data + r * x.skip + 3 * i * s;
-      const float* row = w + r * steps * w_stride;
-      auto step = [&](vec<float>(&sums)[P][V]) __attribute__((always_inline)) {
+      unrolled<(P + 2) / 3>(
+          [&](auto i) __attribute__((always_inline)) { base[i] = x.data + r * x.skip + 3 * i * s; });
+      const float* row = w + r * steps * kPanel;
+      auto step = [&](auto chain) __attribute__((always_inline)) {
         vec<float> b[V];
-        for (int v = 0; v < V; ++v) b[v] = load(row + v * n);
-        row += w_stride;
-        for (int p = 0; p < P; ++p) {
-          const T* a = &base[p / 3][(p % 3) * s];
-          for (int v = 0; v < V; ++v) sums[p][v] = multiply_add(a, b[v], sums[p][v]);
-        }
-        for (int i = 0; i < (P + 2) / 3; ++i) base[i] += kStep<T>;
+        unrolled<V>([&](auto v) __attribute__((always_inline)) {
+          b[v] = load(row + v * n / kPanel * panel + v * n % kPanel);
+        });
+        __builtin_prefetch(row + ahead, 0, 2);
+        if (kPanels > 1 && once) __builtin_prefetch(row + panel + ahead, 0, 2);
+        row += kPanel;
+        unrolled<P>([&](auto p) __attribute__((always_inline)) {
+          const T* a = &base[p / 3][p % 3 * s];
+          unrolled<V>([&](auto v) __attribute__((always_inline)) {
+            auto& sum = sums[(chain * P + p) * V + v];
+            sum = multiply_add(a, b[v], sum);
+          });
+        });
+        unrolled<(P + 2) / 3>([&](auto i) __attribute__((always_inline)) { base[i] += kStep<T>; });
       };
+      const std::integral_constant<int, 0> one;
       for (int64_t c = 0; c < steps;) {
         if (length >= kLongestChain) {
-          for (int p = 0; p < P; ++p) {
-            for (int v = 0; v < V; ++v) {
-              total[p][v] = chains > 0 ? total[p][v] + acc[0][p][v] : acc[0][p][v];
-              acc[0][p][v] = vec<float>{};
-            }
-          }
+          unrolled<P * V>([&](auto i) __attribute__((always_inline)) {
+            store(total + i * n, chains > 0 ? load(total + i * n) + sums[i] : sums[i]);
+            sums[i] = vec<float>{};
+          });
           ++chains;
           length = 0;
         }
         const int64_t end = c + kLongestChain < steps ? c + kLongestChain : steps;
         length += end - c;
         if constexpr (kSums > 1) {
-          for (; c + kSums <= end; c += kSums) {
-            for (int k = 0; k < kSums; ++k) step(acc[k]);
-          }
+          for (; c + kSums <= end; c += kSums) unrolled<kSums>(step);
         }
-        for (; c < end; ++c) step(acc[0]);
+        for (; c < end; ++c) step(one);
       }
     }
-    for (int v = 0; v < V; ++v) {
+    unrolled<V>([&](auto v) __attribute__((always_inline)) {
       const auto finish = epilogue.at(o + v * n);
-      for (int p = 0; p < P; ++p) {
-        vec<float> sum = acc[0][p][v];
-        if (chains > 0) sum += total[p][v];
-        for (int k = 1; k < kSums; ++k) sum += acc[k][p][v];
+      unrolled<P>([&](auto p) __attribute__((always_inline)) {
+        constexpr int i = p * V + v;
+        vec<float> sum = sums[i];
+        if (chains > 0) sum += load(total + i * n);
+        unrolled<kSums - 1>([&](auto k) __attribute__((always_inline)) { sum += sums[(k + 1) * P * V + i]; });
         store(out + p * out_stride + v * n, finish(sum + finish.bias, first + p));
-      }
-    }
+      });
+    });
   }
 }
 
@@ -236,51 +249,50 @@ struct Tiles {
       : count(blocks_of(positions, kPositions)), size(positions / count), longer(positions % count) {}
 };
 
-// `width` outputs from `o` on, 16 or 32, whose weights are `w`.
+// Outputs `from` to `to` - 1, of which the first one's panel is at `w`, with so many rows. Weights stay in
+// the first cache while the positions pass.
 template <class T, class Out, class Epilogue>
-MFK_INLINE void gemm_panel(Tiles tiles, Rows<T> x, const float* w, int64_t width, Out* out,
-                           int64_t out_stride, Epilogue epilogue, int64_t o) {
+MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, const float* w, int64_t rows, Out* out,
+                            int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
   constexpr int n = kLanes<float>;
-  auto run = [&](auto vectors, int64_t positions, int64_t count, int64_t first, int64_t i)
-                 __attribute__((always_inline)) {
-                   with_constant<kPositions>(positions, [&](auto size) __attribute__((always_inline)) {
-                     gemm_tiles<decltype(size)::value, decltype(vectors)::value, T, Out, Epilogue>(
-                         count, x, w + i, width, out, out_stride, epilogue, first, o + i);
-                   });
-                 };
-  for (int64_t i = 0; i < width;) {
-    auto both = [&](auto vectors) __attribute__((always_inline)) {
-      run(vectors, tiles.size + 1, tiles.longer, 0, i);
-      run(vectors, tiles.size, tiles.count - tiles.longer, tiles.longer * (tiles.size + 1), i);
-      i += decltype(vectors)::value * n;
+  const Tiles tiles(positions);
+  for (int64_t o = from; o < to;) {
+    const float* weights = w + (o - from) / kPanel * kPanel * rows + o % kPanel;
+    auto run = [&](auto vectors) __attribute__((always_inline)) {
+      auto some = [&](int64_t size, int64_t count, int64_t first) __attribute__((always_inline)) {
+        with_constant<kPositions>(size, [&](auto constant) __attribute__((always_inline)) {
+          gemm_tiles<decltype(constant)::value, decltype(vectors)::value, T, Out, Epilogue>(
+              count, x, weights, rows * kPanel, out, out_stride, epilogue, first, o);
+        });
+      };
+      some(tiles.size + 1, tiles.longer, 0);
+      some(tiles.size, tiles.count - tiles.longer, tiles.longer * (tiles.size + 1));
+      o += decltype(vectors)::value * n;
     };
-    width - i >= 2 * n ? both(std::integral_constant<int, 2>()) : both(std::integral_constant<int, 1>());
+    to - o >= 2 * n ? run(std::integral_constant<int, 2>()) : run(std::integral_constant<int, 1>());
   }
 }
 
-// out[p * out_stride + o] = epilogue(sum_i x(p, i) * w(i, o)) for p < positions. Weights stay in the first
-// cache while the positions pass.
+// out[p * out_stride + o] = epilogue(sum_i x(p, i) * w(i, o)) for p < positions.
 template <class T, class Out, class Epilogue>
 void gemm(int64_t positions, Rows<T> x, Weights w, Out* out, int64_t out_stride, Epilogue epilogue) {
-  const int64_t rows = x.runs * blocks_of(x.run, kStep<T>);  // of weights
-  for (int64_t o = 0; o < w.outputs; o += 32) {
-    const int64_t width = w.outputs - o < 32 ? w.outputs - o : 32;
-    gemm_panel(Tiles(positions), x, w.data + o * rows, width, out, out_stride, epilogue, o);
-  }
+  const int64_t rows = x.runs * blocks_of(x.run, kStep<T>);
+  gemm_panels(positions, x, w.data, rows, out, out_stride, epilogue, 0, w.outputs);
 }
 
-// The same where outputs are of groups, each with inputs of its own: panels of 16 outputs, whose weights are
-// for the inputs of their groups alone. `outputs` is without padding.
+// The same where outputs are of groups, each with inputs of its own: a panel's weights are for the inputs of
+// its outputs' groups alone. `outputs` is without padding.
 template <class T, class Out, class Epilogue>
 void gemm_groups(int64_t positions, Rows<T> x, int64_t groups, int64_t outputs, const float* w, Out* out,
                  int64_t out_stride, Epilogue epilogue) {
   const int64_t group_in = x.run / groups, group_out = outputs / groups;
-  for (int64_t o = 0; o < outputs; o += 16) {
-    const int64_t first = o / group_out, last = (o + 15 < outputs ? o + 15 : outputs - 1) / group_out;
-    const int64_t inputs = (last - first + 1) * group_in;
-    gemm_panel(Tiles(positions), Rows<T>{x.data + first * group_in, x.position, 1, inputs, 0}, w, 16, out,
-               out_stride, epilogue, o);
-    w += weight_rows(inputs) * 16;
+  for (int64_t o = 0; o < outputs; o += kPanel) {
+    const int64_t first = o / group_out,
+                  last = (o + kPanel - 1 < outputs ? o + kPanel - 1 : outputs - 1) / group_out;
+    const int64_t inputs = (last - first + 1) * group_in, rows = blocks_of(inputs, kStep<T>);
+    gemm_panels(positions, Rows<T>{x.data + first * group_in, x.position, 1, inputs, 0}, w, rows, out,
+                out_stride, epilogue, o, o + kPanel);
+    w += rows * kPanel;
   }
 }
 

@@ -367,6 +367,21 @@ MFK_INLINE void with_constant(int64_t n, F f) {
   }
 }
 
+namespace detail {
+
+template <class F, int... I>
+MFK_INLINE void call_each(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+
+}  // namespace detail
+
+// Calls f with each number below N, as a constant.
+template <int N, class F>
+MFK_INLINE void unrolled(F f) {
+  detail::call_each(f, std::make_integer_sequence<int, N>());
+}
+
 MFK_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace MFK_ISA

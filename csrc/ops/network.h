@@ -27,7 +27,7 @@ class Network {
         step.tasks = blocks_of(fields_of<MixStep>(at).blocks, kMixTask);
       } else if (at->kind == kPooled) {
         step.in = maps[fields_of<PooledStep>(at).input];
-        step.tasks = blocks_of(fields_of<PooledStep>(at).linear.outputs, kPanel);
+        step.tasks = blocks_of(fields_of<PooledStep>(at).linear.outputs, kOutputsTask);
       } else if (at->kind == kHandOut) {
         const auto& handed = fields_of<HandOutStep>(at);
         const Shape& map = maps[handed.map];

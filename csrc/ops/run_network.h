@@ -86,7 +86,8 @@ void run_network(const Network& network, int64_t batch, int64_t classes, float* 
                                   to,
                                   outputs,
                                   scratch};
-    parallel((outputs + 31) / 32, [&](int64_t begin, int64_t end) { deployed_linear(args, begin, end); });
+    parallel(blocks_of(outputs, kOutputsTask),
+             [&](int64_t begin, int64_t end) { deployed_linear(args, begin, end); });
     done();
     std::swap(from, to);
     stride = outputs;

@@ -9,8 +9,7 @@ from .. import _C
 from ..nn.conv_bn import affine
 from .steps import Linear
 
-LANES = 16  # channels are padded to a multiple of this
-PANEL = 32  # outputs of a packed matrix that lie together
+LANES = 16  # channels are padded to a multiple of this, and so many outputs of a packed matrix lie together
 
 
 def padded(channels: int) -> int:
@@ -49,13 +48,13 @@ class Packer:
     ) -> Linear:
         """A matrix (outputs, inputs) and its bias.
 
-        Panels of 32 outputs (the last may have 16), in each the outputs of an input side by side. In
-        bfloat16 inputs go in pairs, and both of an output share the place of a float.
+        Panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 inputs go in pairs, and
+        both of an output share the place of a float.
 
         Args:
             runs: of inputs that lie apart in memory; a pair does not reach from one to the next.
-            groups: of a convolution, whose weight is (outputs, inputs / groups); where there are several,
-                panels have 16 outputs, and the inputs of those outputs' groups alone.
+            groups: of a convolution, whose weight is (outputs, inputs / groups); where there are several, a
+                panel has the inputs of its outputs' groups alone.
             dtype: another than that of the other matrices.
         """
         outputs, inputs = len(weight), weight.shape[1] * groups
@@ -72,11 +71,10 @@ class Packer:
         dtype, panels = dtype or self.dtype, []
         full = dense(weight.detach().double(), groups)
         outputs, inputs = full.shape
-        size = PANEL if groups == 1 else LANES
-        for o in range(0, outputs, size):
-            rows = full[o : o + size]
+        for o in range(0, outputs, LANES):
+            rows = full[o : o + LANES]
             if groups > 1:
-                first, last = (i * groups // outputs for i in (o, min(o + size, outputs) - 1))
+                first, last = (i * groups // outputs for i in (o, min(o + LANES, outputs) - 1))
                 rows = rows[:, first * inputs // groups : (last + 1) * inputs // groups]
             columns = nn.functional.pad(rows.t(), (0, padded(len(rows)) - len(rows)))
             panels.append(
