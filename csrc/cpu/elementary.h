@@ -7,7 +7,9 @@ namespace mfk {
 namespace MFK_ISA {
 
 // x = n ln 2 + r, |r| <= ln(2)/2; exp(r) by its Taylor series, 2^n by its exponent bits.
-constexpr float kExpShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+// 1.5 * 2^23 + 127: adding it rounds to an integer, kept in the low bits as the exponent of that power of
+// two.
+constexpr float kExpShift = 12583039.0f;
 struct ExpParts {
   vec<float> shifted, r;  // n + kExpShift, and r
 };
@@ -32,10 +34,7 @@ MFK_INLINE vec<float> times_power(vec<float> p, vec<float> shifted) {
   return reinterpret_cast<vec<float>>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p),
                                                              reinterpret_cast<__m512>(shifted - kExpShift)));
 #else
-  // n onto the exponent bits.
-  const vec<float> y = reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(p) +
-                                                    (reinterpret_cast<mask<float>>(shifted) << 23));
-  return p != p ? p : y;
+  return p * reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(shifted) << 23);
 #endif
 }
 // The same for any n from -126 to 129, where results may be infinite.
@@ -44,7 +43,7 @@ MFK_INLINE vec<float> times_any_power(vec<float> p, vec<float> shifted) {
   return times_power(p, shifted);
 #else
   // In two steps, since 2^128 has no exponent bits.
-  const mask<float> n = reinterpret_cast<mask<float>>(shifted) - 0x4b400000, half = n >> 1;
+  const mask<float> n = reinterpret_cast<mask<float>>(shifted) - 0x4b40007f, half = n >> 1;
   const vec<float> y = p * reinterpret_cast<vec<float>>((half + 127) << 23);
   return y * reinterpret_cast<vec<float>>((n - half + 127) << 23);
 #endif

@@ -204,11 +204,14 @@ MFK_INLINE void store_scalar(bf16* p, float value) {
 }
 
 // a > b ? a : b and a < b ? a : b: b where one of them is NaN. One instruction, which GCC does not find for
-// itself where comparisons give mask registers.
+// itself.
 MFK_INLINE vec<float> larger(vec<float> a, vec<float> b) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vec<float>>(
       _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vec<float>>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #else
   return a > b ? a : b;
 #endif
@@ -217,6 +220,9 @@ MFK_INLINE vec<float> smaller(vec<float> a, vec<float> b) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vec<float>>(
       _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vec<float>>(
+      _mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #else
   return a < b ? a : b;
 #endif
