@@ -31,15 +31,18 @@ def structs() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+HEADS = (steps.Header, steps.Layer, steps.Step, steps.Linear, steps.MapOut)
+
+
 def in_cpp(kind: type) -> str:
-    names = {"Header": "Plan", "Layer": "PlanLayer", "Linear": "PlanLinear", "MapOut": "MapOut"}
+    names = {"Header": "Plan", "Layer": "PlanLayer", "Linear": "PlanLinear", "MapOut": "MapOut", "Step": "PlanStep"}
     return names.get(kind.__name__, kind.__name__.removesuffix("Step") + "Step")
 
 
 def test_structs_are_the_same_in_both_languages():
     cpp = structs()
     of_fields = {"int64_t": int, "PlanLinear": steps.Linear, "MapOut": steps.MapOut}
-    for kind in (steps.Header, steps.Layer, steps.Linear, steps.MapOut, *dict.fromkeys(steps.KINDS.values())):
+    for kind in (*HEADS, *dict.fromkeys(steps.KINDS.values())):
         expected = [(field, of_fields[type_]) for type_, field in cpp[in_cpp(kind)]]
         assert list(kind.__annotations__.items()) == expected, kind
 

@@ -33,8 +33,7 @@ struct BlockSteps : MapTasks {
     return {data, hidden, hidden / skip, run, skip};
   }
   template <class T>
-  void project(Rows<Stored> rows, int64_t positions, const PlanLinear& linear, const T* added,
-               Stored* out) const {
+  void project(Rows<Stored> rows, int64_t positions, const PlanLinear& linear, const T* added, Stored* out) {
     if (added == nullptr) {
       gemm(positions, rows, matrix(linear), out, out_channels, AddBias{at(linear.bias)});
     } else {

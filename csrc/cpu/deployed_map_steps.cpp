@@ -41,7 +41,7 @@ struct MapSteps : MapTasks {
       }
     });
   }
-  void convolve(const ConvStep& step, int64_t positions, Rows<Stored> x, Stored* out) const {
+  void convolve(const ConvStep& step, int64_t positions, Rows<Stored> x, Stored* out) {
     with_activation(step.activation, at(step.linear.bias), [&](auto epilogue) {
       gemm(positions, x, matrix(step.linear), out, out_channels, epilogue);
     });
@@ -103,9 +103,10 @@ struct MapSteps : MapTasks {
       Stored* out = out_row(r0);
       auto run = [&](auto epilogue) {
         if (step.groups > 1) {
-          gemm_groups(positions, rows, step.groups, made.channels, weights, out, out_channels, epilogue);
+          gemm_groups(positions, rows, step.groups, Weights{weights, made.channels, &fetched}, out,
+                      out_channels, epilogue);
         } else {
-          gemm(positions, rows, Weights{weights, step.linear.outputs}, out, out_channels, epilogue);
+          gemm(positions, rows, Weights{weights, step.linear.outputs, &fetched}, out, out_channels, epilogue);
         }
       };
       const float* bias = at(step.linear.bias);

@@ -27,6 +27,7 @@ struct PlanLayer {
 };
 struct PlanStep {
   int64_t kind, words;  // words: of the struct that follows
+  int64_t behind;       // the offset from which on weights are those of later steps
 };
 
 enum PlanKind : int64_t {
@@ -245,7 +246,9 @@ struct StepArgs {
   const Images* images;
   int64_t sample;
   StepMap in, added, out;
-  int64_t group;    // rows of a task
+  int64_t group;  // rows of a task
+  // For steps that write a map: offsets of the weights that are read next, and this step's multiply-adds.
+  int64_t next, next_end, products;
   double* records;  // one for each task
   // For steps that write the state: the last step that wrote a map, whose records they read; how many, and of
   // how many pixels.

@@ -46,13 +46,21 @@ MFK_INLINE vec<float> multiply_add(const bf16* a, vec<float> b, vec<float> sum) 
 }
 #endif
 
+// Memory that is read later. A tile fetches `pace` bytes of it, at most 64, with each row of its weights.
+struct Fetched {
+  const char *at, *end;
+  int64_t pace;
+};
+
 // The right side, (inputs, outputs) with outputs a multiple of 16, as packed by mfkernels/deploy/packing.py:
 // panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 two inputs of an output
 // share the place of a float; a run of odd length ends with a zero.
 constexpr int64_t kPanel = 16;
+// `fetched`: what is fetched meanwhile, or null.
 struct Weights {
   const float* data;
   int64_t outputs;
+  Fetched* fetched = nullptr;
 };
 MFK_INLINE int64_t weight_rows(int64_t inputs) { return blocks_of(inputs, kStep<Stored>); }
 
@@ -171,22 +179,31 @@ constexpr int64_t kFetchedRows = 32;
 
 // Tiles of P positions by V vectors of outputs, from position `first` and output `o` on; a panel holds
 // `panel` floats. Few positions would wait for each other's sums: they get several sums each, for every
-// second or fourth input. Meanwhile the weights that come next are fetched.
+// second or fourth input. Meanwhile the next panels are fetched by the first tiles, `fetched` by the others.
 template <int P, int V, class T, class Out, class Epilogue>
 __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float* w, int64_t panel, Out* out,
-                                          int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
+                                          int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o,
+                                          Fetched* fetched) {
   constexpr int n = kLanes<float>, kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
   constexpr int64_t kPanels = (V * n + kPanel - 1) / kPanel;
   const int64_t s = x.position, steps = blocks_of(x.run, kStep<T>);
   const bool once = tiles == 1;
   x.data += first * s;
   out += first * out_stride + o;
-  for (; tiles > 0; --tiles, first += P, x.data += P * s, out += P * out_stride) {
+  for (int64_t number = 0; number < tiles; ++number, first += P, x.data += P * s, out += P * out_stride) {
     // All indices are constants: only so do these stay in registers.
     vec<float> sums[kSums * P * V] = {};
     float total[P * V * n];  // of the chains before this one, once there is one
     int64_t chains = 0;
-    const int64_t ahead = once ? kFetchedRows * kPanel : (kPanels + tiles % kPanels) * panel;
+    const char* soon = reinterpret_cast<const char*>(w + kFetchedRows * kPanel);
+    int64_t pace = kPanel * sizeof(float);
+    if (!once && (number < kPanels || fetched == nullptr || fetched->at >= fetched->end)) {
+      soon = reinterpret_cast<const char*>(w + (kPanels + number % kPanels) * panel);
+    } else if (!once) {
+      soon = fetched->at;
+      pace = fetched->pace;
+      fetched->at += x.runs * steps * pace;
+    }
     for (int64_t r = 0, length = 0; r < x.runs; ++r) {
       // Few pointers, three positions each: one for every position would not fit the integer registers.
       const T* base[(P + 2) / 3];
@@ -198,8 +215,9 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
         unrolled<V>([&](auto v) __attribute__((always_inline)) {
           b[v] = load(row + v * n / kPanel * panel + v * n % kPanel);
         });
-        __builtin_prefetch(row + ahead, 0, 2);
-        if (kPanels > 1 && once) __builtin_prefetch(row + panel + ahead, 0, 2);
+        __builtin_prefetch(soon, 0, 2);
+        if (kPanels > 1 && once) __builtin_prefetch(soon + panel * sizeof(float), 0, 2);
+        soon += pace;
         row += kPanel;
         unrolled<P>([&](auto p) __attribute__((always_inline)) {
           const T* a = &base[p / 3][p % 3 * s];
@@ -249,20 +267,20 @@ struct Tiles {
       : count(blocks_of(positions, kPositions)), size(positions / count), longer(positions % count) {}
 };
 
-// Outputs `from` to `to` - 1, of which the first one's panel is at `w`, with so many rows. Weights stay in
-// the first cache while the positions pass.
+// Outputs `from` to `to` - 1, of which the first one's panel is at `w.data`, with so many rows. Weights stay
+// in the first cache while the positions pass.
 template <class T, class Out, class Epilogue>
-MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, const float* w, int64_t rows, Out* out,
+MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, Weights w, int64_t rows, Out* out,
                             int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
   constexpr int n = kLanes<float>;
   const Tiles tiles(positions);
   for (int64_t o = from; o < to;) {
-    const float* weights = w + (o - from) / kPanel * kPanel * rows + o % kPanel;
+    const float* weights = w.data + (o - from) / kPanel * kPanel * rows + o % kPanel;
     auto run = [&](auto vectors) __attribute__((always_inline)) {
       auto some = [&](int64_t size, int64_t count, int64_t first) __attribute__((always_inline)) {
         with_constant<kPositions>(size, [&](auto constant) __attribute__((always_inline)) {
           gemm_tiles<decltype(constant)::value, decltype(vectors)::value, T, Out, Epilogue>(
-              count, x, weights, rows * kPanel, out, out_stride, epilogue, first, o);
+              count, x, weights, rows * kPanel, out, out_stride, epilogue, first, o, w.fetched);
         });
       };
       some(tiles.size + 1, tiles.longer, 0);
@@ -277,22 +295,22 @@ MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, const float* w, int64_
 template <class T, class Out, class Epilogue>
 void gemm(int64_t positions, Rows<T> x, Weights w, Out* out, int64_t out_stride, Epilogue epilogue) {
   const int64_t rows = x.runs * blocks_of(x.run, kStep<T>);
-  gemm_panels(positions, x, w.data, rows, out, out_stride, epilogue, 0, w.outputs);
+  gemm_panels(positions, x, w, rows, out, out_stride, epilogue, 0, w.outputs);
 }
 
 // The same where outputs are of groups, each with inputs of its own: a panel's weights are for the inputs of
-// its outputs' groups alone. `outputs` is without padding.
+// its outputs' groups alone. `w.outputs` is without padding.
 template <class T, class Out, class Epilogue>
-void gemm_groups(int64_t positions, Rows<T> x, int64_t groups, int64_t outputs, const float* w, Out* out,
-                 int64_t out_stride, Epilogue epilogue) {
-  const int64_t group_in = x.run / groups, group_out = outputs / groups;
-  for (int64_t o = 0; o < outputs; o += kPanel) {
+void gemm_groups(int64_t positions, Rows<T> x, int64_t groups, Weights w, Out* out, int64_t out_stride,
+                 Epilogue epilogue) {
+  const int64_t group_in = x.run / groups, group_out = w.outputs / groups;
+  for (int64_t o = 0; o < w.outputs; o += kPanel) {
     const int64_t first = o / group_out,
-                  last = (o + kPanel - 1 < outputs ? o + kPanel - 1 : outputs - 1) / group_out;
+                  last = (o + kPanel - 1 < w.outputs ? o + kPanel - 1 : w.outputs - 1) / group_out;
     const int64_t inputs = (last - first + 1) * group_in, rows = blocks_of(inputs, kStep<T>);
     gemm_panels(positions, Rows<T>{x.data + first * group_in, x.position, 1, inputs, 0}, w, rows, out,
                 out_stride, epilogue, o, o + kPanel);
-    w += rows * kPanel;
+    w.data += rows * kPanel;
   }
 }
 

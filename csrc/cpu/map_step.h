@@ -15,6 +15,7 @@ struct MapTasks {
   const MapOut& made;
   const int64_t out_channels;  // padded
   Bridge bridge;
+  Fetched fetched{};
 
   explicit MapTasks(const StepArgs& a)
       : args(a),
@@ -24,7 +25,7 @@ struct MapTasks {
 
   const float* at(int64_t offset) const { return args.weights + offset; }
   const float* place(int64_t offset) const { return args.state + offset; }
-  Weights matrix(const PlanLinear& linear) const { return Weights{at(linear.weight), linear.outputs}; }
+  Weights matrix(const PlanLinear& linear) { return Weights{at(linear.weight), linear.outputs, &fetched}; }
   Stored* out_row(int64_t row) const {
     return static_cast<Stored*>(args.out.data) + row * args.out.width * out_channels;
   }
@@ -86,9 +87,19 @@ struct MapTasks {
     const int64_t rows = args.out.count * args.out.height;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t r0 = task * args.group, r1 = r0 + args.group < rows ? r0 + args.group : rows;
+      fetch_share(r0, r1, rows);
       f(r0, r1);
       finish(args.records + task * record_size(made), out_row(r0), (r1 - r0) * args.out.width, scratch);
     }
+  }
+
+  // Of the weights that are read next the share of some rows: what their products fetch meanwhile.
+  void fetch_share(int64_t r0, int64_t r1, int64_t rows) {
+    const int64_t floats = args.next_end - args.next,
+                  steps = args.products / (2 * kLanes<float> * kPositions);
+    const int64_t pace = blocks_of(floats * sizeof(float), steps + 1);
+    fetched = {reinterpret_cast<const char*>(at(args.next + floats * r0 / rows)),
+               reinterpret_cast<const char*>(at(args.next + floats * r1 / rows)), pace < 64 ? pace : 64};
   }
 
   void finish(double* record, Stored* x, int64_t positions, float* scratch) {

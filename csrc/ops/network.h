@@ -35,6 +35,7 @@ class Network {
         handed_out_.push_back({handed.channels, map.height, map.width, {}});
       }
     }
+    share_weights();
     for (int64_t m = 0; m < plan_.maps; ++m) memory_ += padded(sizes_[m]);
     memory_ += padded(2 * records_) + padded(plan_.state);
   }
@@ -76,6 +77,9 @@ class Network {
         if (added(step.plan) >= 0) args.added = map(step.out, maps[added(step.plan)]);
         args.out = map(step.out, maps[made.map]);
         args.group = step.group;
+        args.next = step.next;
+        args.next_end = step.next_end;
+        args.products = step.products;
         if (kind == kLite || kind == kBlock || kind == kDown) {
           run(step.tasks, [&](int64_t begin, int64_t end) { block_step(args, begin, end); });
         } else {
@@ -109,6 +113,7 @@ class Network {
     const PlanStep* plan;
     Shape in{}, out{};
     int64_t group = 1, tasks = 1;
+    int64_t next = 0, next_end = 0, products = 0;  // see StepArgs
   };
 
   static StepMap map(const Shape& shape, void* data) {
@@ -123,6 +128,38 @@ class Network {
   static int64_t added(const PlanStep* step) {
     if (step->kind == kAdd) return fields_of<AddStep>(step).added;
     return step->kind == kPointwise ? fields_of<PointwiseStep>(step).added : -1;
+  }
+
+  // Multiply-adds of a step for a position of its map, those that read weights in panels.
+  static int64_t products(const PlanStep* step) {
+    auto of = [](const PlanLinear& linear) { return linear.inputs * linear.outputs; };
+    switch (step->kind) {
+      case kImageConv:
+      case kDenseConv:
+        return of(fields_of<ConvStep>(step).linear);
+      case kPointwise:
+        return of(fields_of<PointwiseStep>(step).linear) / fields_of<PointwiseStep>(step).groups;
+      case kInverted:
+        return of(fields_of<InvertedStep>(step).expand) + of(fields_of<InvertedStep>(step).project);
+      case kLite:
+        return of(fields_of<LiteStep>(step).project);
+      case kBlock:
+        return of(fields_of<BlockStep>(step).expand) + of(fields_of<BlockStep>(step).project);
+      case kDown:
+        return of(fields_of<DownStep>(step).project1) + of(fields_of<DownStep>(step).project2);
+      default:
+        return 0;
+    }
+  }
+  // Each step with products fetches the weights of the steps up to the next such one.
+  void share_weights() {
+    int64_t end = plan_.weights;
+    for (auto step = steps_.rbegin(); step != steps_.rend(); ++step) {
+      if (step->products == 0) continue;
+      step->next = std::min(step->plan->behind, end);
+      step->next_end = end;
+      end = step->next;
+    }
   }
 
   // What step i makes of the maps, and in how many tasks.
@@ -186,6 +223,7 @@ class Network {
     maps[made.map] = step.out = to;
     const int64_t rows = to.count * to.height, pixels = rows * to.width;
     step.group = task_rows(rows, to.width, floats, most);
+    step.products = products(plan) * pixels;
     step.tasks = kind == kAttention ? to.count * blocks_of(to.height * to.width, kAttentionTile)
                                     : blocks_of(rows, step.group);
     sizes_[made.map] = std::max(sizes_[made.map], pixels * padded(made.channels) / (plan_.bf16 ? 2 : 1));

@@ -110,9 +110,11 @@ class PlanCheck {
     const PlanStep* at = first_step(plan_);
     for (number_ = 0; number_ < plan_.steps; ++number_) {
       kind_ = -1;
-      need(left >= 2, "is not there");
+      constexpr int64_t head = sizeof(PlanStep) / 8;
+      need(left >= head, "is not there");
       kind_ = at->kind;
-      left -= 2;
+      left -= head;
+      need(at->behind >= 0 && at->behind <= plan_.weights, "has later steps' weights outside of the weights");
       need(at->words >= 0 && at->words <= left, "has more words than there are");
       left -= at->words;
       step(at);

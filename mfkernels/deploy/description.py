@@ -28,7 +28,7 @@ def description(plan: list[int], parts: list[str], side: int) -> str:
     whole = maps[-1]
     rows = []
     for part in parts[: header.steps]:
-        kind, _ = list(KINDS)[next(words)], next(words)
+        kind = list(KINDS)[steps.read(steps.Step, words).kind]
         fields = steps.read(KINDS[kind], words)
         if kind == "split":
             whole = maps[fields.input]

@@ -87,7 +87,8 @@ class Plan(Planner):
     def _step(self, kind: str, fields: Any) -> None:
         numbers = list(steps.numbers(fields))
         self.parts.append(self.part)
-        self.steps += [list(KINDS).index(kind), len(numbers), *numbers]
+        head = steps.Step(list(KINDS).index(kind), len(numbers), self.pack.size)
+        self.steps += [*head, *numbers]
 
     def out(self, channels: int, sums: int = 0, bridges: Bridges | None = None) -> MapOut:
         number = next(i for i in range(len(self.living) + 1) if i not in self.living)

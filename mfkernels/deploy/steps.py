@@ -31,6 +31,12 @@ class Layer(NamedTuple):
     linear: Linear
 
 
+class Step(NamedTuple):
+    kind: int
+    words: int
+    behind: int
+
+
 class MapOut(NamedTuple):
     map: int
     channels: int
