@@ -26,18 +26,22 @@ struct MapSteps : MapTasks {
   }
 
   void image_conv(const ConvStep& step, int64_t begin, int64_t end) {
-    const int64_t k = step.kernel, runs = step.in_channels * k;
-    const int64_t line = round_up((args.out.width - 1) * step.stride + 2 * k, 2);
-    const auto space = room<1>({runs * line});
-    Stored* lines = space.stored(0);  // (channels, kernel, line)
-    memset(lines, 0, runs * line * sizeof(Stored));
+    const int64_t k = step.kernel, channels = step.in_channels;
+    const int64_t line = round_up(((args.out.width - 1) * step.stride + 2 * k) * channels, 2);
+    const auto space = room<1>({k * line});
+    Stored* lines = space.stored(0);  // (kernel, pixels, channels)
+    memset(lines, 0, k * line * sizeof(Stored));
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
-        for (int64_t i = 0; i < runs; ++i) {
-          image_line(*args.images, args.sample, i / k, r * step.stride - k / 2 + i % k,
-                     lines + i * line + k / 2);
+        // Those that the row before needed, too, are there.
+        const int64_t kept = r > r0 && step.stride < k ? k - step.stride : 0;
+        memmove(lines, lines + (k - kept) * line, kept * line * sizeof(Stored));
+        for (int64_t i = kept; i < k; ++i) {
+          image_line(*args.images, channels, args.sample, r * step.stride - k / 2 + i,
+                     lines + i * line + k / 2 * channels);
         }
-        convolve(step, args.out.width, Rows<Stored>{lines, step.stride, runs, k, line}, out_row(r));
+        convolve(step, args.out.width, Rows<Stored>{lines, step.stride * channels, k, k * channels, line},
+                 out_row(r));
       }
     });
   }

@@ -15,16 +15,6 @@ constexpr int64_t kVectors = 64;
 // Rows of the output that square kernels make at a time.
 constexpr int kRows = 7;
 
-// f(0), f(1), ... f(kCount - 1), as constants.
-template <class F, int... kIndex>
-MFK_INLINE void each_of(std::integer_sequence<int, kIndex...>, F f) {
-  (f(std::integral_constant<int, kIndex>()), ...);
-}
-template <int kCount, class F>
-MFK_INLINE void unrolled(F f) {
-  each_of(std::make_integer_sequence<int, kCount>(), f);
-}
-
 // A channel's map with zeros around it.
 template <class C>
 struct Plane {

@@ -141,13 +141,30 @@ MFK_INLINE vec<float> normal_tail(vec<float> size) {
   return exp2_normal(q);
 }
 
-// x Phi(x), Phi being the share of the normal distribution below x, within 1e-7 of |x|: max(x, 0) - |x| (1 -
+// The same within 1.4e-7, in half the time: 1/2 - s P(s^2) / Q(s^2), a least-squares fit up to 5.5.
+MFK_INLINE vec<float> quick_normal_tail(vec<float> size) {
+  const vec<float> s = smaller(splat(5.5f), size), t = s * s;
+  vec<float> p = splat(2.27493384e-08f), q = splat(1.19749961e-06f);
+  p = p * t + 6.3520738e-06f;
+  q = q * t + 7.36467191e-05f;
+  p = p * t + 0.00016882371f;
+  q = q * t + 0.00188443379f;
+  p = p * t + 0.00467724819f;
+  q = q * t + 0.0286457706f;
+  p = p * t + 0.0338524841f;
+  q = q * t + 0.251521558f;
+  p = p * t + 0.398942262f;
+  q = q * t + 1.0f;
+  return larger(splat(1e-9f), 0.5f - s * (p / q));
+}
+
+// x Phi(x), Phi being the share of the normal distribution below x, within 2e-7 of |x|: max(x, 0) - |x| (1 -
 // Phi(|x|)). Of minus infinity it is that, where the product is NaN.
 MFK_INLINE vec<float> gelu(vec<float> x) {
   const vec<float> size = absolute(x);
-  return larger(vec<float>{}, x) - size * normal_tail(size);
+  return larger(vec<float>{}, x) - size * quick_normal_tail(size);
 }
-// Likewise, but for infinities what the product is, too: infinity and NaN.
+// The same within 1e-7, and for infinities what the product is, too: infinity and NaN.
 MFK_INLINE vec<float> strict_gelu(vec<float> x) {
   const vec<float> size = absolute(x);
   const vec<float> tail = size > 6.0f ? vec<float>{} : normal_tail(size);

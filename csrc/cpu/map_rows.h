@@ -8,18 +8,16 @@ namespace mfk {
 
 namespace MFK_ISA {
 
-// Line y of channel c of a sample; zeros above and below it.
-inline void image_line(const Images& images, int64_t b, int64_t c, int64_t y, Stored* to) {
+// Line y of a sample, channels last; zeros above and below the image.
+inline void image_line(const Images& images, int64_t channels, int64_t b, int64_t y, Stored* to) {
   if (y < 0 || y >= images.height) {
-    memset(to, 0, images.width * sizeof(Stored));
+    memset(to, 0, images.width * channels * sizeof(Stored));
     return;
   }
-  const float* from = images.data + b * images.stride_b + c * images.stride_c + y * images.stride_h;
-  int64_t x = 0;
-  if (images.stride_w == 1) {
-    for (; x + kLanes<float> <= images.width; x += kLanes<float>) store(to + x, load(from + x));
+  for (int64_t c = 0; c < channels; ++c) {
+    const float* from = images.data + b * images.stride_b + c * images.stride_c + y * images.stride_h;
+    for (int64_t x = 0; x < images.width; ++x) store_scalar(to + x * channels + c, from[x * images.stride_w]);
   }
-  for (; x < images.width; ++x) store_scalar(to + x, from[x * images.stride_w]);
 }
 
 // Rows of an intermediate map, kept from task to task: those that the next task needs, too, move to the

@@ -31,52 +31,46 @@ constexpr int64_t kCached = 6144;
 #endif
 constexpr int kVectors = 3;
 
-// Adds the products of the first `count` inputs to the sums of some rows and vectors of pixels, of the last
-// of which only `rest` lanes exist.
-template <int kRows, int kVectors, bool kWhole, class T, class C>
-MFK_INLINE void add_products(vec<C> (&sums)[kRows][kVectors], const C* a, int64_t a_row, int64_t a_column,
-                             int64_t count, const T* b, int64_t b_stride, int64_t rest) {
-  constexpr int n = kLanes<C>;
-  for (int64_t j = 0; j < count; ++j) {
-    vec<C> column[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const T* from = b + j * b_stride + v * n;
-      column[v] = kWhole || v + 1 < kVectors ? load(from) : load_upto(from, rest);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const vec<C> factor = splat(a[r * a_row + j * a_column]);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * column[v];
-    }
-  }
-}
-
-// These sums from row `first` on.
+// Some rows from `first` on, and vectors of pixels, of the last of which only `rest` lanes exist.
 template <int kChain, int kRows, int kVectors, bool kWhole, class T, class C, class Epilogue>
 MFK_INLINE void block(T* out, int64_t out_stride, int64_t first, Matrix<C> a, int64_t depth, const T* b,
                       int64_t b_stride, int64_t rest, Epilogue epilogue) {
   constexpr int n = kLanes<C>;
   const C* from = a.data + first * a.row;
-  // Mostly these are all: in registers, without a second set of sums.
-  vec<C> total[kRows][kVectors] = {};
-  add_products<kRows, kVectors, kWhole>(total, from, a.row, a.column, depth < kChain ? depth : kChain, b,
-                                        b_stride, rest);
-  for (int64_t j = kChain; j < depth; j += kChain) {
-    const int64_t count = depth - j < kChain ? depth - j : kChain;
-    vec<C> sums[kRows][kVectors] = {};
-    add_products<kRows, kVectors, kWhole>(sums, from + j * a.column, a.row, a.column, count, b + j * b_stride,
-                                          b_stride, rest);
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) total[r][v] += sums[r][v];
+  // All indices are constants: only so do these stay in registers.
+  vec<C> sums[kRows * kVectors] = {};
+  C total[kRows * kVectors * n];  // of the chains before this one, once there is one
+  for (int64_t j = 0, chains = 0;; ++chains) {
+    const int64_t end = depth - j < kChain ? depth : j + kChain;
+    for (; j < end; ++j) {
+      vec<C> column[kVectors];
+      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+        const T* at = b + j * b_stride + v * n;
+        column[v] = in_register(kWhole || v + 1 < kVectors ? load(at) : load_upto(at, rest));
+      });
+      unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+        const vec<C> factor = splat(from[r * a.row + j * a.column]);
+        unrolled<kVectors>(
+            [&](auto v) __attribute__((always_inline)) { sums[r * kVectors + v] += factor * column[v]; });
+      });
     }
+    unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+      if (chains > 0) sums[i] += load(total + i * n);
+    });
+    if (j == depth) break;
+    unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+      store(total + i * n, sums[i]);
+      sums[i] = vec<C>{};
+    });
   }
-  for (int r = 0; r < kRows; ++r) {
+  unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
     const auto finish = epilogue.at(first + r);
-    for (int v = 0; v < kVectors; ++v) {
+    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       T* to = out + (first + r) * out_stride + v * n;
-      const vec<C> y = finish(total[r][v]);
+      const vec<C> y = finish(sums[r * kVectors + v]);
       kWhole || v + 1 < kVectors ? store(to, y) : store_upto(to, y, rest);
-    }
-  }
+    });
+  });
 }
 
 // Some rows at a time: calls f with how many, and the first one.

@@ -346,6 +346,17 @@ MFK_INLINE C max_lanes(vec<C> v) {
   return lanes[0];
 }
 
+// The same value, which the compiler may not read from memory again for each use.
+template <class V>
+MFK_INLINE V in_register(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // Working memory of one task, not initialised. Buffers die in the reverse order of their making.
 template <class C>
 class Buffer {
@@ -376,7 +387,7 @@ MFK_INLINE void with_constant(int64_t n, F f) {
 namespace detail {
 
 template <class F, int... I>
-MFK_INLINE void call_each(F f, std::integer_sequence<int, I...>) {
+MFK_INLINE void call_each([[maybe_unused]] F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>()), ...);
 }
 

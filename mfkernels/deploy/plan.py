@@ -116,10 +116,7 @@ class Plan(Planner):
         fits = conv.groups == 1 and conv.kernel_size == (size, size) and size % 2 == 1 and size < MOST_SIZE
         fits = fits and conv.padding == (size // 2, size // 2) and conv.stride in ((1, 1), (2, 2))
         self.need(fits, conv, "dense convolutions of odd squares, padded by half of them, of stride 1 or 2")
-        if x is None:
-            linear = self.pack.linear(weight.flatten(1), bias, runs=inputs * size)
-        else:
-            linear = self.pack.linear(weight.permute(0, 2, 3, 1).flatten(1), bias)
+        linear = self.pack.linear(weight.permute(0, 2, 3, 1).flatten(1), bias, runs=size if x is None else 1)
         kind, number = ("image_conv", -1) if x is None else ("dense_conv", x.number)
         out, act = self.out(outputs, 0, bridges), ACTIVATIONS.index(activation)
         return self.made(kind, steps.Conv(out, number, inputs, size, conv.stride[0], act, linear))
