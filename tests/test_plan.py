@@ -35,7 +35,13 @@ HEADS = (steps.Header, steps.Layer, steps.Step, steps.Linear, steps.MapOut)
 
 
 def in_cpp(kind: type) -> str:
-    names = {"Header": "Plan", "Layer": "PlanLayer", "Linear": "PlanLinear", "MapOut": "MapOut", "Step": "PlanStep"}
+    names = {
+        "Header": "Plan",
+        "Layer": "PlanLayer",
+        "Linear": "PlanLinear",
+        "MapOut": "MapOut",
+        "Step": "PlanStep",
+    }
     return names.get(kind.__name__, kind.__name__.removesuffix("Step") + "Step")
 
 

@@ -208,7 +208,8 @@ class PlanCheck {
     in_range(s.kernel, 1, 15, "has a wrong kernel");
     in_range(s.stride, 1, 2, "has a wrong stride");
     activated(s.activation);
-    linear(s.linear, s.kernel * s.kernel * s.in_channels, s.out.channels, image ? s.kernel * s.in_channels : 0);
+    linear(s.linear, s.kernel * s.kernel * s.in_channels, s.out.channels,
+           image ? s.kernel * s.in_channels : 0);
     out(s.out, s.input);
   }
   void pointwise(const PointwiseStep& s) {

@@ -48,8 +48,8 @@ class Packer:
     ) -> Linear:
         """A matrix (outputs, inputs) and its bias.
 
-        Panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 inputs go in pairs, and
-        both of an output share the place of a float.
+        Panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 inputs go in pairs,
+        and both of an output share the place of a float.
 
         Args:
             runs: of inputs that lie apart in memory; a pair does not reach from one to the next.
