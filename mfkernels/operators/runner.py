@@ -4,13 +4,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, native
+from .. import backends
 from ..checks import match_autocast
 from .dispatch import register_triton
-
-# Of a 1x1 convolution: where registers are few, a block of ours reads the pixels of so many inputs from the
-# first-level cache often, and of more from farther away.
-MANY_INPUTS = 256
 
 
 class Runner:
@@ -124,11 +120,6 @@ def is_eager() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
-
-
-def few_registers(x: Tensor) -> bool:
-    """Whether the processor has sixteen vector registers: too few sums for products as fast as PyTorch's."""
-    return x.is_cpu and native.instruction_set() == "avx2"
 
 
 def _tracked(args: tuple[Any, ...]) -> bool:

@@ -1,9 +1,10 @@
 import torch
 from torch import Tensor
 
+from ... import native
 from ...checks import check_argument, check_like, check_shape, check_tensor, register_fake
 from ..layout import empty_map, gradients_like, memory_format, without_absent
-from ..runner import MANY_INPUTS, Runner, few_registers
+from ..runner import Runner
 from .library import dynamic_conv2d_by_library, parts_of
 from .reference import Pair, dynamic_conv2d_reference, output_size
 
@@ -14,6 +15,8 @@ MOST = (1 << 63) - 1  # that fits into what operators take
 # rows with pixels of a map, and for depthwise ones with a stride, if they have so many products that a few
 # calls more do not count.
 _CHANNELS, _PIXELS, _DENSE, _DEPTHWISE = 256, 256, 4_000_000, 100_000
+# Where a processor has sixteen vector registers, they are for 1x1 kernels of more inputs than this, too.
+_MANY_INPUTS = 256
 
 
 def dynamic_conv2d(
@@ -91,8 +94,8 @@ def _by_library(
     pixels = x.shape[2] * x.shape[3] // (stride[0] * stride[1])
     products, taps = x.shape[0] * pixels * weight.numel(), kernel[0] * kernel[1]
     if kernel == [1, 1] and max(padding) == 0:
-        many = inputs > MANY_INPUTS or (tracked and products >= _DENSE)
-        return max(stride) > 1 or (many and few_registers(x))
+        many = inputs > _MANY_INPUTS or (tracked and products >= _DENSE)
+        return max(stride) > 1 or (many and x.is_cpu and native.instruction_set() == "avx2")
     if tracked:
         return False  # the gradients of PyTorch's convolution are three times as inexact as the definition's
     if inputs == 1 and outputs == groups:  # our kernel for these knows no stride

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ...checks import check_argument, check_tensor, register_fake
 from ..batch_norm import batch_norm
 from ..layout import empty_map, memory_format
-from ..runner import MANY_INPUTS, Runner, few_registers
+from ..runner import Runner
 from .reference import pointwise_conv_bn_reference
 
 OP = "pointwise_conv_bn"
@@ -56,18 +56,16 @@ def pointwise_conv_bn(
 
 
 # PyTorch's convolution is the faster one for gradients, for which ours is computed again, except where maps
-# do not stay in a cache and a value of them has few products; without gradients where registers are few.
+# do not stay in a cache and a value of them has few products.
 _CACHED, _FEW = 2_000_000, 50
 
 
 def _by_library(tracked, x, weight, gamma, beta, mean, variance, eps, activation) -> bool:
-    if x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
+    if not tracked or x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
         return False
     if not isinstance(weight, Tensor) or weight.dim() != 4:
         return False  # and the checks say why
     outputs, inputs = weight.shape[:2]
-    if not tracked:
-        return few_registers(x) and (inputs > MANY_INPUTS or activation == "gelu")
     channels = inputs + outputs
     is_large = channels * x.numel() > _CACHED * inputs
     return not (is_large and inputs * outputs < _FEW * channels)
