@@ -6,10 +6,9 @@
 namespace mfk {
 namespace MFK_ISA {
 
-// x = n ln 2 + r, |r| <= ln(2)/2; exp(r) by its Taylor series, 2^n by its exponent bits.
-// 1.5 * 2^23 + 127: adding it rounds to an integer, kept in the low bits as the exponent of that power of
-// two.
+// 1.5 * 2^23 + 127: adding it rounds to an integer n, and leaves the exponent bits of 2^n in the low ones.
 constexpr float kExpShift = 12583039.0f;
+// x = n ln 2 + r, |r| <= ln(2)/2; exp(r) by its Taylor series, 2^n by its exponent bits.
 struct ExpParts {
   vec<float> shifted, r;  // n + kExpShift, and r
 };
@@ -141,7 +140,8 @@ MFK_INLINE vec<float> normal_tail(vec<float> size) {
   return exp2_normal(q);
 }
 
-// The same within 1.4e-7, in half the time: 1/2 - s P(s^2) / Q(s^2), a least-squares fit up to 5.5.
+// The same within 1.4e-7 (1.6e-7 without fused multiply-adds), in half the time: 1/2 - s P(s^2) / Q(s^2), a
+// least-squares fit up to 5.5.
 MFK_INLINE vec<float> quick_normal_tail(vec<float> size) {
   const vec<float> s = smaller(splat(5.5f), size), t = s * s;
   vec<float> p = splat(2.27493384e-08f), q = splat(1.19749961e-06f);

@@ -195,11 +195,13 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
     vec<float> sums[kSums * P * V] = {};
     float total[P * V * n];  // of the chains before this one, once there is one
     int64_t chains = 0;
-    const char* soon = reinterpret_cast<const char*>(w + kFetchedRows * kPanel);
+    const char* soon;
     int64_t pace = kPanel * sizeof(float);
-    if (!once && (number < kPanels || fetched == nullptr || fetched->at >= fetched->end)) {
+    if (once) {
+      soon = reinterpret_cast<const char*>(w + kFetchedRows * kPanel);
+    } else if (number < kPanels || fetched == nullptr || fetched->at >= fetched->end) {
       soon = reinterpret_cast<const char*>(w + (kPanels + number % kPanels) * panel);
-    } else if (!once) {
+    } else {
       soon = fetched->at;
       pace = fetched->pace;
       fetched->at += x.runs * steps * pace;
