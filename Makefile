@@ -12,7 +12,8 @@ test: .venv/installed
 
 # Networks and users of timm, transformers and torchvision, with the newest PyTorch (ten minutes).
 vision: .venv/installed .venv-vision/installed
-	.venv-vision/bin/python -m pytest -m vision tests/test_vision.py tests/test_accelerate_operators.py
+	.venv-vision/bin/python -m pytest -m vision tests/test_vision.py tests/test_detection.py \
+	  tests/test_accelerate_operators.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

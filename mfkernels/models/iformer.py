@@ -287,6 +287,7 @@ _FASTER = {
 }
 
 NAMES = (*_TABLE, *_FASTER)
+WITH_WINDOWS = tuple(name for name, (*_, attended) in _TABLE.items() if attended)  # that take `window_size`
 
 
 def create_iformer(name: str, *, window_size: int | None = None, **options: Any) -> IFormer:

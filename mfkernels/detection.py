@@ -1,0 +1,96 @@
+"""Detectors of torchvision over the pyramids of the networks; needs torchvision."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from .fpn import CHANNELS, PyramidWithFPN, pyramid_of
+from .models import FeaturePyramid, MobileFormer
+
+__all__ = ["mask_rcnn", "retinanet"]
+
+
+def retinanet(backbone: str | FeaturePyramid, *, num_classes: int = 80, **options: Any) -> RetinaNet:
+    """Create torchvision's RetinaNet over the last three maps of a network, with random weights.
+
+    The feature pyramid network has 256 channels and five levels. Its two coarsest come from the last level
+    for Mobile-Formers, and from the network's last map for the others, as in the papers.
+
+    Args:
+        backbone: a name of `list_models()`, or a pyramid of three maps: `create_model(name,
+            features_only=True, out_indices=3, checkpoint=path)` for one with released weights. By name the
+            attentions of iformer_m, iformer_l and iformer_l2 are in windows of 16.
+        num_classes: of objects; labels are 0 to num_classes - 1.
+        **options: torchvision's, for example `min_size`, `max_size`, `score_thresh`.
+
+    Returns:
+        The detector, in train mode. See `torchvision.models.detection.RetinaNet` for what it takes and
+        returns.
+
+    Raises:
+        TypeError: `backbone` is neither a name nor a pyramid.
+        ValueError: an unknown name, a pyramid of another number of maps, or no classes.
+
+    Source: Mobile-Former, table 8; Dynamic Mobile-Former, the table of detectors on COCO.
+    """
+    body = pyramid_of("retinanet", backbone, 3, num_classes)
+    on_output = isinstance(body.network, MobileFormer)
+    extra = LastLevelP6P7(CHANNELS if on_output else body.feature_info.channels()[-1], CHANNELS)
+    extra.use_P5 = on_output  # torchvision takes the output, too, when a map happens to have its channels
+    return RetinaNet(PyramidWithFPN(body, extra), num_classes, **options)
+
+
+def mask_rcnn(backbone: str | FeaturePyramid, *, num_classes: int = 80, **options: Any) -> MaskRCNN:
+    """Create torchvision's Mask R-CNN over the four maps of a network, with random weights.
+
+    The feature pyramid network has 256 channels and five levels, the coarsest pooled. Boxes and masks are
+    predicted of objects alone: torchvision predicts them for the background, too, and never uses them.
+
+    Args:
+        backbone: a name of `list_models()`, or a pyramid of four maps; see `retinanet`.
+        num_classes: of objects; labels are 1 to num_classes, 0 being the background.
+        **options: torchvision's, for example `min_size`, `max_size`, `box_score_thresh`.
+
+    Returns:
+        The detector, in train mode. See `torchvision.models.detection.MaskRCNN` for what it takes and
+        returns.
+
+    Raises:
+        TypeError: `backbone` is neither a name nor a pyramid.
+        ValueError: an unknown name, a pyramid of another number of maps, or no classes.
+
+    Source: Dynamic Mobile-Former and iFormer, the tables of Mask R-CNN on COCO.
+    """
+    body = pyramid_of("mask_rcnn", backbone, 4, num_classes)
+    levels = PyramidWithFPN(body, LastLevelMaxPool())
+    predictors = dict(
+        box_predictor=_BoxPredictor(1024, num_classes), mask_predictor=_MaskPredictor(CHANNELS, num_classes)
+    )
+    return MaskRCNN(levels, **(predictors | options))
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    """Score all classes and the background, and predict the boxes of the classes."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes + 1)
+        self.bbox_pred = nn.Linear(in_channels, 4 * num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, boxes = super().forward(x)
+        return scores, F.pad(boxes, (4, 0))  # torchvision skips the first box, that of the background
+
+
+class _MaskPredictor(MaskRCNNPredictor):
+    """Predict the masks of the classes."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__(channels, channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(super().forward(x), (0, 0, 0, 0, 1, 0))  # torchvision skips the background's mask
