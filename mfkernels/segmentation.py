@@ -50,9 +50,8 @@ class SemanticFPN(nn.Module):
         finest, *coarser = self.backbone(x).values()
         total = self.scale_heads[0](finest)
         for head, level in zip(self.scale_heads[1:], coarser, strict=True):
-            total = total + _resized(
-                head(level), total.shape[2:]
-            )  # sizes differ where halves were rounded up
+            # Sizes differ where halves were rounded up.
+            total = total + _resized(head(level), total.shape[2:])
         scores = self.conv_seg(self.dropout(total))
         return {"out": _resized(scores, x.shape[2:])}
 

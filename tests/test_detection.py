@@ -5,6 +5,7 @@ It needs an environment with torchvision: `make vision`.
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import mfkernels
 from mfkernels.models import create_model
@@ -131,8 +132,6 @@ def test_background_has_no_boxes_or_masks():
 
 @pytest.mark.parametrize("name", ["mobile_former_26m", "dmf_xxs", "iformer_t", "iformer_m"])
 def test_semantic_fpn(name):
-    from torch.nn import functional as F
-
     torch.manual_seed(0)
     model = segmentation.semantic_fpn(name, num_classes=7)
     x = torch.randn(2, 3, 70, 99)  # no level is exactly half of the one before
