@@ -16,6 +16,7 @@ from ..nn import (
     MobileToFormer,
 )
 from ..nn.inputs import check_channels
+from ..nn.padding import Padding, hide
 from .features import last_of_each_size
 from .network import Network, Stage
 
@@ -149,18 +150,19 @@ class MobileFormer(Network):
         tokens, _ = self.local_global(x, tokens, return_logits=False)
         return self.classifier(x, tokens)
 
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The last map of each size, those of `feature_stages`."""
-        return self._blocks(x)[2]
+    def feature_maps(self, x: Tensor, padding: Padding | None = None) -> list[Tensor]:
+        """The last map of each size, those of `feature_stages`, with zeros in the padding if there is any."""
+        return self._blocks(x, padding)[2]
 
-    def _blocks(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _blocks(self, x: Tensor, padding: Padding | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
         check_tensor("MobileFormer", "x", x, "B C H W")
         check_channels("MobileFormer", x, self.in_channels)
         tokens = self.tokens.weight[:, None].expand(-1, x.shape[0], -1).contiguous()
-        x, maps = self.stem(x), []
+        x, maps = hide(self.stem(hide(x, padding)), padding), []
         wanted = {stage.name for stage in self.feature_stages}
         for index, block in enumerate(self.features):
-            x, tokens = self.run(block, (x, tokens))
+            inputs = ((x, tokens),) if padding is None else (x, tokens, padding)
+            x, tokens = self.run(block, *inputs)
             if f"features.{index}" in wanted:
                 maps.append(x)
         return x, tokens, maps

@@ -4,6 +4,7 @@ from ..checks import check_tensor
 from .depthwise import depthwise_layers, pointwise_layers
 from .fused_sequential import FusedSequential
 from .inputs import Pair, check_channels
+from .padding import Padding, hide
 
 
 class LiteBottleneck(nn.Module):
@@ -16,7 +17,8 @@ class LiteBottleneck(nn.Module):
         depthwise: "dw", or "sepdw" for a 3x1 and a 1x3 convolution.
 
     Inputs, returns:
-        x (B, C, H, W), or a pair (x, tokens) of which the tokens pass through.
+        x (B, C, H, W), or a pair (x, tokens) of which the tokens pass through. `padding`: see
+        `MobileFormerBlock`.
 
     Raises:
         ValueError: an argument or input that does not fit, named.
@@ -48,7 +50,9 @@ class LiteBottleneck(nn.Module):
             *pointwise_layers(hidden, out_channels, groups),
         )
 
-    def forward(self, x: Tensor | Pair, tokens: Tensor | None = None) -> Tensor | Pair:
+    def forward(
+        self, x: Tensor | Pair, tokens: Tensor | None = None, padding: Padding | None = None
+    ) -> Tensor | Pair:
         if isinstance(x, (tuple, list)):
             x, tokens = x
         check_tensor("LiteBottleneck", "x", x, "B C H W")
@@ -56,4 +60,5 @@ class LiteBottleneck(nn.Module):
         out = self.conv(x)
         if self.skip:
             out = out + x
+        out = hide(out, padding)
         return out if tokens is None else (out, tokens)

@@ -18,6 +18,7 @@ from .former_to_mobile_attention import FormerToMobile
 from .fused_sequential import FusedSequential
 from .inputs import Pair, check_channels, map_and_tokens, parameters_of, untouched
 from .mobile_to_former_attention import MobileToFormer
+from .padding import Padding, hide
 from .replacement import Replacement
 from .token_hyper import HyperNetwork
 
@@ -103,19 +104,20 @@ class _TokenBlock(Replacement, ABC):
         logits: Tensor | None,
         slopes: Sequence[Tensor | None],
         back: Callable[[Tensor], Tensor],
+        padding: Padding | None,
     ) -> Tensor:
         """The output map, from the first convolution's, the updated tokens and what was made of them; `back`
         is the bridge from these tokens."""
 
-    def forward(self, x: Tensor | Pair, tokens: Tensor | None = None) -> Pair:
+    def forward(self, x: Tensor | Pair, tokens: Tensor | None = None, padding: Padding | None = None) -> Pair:
         x, tokens = map_and_tokens(type(self).__name__, x, tokens, self.token_dim)
         check_channels(type(self).__name__, x, self.in_channels)
 
         def former() -> tuple[Tensor, Tensor | None, Sequence[Tensor | None]]:
             # The released blocks take the dynamic coefficients from the updated tokens, but the attention
             # that mixes them from the query before the update.
-            if untouched(self.local_global, MobileToFormer):
-                new, logits = self.local_global(x, tokens, return_logits=self.token_id == -1)
+            if padding is not None or untouched(self.local_global, MobileToFormer):
+                new, logits = self.local_global(x, tokens, self.token_id == -1, padding=padding)
             else:  # whoever waits for its calls, or stands around it, knows the released form
                 new, logits = self.local_global((x, tokens))
                 logits = logits if self.token_id == -1 else None
@@ -124,7 +126,8 @@ class _TokenBlock(Replacement, ABC):
 
         # Until it needs these coefficients, Mobile has work that needs nothing of the tokens.
         made, first = side_by_side(former, lambda: self.conv1(x), x, tokens)
-        return self._mobile(x, first, *made, lambda out: self.global_local((out, made[0]))), made[0]
+        out = self._mobile(x, first, *made, lambda out: self.global_local((out, made[0])), padding)
+        return hide(out, padding), made[0]
 
     def _hyper(self, channels: int, functions: int) -> nn.Module:
         if functions < 1:
@@ -142,12 +145,16 @@ class _TokenBlock(Replacement, ABC):
         slopes: Any = ops.token_hyper(tokens[self.token_id], *parameters)  # type: ignore[arg-type]
         return slopes
 
-    def _attention(self, logits: Tensor | None, size: Sequence[int]) -> Tensor | None:
+    def _attention(
+        self, logits: Tensor | None, size: Sequence[int], padding: Padding | None
+    ) -> Tensor | None:
         """The weights (B, T, H', W') that mix the tokens' coefficients, for a map of `size`."""
         if logits is None:
             return None
         logits = logits.mean(dim=1)
-        if self.stride > 1:
+        if self.stride == 2 and padding is not None:
+            logits = padding.halve(logits)
+        elif self.stride > 1:
             logits = F.adaptive_avg_pool2d(logits, (size[0], size[1]))
         return torch.softmax(logits, dim=1)
 
@@ -199,7 +206,9 @@ class MobileFormerBlock(_TokenBlock):
         before_skip: ablation: Mobile <- Former before the residual instead of after it.
 
     Inputs:
-        x (B, in_channels, H, W) and tokens (T, B, d), or one pair of them.
+        x (B, in_channels, H, W) and tokens (T, B, d), or one pair of them. `padding`: None, or what of the
+        map is padding. There `x` must be zero, and what comes out is; the rest does not depend on it, save
+        that batch norms in train mode count its pixels.
 
     Returns:
         x (B, out_channels, ceil(H / stride), ceil(W / stride)) and tokens (T, B, d).
@@ -235,9 +244,9 @@ class MobileFormerBlock(_TokenBlock):
     def _generators(self):
         return (self.act1, self.hyper1), (self.act2, self.hyper2)
 
-    def _mobile(self, x, first, tokens, logits, slopes, back):
-        flag, attention = self.se_flag, self._attention(logits, first.shape[2:])
-        out = _activate(flag[0], self.act1, self.hyper1, first, tokens, attention, slopes[0])
+    def _mobile(self, x, first, tokens, logits, slopes, back, padding):
+        flag, attention = self.se_flag, self._attention(logits, first.shape[2:], padding)
+        out = hide(_activate(flag[0], self.act1, self.hyper1, first, tokens, attention, slopes[0]), padding)
         out = _activate(flag[2], self.act2, self.hyper2, self.conv2(out), tokens, attention, slopes[1])
         out = _activate(flag[3], self.act3, self.hyper3, self.conv3(out), tokens, attention)
         if self.before_skip:
@@ -292,9 +301,10 @@ class MobileFormerDownsample(_TokenBlock):
     def _generators(self):
         return (self.act1, self.hyper1), (self.act3, self.hyper3)
 
-    def _mobile(self, x, first, tokens, logits, slopes, back):
-        flag, attention = self.se_flag, self._attention(logits, first.shape[2:])
+    def _mobile(self, x, first, tokens, logits, slopes, back, padding):
+        flag, attention = self.se_flag, self._attention(logits, first.shape[2:], padding)
         middle = self.conv2(_activate(flag[0], self.act1, self.hyper1, first, tokens, attention, slopes[0]))
+        middle = hide(middle, padding)
         out = _activate(flag[2], self.act3, self.hyper3, self.conv3(middle), tokens, attention, slopes[1])
         out = _activate(flag[3], self.act4, self.hyper4, self.conv4(out), tokens, attention)
         out = back(self.drop_path(out) + middle)

@@ -6,6 +6,7 @@ from .. import ops
 from .drop_path import DropPath
 from .gate import gate_layer
 from .inputs import Pair, check_channels, check_mixing, check_positions, map_and_tokens, needed
+from .padding import Padding
 from .replacement import Replacement
 
 
@@ -24,7 +25,9 @@ class MobileToFormer(Replacement):
         drop_path: rate of stochastic depth; along the tokens, see `DropPath`.
 
     Inputs:
-        x (B, C, H, W) and tokens (T, B, d), or one pair of them.
+        x (B, C, H, W) and tokens (T, B, d), or one pair of them. `position`: None, or (T, B, d), added to
+        the tokens for the queries alone. `padding`: None, or what of the map is padding, to which the tokens
+        do not attend; the attention is then PyTorch's operators, not our kernel.
 
     Returns:
         tokens (T, B, d), and the logits (B, num_heads, T, H, W), scaled, before the softmax. The logits
@@ -70,16 +73,27 @@ class MobileToFormer(Replacement):
             self.v = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(
-        self, x: Tensor | Pair, tokens: Tensor | None = None, return_logits: bool = True
+        self,
+        x: Tensor | Pair,
+        tokens: Tensor | None = None,
+        return_logits: bool = True,
+        position: Tensor | None = None,
+        padding: Padding | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         x, tokens = map_and_tokens("MobileToFormer", x, tokens, self.token_dim)
         check_channels("MobileToFormer", x, self.channels)
         gathered, logits = None, None
+        if padding is not None and (hasattr(self, "mlp") or hasattr(self, "k")):
+            raise ValueError("MobileToFormer: padding needs mixing 'attn' and no local_projection")
         if hasattr(self, "mlp"):
             check_positions("MobileToFormer", x.shape[2], x.shape[3], self.mlp.in_features)
             gathered = self.mlp(x.flatten(2)).permute(2, 0, 1)
         if hasattr(self, "q"):
-            attended, logits = self._attend(x, self.q(tokens).transpose(0, 1), return_logits)
+            q = self.q(tokens if position is None else tokens + position).transpose(0, 1)
+            if padding is None:
+                attended, logits = self._attend(x, q, return_logits)
+            else:
+                attended, logits = self._attend_inside(x, q, padding)
             attended = attended.transpose(0, 1).contiguous()
             gathered = attended if gathered is None else gathered + attended
         if hasattr(self, "alpha"):
@@ -101,3 +115,13 @@ class MobileToFormer(Replacement):
         logits = q @ k * heads[2] ** -0.5  # (B, h, T, N)
         out = F.softmax(logits, dim=-1) @ v.transpose(2, 3)
         return torch.cat(out.unbind(1), dim=-1), logits.unflatten(-1, (height, width))
+
+    def _attend_inside(self, x: Tensor, q: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+        """The logits are those of all pixels, and finite."""
+        pixels = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, h, c, N)
+        queries = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, h, T, c)
+        logits = queries @ pixels * pixels.shape[2] ** -0.5
+        outside = ~padding.inside(x).flatten(2)[:, None]  # (B, 1, 1, N)
+        weights = torch.softmax(logits.masked_fill(outside, -torch.inf), dim=-1)
+        out = (weights @ pixels.transpose(2, 3)).transpose(1, 2).flatten(2)
+        return out, logits.unflatten(-1, x.shape[2:])
