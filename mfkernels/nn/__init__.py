@@ -12,12 +12,14 @@ from .attention2d import Attention2d, PreNormModulationAttention
 from .batch_norm import normalize
 from .classifier_head import ClassifierHead
 from .conv_bn import BNConv, BNLinear, ConvBN
+from .detection_block import DetectionBlock
 from .dmf_block import DMFBlock, DynamicMobile
 from .dmf_stem_head import DMFHead, DMFStem
 from .dmf_tokens import DMFFormer, DMFFormerToMobile, DMFMobileToFormer
 from .drop_path import DropPath
 from .dynamic_conv2d import DynamicResidualConv2d
 from .dynamic_relu import DynamicReLU
+from .encoder_layer import EncoderLayer
 from .former_block import Former
 from .former_to_mobile_attention import FormerToMobile
 from .fused_inverted_bottleneck import FusedInvertedBottleneck
@@ -33,10 +35,12 @@ from .lite_bottleneck import LiteBottleneck
 from .mobile_former_block import MobileFormerBlock, MobileFormerDownsample
 from .mobile_to_former_attention import MobileToFormer
 from .modulation_attention import SingleHeadModulationAttention
+from .padding import Padding
 from .pointwise_conv_bn import conv_norm
 from .reparameterized_depthwise import ReparameterizedDepthwise
 from .residual import Residual
 from .token_hyper import HyperNetwork
+from .up_conv import UpConv
 
 __all__ = [
     "AdaptPosition",
@@ -53,10 +57,12 @@ __all__ = [
     "DMFHead",
     "DMFMobileToFormer",
     "DMFStem",
+    "DetectionBlock",
     "DropPath",
     "DynamicMobile",
     "DynamicReLU",
     "DynamicResidualConv2d",
+    "EncoderLayer",
     "FFN2d",
     "Former",
     "FormerToMobile",
@@ -75,12 +81,14 @@ __all__ = [
     "MobileFormerBlock",
     "MobileFormerDownsample",
     "MobileToFormer",
+    "Padding",
     "PreNormModulationAttention",
     "RepCPE",
     "ReparameterizedDepthwise",
     "Residual",
     "SHMABlock",
     "SingleHeadModulationAttention",
+    "UpConv",
     "conv_norm",
     "normalize",
 ]

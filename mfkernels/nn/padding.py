@@ -1,7 +1,9 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .batch_norm import normalize
 
 
 class Padding:
@@ -31,8 +33,8 @@ class Padding:
         sizes = torch.stack([image[:, :, :1].sum((1, 2)), image[:, :1].sum((1, 2))], 1)  # (B, 2)
         if not torch.equal(image, _inside(sizes, height, width)) or (sizes < 1).any():
             raise ValueError(
-                "Padding: mask must be True at the bottom and on the right of images alone, and False for one "
-                "pixel of each image at least"
+                "Padding: mask must be True at the bottom and on the right of images alone, and False for a "
+                "pixel of each at least"
             )
         self._sizes = {(h, w): of_maps for h, w, of_maps in _halved(height, width, sizes)}
 
@@ -57,6 +59,17 @@ class Padding:
 def hide(x: Tensor, padding: Padding | None) -> Tensor:
     """`x` with zeros in the padding; `x` itself where there is none."""
     return x if padding is None else padding.hide(x)
+
+
+def normalize_inside(norm: nn.Module, x: Tensor, padding: Padding | None) -> Tensor:
+    """`norm(x)`, which in train mode measures the images' pixels alone and leaves zeros in the padding."""
+    if padding is None or not norm.training:
+        return normalize(norm, x)
+    inside, pixels = padding.inside(x)[:, 0], x.permute(0, 2, 3, 1)  # (B, H, W) and (B, H, W, C)
+    normal = norm(pixels[inside][:, :, None, None])[:, :, 0, 0]
+    out = normal.new_zeros(pixels.shape)
+    out[inside] = normal
+    return out.permute(0, 3, 1, 2)
 
 
 def _halved(height: int, width: int, sizes: Tensor) -> Iterator[tuple[int, int, Tensor]]:
