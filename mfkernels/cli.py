@@ -22,6 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--image", type=Path, help="a photo (default: the sample photo that matplotlib ships)")
     demo.add_argument("--checkpoint", type=Path, help="released weights (default: random weights)")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of the results")
+    detect = commands.add_parser("detect", help="draw and write the objects that a detector finds in a photo")
+    detect.add_argument("photo", type=Path, metavar="PHOTO")
+    detect.add_argument(
+        "--model", default="e2e_mobile_former_508m", choices=models.list_detectors(), metavar="NAME"
+    )
+    detect.add_argument("--checkpoint", type=Path, help="weights of a trained detector (default: random)")
+    detect.add_argument("--threshold", type=float, default=0.5, help="of the scores, 0 to 1")
+    detect.add_argument("--output", type=Path, default=Path("detect-output"), help="folder of the results")
     bench = commands.add_parser("bench", help="time networks against other runtimes and other networks")
     bench.add_argument("--networks", default="mobile_former_214m,mobilenet_v3_large", metavar="A,B,...")
     bench.add_argument("--runtimes", metavar="A,B,...", help="default: all that are installed")
@@ -61,13 +69,20 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             parser.exit(1, f"mfkernels verify: {error}\n")
     try:
-        from . import demo as job
+        if options.command == "detect":
+            from . import detect as detection
+
+            detection.run(options.model, options.photo, options.checkpoint, options.threshold, options.output)
+        else:
+            from . import demo as job
+
+            job.run(options.model, options.image, options.checkpoint, options.output)
     except ModuleNotFoundError as error:
-        parser.exit(1, f"mfkernels demo needs {error.name}: type `pip install 'mfkernels[demo]'`\n")
-    try:
-        job.run(options.model, options.image, options.checkpoint, options.output)
+        parser.exit(
+            1, f"mfkernels {options.command} needs {error.name}: type `pip install 'mfkernels[demo]'`\n"
+        )
     except (OSError, ValueError) as error:
-        parser.exit(1, f"mfkernels demo: {error}\n")
+        parser.exit(1, f"mfkernels {options.command}: {error}\n")
     return 0
 
 
