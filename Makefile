@@ -12,7 +12,7 @@ test: .venv/installed
 
 # Networks and users of timm, transformers and torchvision, with the newest PyTorch (ten minutes).
 vision: .venv/installed .venv-vision/installed
-	.venv-vision/bin/python -m pytest -m vision tests/test_vision.py tests/test_detection.py \
+	.venv-vision/bin/python -m pytest -m vision tests/test_vision.py tests/test_detection.py tests/test_end_to_end.py \
 	  tests/test_accelerate_operators.py
 
 lint: .venv/installed
@@ -118,11 +118,11 @@ wheel: .venv/installed $(OLDEST)/headers
 	  pip install -q --disable-pip-version-check "$$(echo $(CURDIR)/dist/*.whl)[demo]" && mfkernels demo
 
 clean:
-	rm -rf .venv .venv-vision .venv-rivals build dist demo-output *.egg-info mfkernels/*.so
+	rm -rf .venv .venv-vision .venv-rivals build dist demo-output detect-output *.egg-info mfkernels/*.so
 
 # The newest PyTorch, and the packages whose networks ours take the place of. The package is used where its
 # sources lie.
-TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors pillow
+TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors pillow scipy
 .venv-vision/installed:
 	@test -x .venv-vision/bin/python || $(PYTHON) -m venv .venv-vision
 	.venv-vision/bin/pip install -q --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm transformers \
