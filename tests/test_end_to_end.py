@@ -561,6 +561,7 @@ def test_other_bad_arguments():
         (dict(queries=2.5), "queries must be a positive integer, got 2.5"),
         (dict(features_only=True), "features_only is of networks for classification"),
         (dict(token_id=200), "token_id must be from 0 to 99, got 200"),
+        (dict(num_heads=3), "num_heads must be positive and divide dim, got 3 for 256 channels"),
     ):
         with pytest.raises(ValueError, match=message):
             create_model(name, **options)

@@ -1,5 +1,7 @@
 from torch import Tensor, nn
 
+from ..checks import check_heads
+
 
 class EncoderLayer(nn.Module):
     """Multi-head self-attention and a feed-forward network (d -> 2d -> d, GELU), each with a residual and a
@@ -17,12 +19,16 @@ class EncoderLayer(nn.Module):
     Returns:
         (N, B, d).
 
+    Raises:
+        TypeError, ValueError: `num_heads` does not fit, named.
+
     Source: Chen et al., Mobile-Former, CVPR 2022, section 4: the Former of the detector's head and, over the
     pixels of a map, its attention in Mobile; the layout is that of Carion et al., DETR, ECCV 2020.
     """
 
     def __init__(self, dim: int, *, num_heads: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
+        check_heads("EncoderLayer", num_heads, dim, "dim")
         self.attention = nn.MultiheadAttention(dim, num_heads, dropout)
         self.layer_norm = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
