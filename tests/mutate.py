@@ -99,8 +99,8 @@ MUTATIONS = {
     ),
     "deployed_attention": (
         "csrc/cpu/deployed_attention.h",
-        "y * inverse[p]",
-        "y * inverse[0]",
+        "context = y * inverse[p]",
+        "context = y * inverse[0]",
         "test_deploy_dmf_iformer.py and test_variants",
     ),
 }

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import threading
 
 import pytest
@@ -142,13 +143,27 @@ DEPLOYABLE = {
     "all at once": dict(se_flag=(1, 0, 2, 1), before_skip=True, kernel_size=(3, 5)),
     "dynamic head": dict(head_activation="dynamic_relu"),
     "pooled tokens": dict(class_tokens=0),
+    "spatial-aware": dict(token_id=-1),
+    "spatial-aware, one token": dict(token_id=-1, token_num=1),
+    "spatial-aware, many tokens": dict(token_id=-1, token_num=17, num_heads=4),
+    "spatial-aware, excitation": dict(token_id=-1, se_flag=(1, 0, 2, 1), kernel_size=(3, 5)),
+    "spatial-aware, before the residual": dict(token_id=-1, se_flag=(2, 0, 1, 1), before_skip=True),
+    "spatial-aware, static": dict(token_id=-1, se_flag=(0, 0, 0, 0)),
+    "columns and rows": dict(depthwise="sepdw", expansions=(4, 0, 6, 2)),
+    "columns and rows, spatial-aware": dict(
+        depthwise="sepdw", expansions=(2, 4, 2, 4), groups=1, token_id=-1
+    ),
+    "columns or rows": dict(depthwise="maxdw", expansions=(3, 2, 6, 4)),
+    "columns or rows, excitation": dict(
+        depthwise="maxdw", expansions=(2, 4, 6, 1), se_flag=(1, 0, -1, 1), token_id=-1
+    ),
 }
 
 
 def small_variant(options: dict) -> MobileFormer:
-    options = dict(groups=4, token_num=3) | options
-    channels = options.get("in_channels", 3)
-    rows = [("D", 3, 12, 1, 2, 0), ("M", 3, 12, 1, 1, 3), ("D", 6, 20, 1, 2, 4), ("M", 4, 20, 1, 1, 4)]
+    options = dict(groups=4, token_num=3, expansions=(3, 0, 6, 4)) | options
+    channels, (a, b, c, d) = options.get("in_channels", 3), options.pop("expansions")
+    rows = [("D", a, 12, 1, 2, b), ("M", 3, 12, 1, 1, 3), ("D", c, 20, 1, 2, d), ("M", 4, 20, 1, 1, 4)]
     torch.manual_seed(0)
     model = MobileFormer(rows, num_classes=7, **options)
     randomise(model, torch.randn(4, channels, 64, 64))
@@ -164,6 +179,21 @@ def test_variants(variant):
         x = torch.randn(size)
         expected = truth(model, x)
         assert (deployed(x) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_mixed_slopes(instruction_set):
+    """Of maps whose pixels are several tasks', of odd sizes, and of one pixel."""
+    model = make(SMALL, num_classes=101, token_id=-1)
+    check_numbers(model, SIZES[:6], "spatial-aware")
+    printed = str(mfkernels.deploy(model))
+    assert "weights of 3 tokens" in printed and ", mixed by map" in printed
+
+
+def test_mixed_slopes_take_little_memory():
+    """The tokens' weights at each position, not the slopes of each channel there."""
+    plain, mixed = (mfkernels.deploy(small_variant(dict(token_id=i))) for i in (0, -1))
+    maps = [max(int(c) for c in re.findall(r"map \d: (\d+) x", str(network))) for network in (plain, mixed)]
+    assert maps[0] == maps[1]
 
 
 @pytest.mark.parametrize("rows", [[], [("D", 6, 12, 1, 2, 4)], [("D", 2, 12, 1, 2, 0)]], ids=len)

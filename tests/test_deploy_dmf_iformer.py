@@ -11,6 +11,7 @@ from threads import on_threads
 import mfkernels
 from mfkernels.bench.run import randomise
 from mfkernels.models import DynamicMobileFormer, IFormer, create_model
+from mfkernels.nn import Attention2d, PreNormModulationAttention
 
 SIZES = ((1, 160, 160), (2, 65, 97), (3, 32, 40), (1, 1, 1), (1, 7, 300), *[(4, 64, 64)] * 3)
 NAMES = ("dmf_96", "dmf_xxs", "dmf_s", "iformer_t", "iformer_m", "iformer_m_faster", "iformer_h")
@@ -47,7 +48,31 @@ WINDOWED = (
     *("SHMABlock_r1_hdrr2_nh1_ws4_wsp1", "RepCPE_k3", "SHMABlock_r1_hdrr2_nh1_ws4_wre1"),
     "SHMABlock_r1_hdrr4_nh1_ws2",
 )
+
+
+def halving_dmf() -> DynamicMobileFormer:
+    """With a dynamic depthwise convolution of stride 2 in its second block."""
+    model = small_dmf()
+    model.blocks[1].dynamic_mobile.dw_conv.stride = 2
+    return model
+
+
+def with_attention(make_mixer) -> IFormer:
+    """An iFormer with other attention than its own in its sixth block."""
+    model = small_iformer(layer_scale=0.3)
+    blocks = [block for stage in model.stages for block in stage]
+    blocks[5].block.token_channel_mixer.m = make_mixer(36)
+    return model
+
+
 SMALL = {
+    "dmf, strided": halving_dmf,
+    "iformer, plain attention": lambda: with_attention(Attention2d),
+    "iformer, heads": lambda: with_attention(lambda c: Attention2d(c, num_heads=3)),
+    "iformer, norm before": lambda: with_attention(PreNormModulationAttention),
+    "iformer, norm before, values first": lambda: with_attention(
+        lambda c: PreNormModulationAttention(c, reduction=4, form="released")
+    ),
     "dmf": lambda: small_dmf(),
     "dmf, one group": lambda: small_dmf(groups=1),
     "dmf, softmax, hot": lambda: small_dmf(activation="softmax", temperature=3.0),
@@ -171,8 +196,8 @@ def test_foreign_plans_are_an_error():
 @pytest.mark.parametrize(
     ("make_model", "message"),
     [
-        (lambda: small_iformer(norm="layer"), r"downsample_layers\.1\.0 \(LayerNorm2d\): unknown"),
-        (lambda: small_iformer(stem="ConvNeXt"), r"downsample_layers\.0\.1 \(LayerNorm2d\): unknown"),
+        (lambda: small_iformer(norm="layer"), r"downsample_layers\.1\.0 \(LayerNorm2d\): only halving by a"),
+        (lambda: small_iformer(stem="ConvNeXt"), r"downsample_layers\.0 \(Sequential\): only stems of"),
         (lambda: small_iformer(("ConvBlock_k9_r2",) * 8), "only depthwise convolutions of 3x3, 5x5 or 7x7"),
         (lambda: small_dmf(rows=[(20, 12, 1, 2, 17, 4)]), "only up to 16 kernels"),
     ],

@@ -24,6 +24,9 @@ SMALL = {
     "mobile_former": lambda: MobileFormer(
         ROWS, num_classes=7, stem_channels=8, token_dim=64, token_num=3, features=40
     ),
+    "mobile_former, spatial-aware": lambda: MobileFormer(
+        ROWS[:-1], num_classes=7, stem_channels=8, token_dim=64, token_num=3, features=40, token_id=-1
+    ),
     "dmf": lambda: small_dmf(),
     "iformer": lambda: small_iformer(),
     "iformer, windows": lambda: small_iformer(WINDOWED),

@@ -55,7 +55,12 @@ def test_structs_are_the_same_in_both_languages():
 
 @pytest.mark.parametrize(
     ("enum", "names"),
-    [("PlanKind", list(steps.KINDS)), ("PlanActivation", steps.ACTIVATIONS), ("PlanNorm", steps.NORMS)],
+    [
+        ("PlanKind", list(steps.KINDS)),
+        ("PlanActivation", steps.ACTIVATIONS),
+        ("PlanGating", steps.GATINGS),
+        ("PlanNorm", steps.NORMS),
+    ],
 )
 def test_enumerations_are_the_same_in_both_languages(enum, names):
     text = (CSRC / "cpu/deployed.h").read_text() + (CSRC / "cpu/deployed_plan.h").read_text()

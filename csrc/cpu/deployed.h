@@ -12,8 +12,17 @@ struct PlanLinear {
   int64_t inputs, outputs, weight, bias;  // outputs padded
 };
 
-// The last two have factors in the state: of positive and of other values; of relu6.
-enum PlanActivation : int64_t { kNoActivation, kGelu, kHardswish, kRelu, kRelu6, kDynamicRelu, kScaledRelu6 };
+// kDynamicRelu and kScaledRelu6 have factors in the state: of positive and of other values; of relu6.
+enum PlanActivation : int64_t {
+  kNoActivation,
+  kGelu,
+  kHardswish,
+  kRelu,
+  kRelu6,
+  kDynamicRelu,
+  kScaledRelu6,
+  kHardsigmoid,
+};
 
 // Always inlined: a copy of its own could be the one compiled for AVX-512.
 #define MFK_PLAN_FUNCTION static inline __attribute__((always_inline))

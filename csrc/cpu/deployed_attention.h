@@ -1,6 +1,7 @@
-// Modulation attention of one window for deployed networks: pixels are rows, products those of gemm.h.
+// Attention of one window for deployed networks, gated or not: pixels are rows, products those of gemm.h.
 #pragma once
 
+#include "deployed_plan.h"
 #include "gemm.h"
 #include "tile.h"
 
@@ -11,6 +12,8 @@ MFK_INLINE vec<float> sigmoid(vec<float> x) {
   const vec<float> small = exp_nonpositive(-absolute(x)), large = 1.0f / (1.0f + small);
   return x < 0 ? small * large : large;
 }
+
+MFK_INLINE vec<float> silu(vec<float> x) { return x * sigmoid(x); }
 
 // A panel of a right side that is not packed yet: `row(i, j)` is a vector of the outputs from j on of input
 // i.
@@ -37,30 +40,35 @@ MFK_INLINE void pack_panel(float* panel, int64_t inputs, F row) {
   }
 }
 
-// With P = softmax(q k^T): y = (P sigmoid(v)) sigmoid(gate), or, with `outside`, sigmoid(P v) sigmoid(gate).
+// With P = softmax(q k^T) and a gate's function f, sigmoid or SiLU: y = (P f(v)) f(gate), or, with `outside`,
+// f(P v) f(gate). Without gates y = P v.
 class WindowAttention {
  public:
-  // A pixel holds queries, with the logits' scale in them, keys, values and gates, each padded.
-  WindowAttention(int64_t pixels, int64_t depth, int64_t channels, bool outside)
+  // A pixel holds queries, with the logits' scale in them, keys, values and gates, each padded for each head.
+  WindowAttention(int64_t pixels, const AttentionStep& step)
       : pixels_(pixels),
-        depth_(depth),
-        channels_(channels),
-        pixel_(2 * padded(depth) + 2 * padded(channels)),
-        outside_(outside) {}
+        heads_(step.heads),
+        depth_(step.depth),
+        channels_(step.channels),
+        pixel_(attention_pixel(step)),
+        gating_(step.gating),
+        outside_(step.outside) {}
 
   // Floats of working memory for so many queries at a time.
   int64_t scratch(int64_t queries) const {
     return keys_size() + values_size() + kPanel * padded(depth_) + queries * (2 * padded(pixels_) + 1) + 64;
   }
 
-  // Keys and values of a window, as right sides of products.
-  void open(const Stored* x, float* scratch) {
-    x_ = x;
+  // Keys and values of a window's head, as right sides of products.
+  void open(const Stored* x, int64_t head, float* scratch) {
+    const int64_t keys = heads_ * padded(depth_), channels = padded(channels_);
+    queries_ = x + head * padded(depth_);
+    gates_ = x + 2 * keys + heads_ * channels + head * channels;
     keys_ = scratch;
     values_ = keys_ + keys_size();
     float* tile = values_ + values_size();
     logits_ = tile + kPanel * padded(depth_);
-    const Stored *k = x + padded(depth_), *v = x + 2 * padded(depth_);
+    const Stored *k = queries_ + keys, *v = x + 2 * keys + head * channels;
     for (int64_t o = 0; o < padded(pixels_); o += kPanel) {
       const int64_t count = pixels_ - o < kPanel ? pixels_ - o : kPanel;
       const Tile<float> turned =
@@ -72,24 +80,31 @@ class WindowAttention {
     for (int64_t o = 0; o < padded(channels_); o += kPanel) {
       pack_panel(values_ + o * weight_rows(pixels_), pixels_, [&](int64_t i, int64_t j) {
         const vec<float> value = load(v + i * pixel_ + o + j);
-        return outside_ ? value : sigmoid(value);
+        if (outside_ || gating_ == kUngated) return value;
+        return gating_ == kSiluGate ? silu(value) : sigmoid(value);
       });
     }
   }
 
-  // y of the queries `first` to first + count - 1. Its padding is not zero.
-  void run(int64_t first, int64_t count, Stored* y) const {
-    const int64_t width = padded(pixels_), channels = padded(channels_);
+  // y of the queries `first` to first + count - 1, so many numbers from one to the next. Its padding is not
+  // zero.
+  void run(int64_t first, int64_t count, Stored* y, int64_t stride) const {
+    const int64_t width = padded(pixels_);
     float* inverse = logits_ + count * width;
     auto* weights = reinterpret_cast<Stored*>(inverse + round_up(count, 16));
-    const Stored* queries = x_ + first * pixel_;
+    const Stored* queries = queries_ + first * pixel_;
     gemm(count, Rows<Stored>{queries, pixel_, 1, depth_, 0}, Weights{keys_, width}, logits_, width, Plain{});
     for (int64_t i = 0; i < count; ++i) {
       inverse[i] = softmax(logits_ + i * width, weights + i * width);
     }
-    const Gate gate{inverse, queries + 2 * padded(depth_) + channels, pixel_, outside_};
-    gemm(count, Rows<Stored>{weights, width, 1, pixels_, 0}, Weights{values_, channels}, y + first * channels,
-         channels, gate);
+    auto finish = [&](auto epilogue) {
+      gemm(count, Rows<Stored>{weights, width, 1, pixels_, 0}, Weights{values_, padded(channels_)},
+           y + first * stride, stride, epilogue);
+    };
+    const Stored* gates = gates_ + first * pixel_;
+    if (gating_ == kUngated) return finish(Scale{inverse});
+    gating_ == kSiluGate ? finish(Gate<true>{inverse, gates, pixel_, outside_})
+                         : finish(Gate<false>{inverse, gates, pixel_, outside_});
   }
 
  private:
@@ -103,7 +118,19 @@ class WindowAttention {
     };
     MFK_INLINE At at(int64_t) const { return {vec<float>{}}; }
   };
+  struct Scale {
+    const float* inverse;
+    struct At {
+      vec<float> bias;
+      const float* inverse;
+      MFK_INLINE vec<float> operator()(vec<float> y, int64_t p) const { return y * inverse[p]; }
+    };
+    MFK_INLINE At at(int64_t) const { return {vec<float>{}, inverse}; }
+  };
+  template <bool kSilu>
   struct Gate {
+    static MFK_INLINE vec<float> function(vec<float> x) { return kSilu ? silu(x) : sigmoid(x); }
+
     const float* inverse;
     const Stored* gate;
     int64_t pixel;
@@ -116,7 +143,7 @@ class WindowAttention {
       bool outside;
       MFK_INLINE vec<float> operator()(vec<float> y, int64_t p) const {
         const vec<float> context = y * inverse[p];
-        return (outside ? sigmoid(context) : context) * sigmoid(load(gate + p * pixel));
+        return (outside ? function(context) : context) * function(load(gate + p * pixel));
       }
     };
     MFK_INLINE At at(int64_t o) const { return {vec<float>{}, inverse, gate + o, pixel, outside}; }
@@ -143,9 +170,9 @@ class WindowAttention {
     return static_cast<float>(1 / sum_lanes<float>(sum));
   }
 
-  int64_t pixels_, depth_, channels_, pixel_;
+  int64_t pixels_, heads_, depth_, channels_, pixel_, gating_;
   bool outside_;
-  const Stored* x_ = nullptr;
+  const Stored *queries_ = nullptr, *gates_ = nullptr;
   float *keys_ = nullptr, *values_ = nullptr, *logits_ = nullptr;
 };
 

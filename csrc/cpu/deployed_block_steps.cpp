@@ -19,8 +19,9 @@ struct BlockSteps : MapTasks {
     }
   }
   // The same of rows that are kept.
+  template <class Epilogue>
   void depthwise_of_ring(const Ring& ring, int64_t y, int64_t channels, int64_t hidden, int64_t taps,
-                         Stored* out, AddBiasDynamicRelu epilogue) const {
+                         Stored* out, Epilogue epilogue) const {
     const float* rows[3] = {ring.at(y - 1), ring.at(y), ring.at(y + 1)};
     depthwise_row<3, 1>(rows, args.out.width, args.out.width, channels, at(taps), out, epilogue, hidden);
   }
@@ -28,6 +29,21 @@ struct BlockSteps : MapTasks {
   AddBiasDynamicRelu dynamic_relu(int64_t bias, int64_t slopes, int64_t channels) const {
     return {at(bias), place(slopes), place(slopes) + channels};
   }
+  // Calls f with each activation of a block, and what is done to rows that then lie in memory.
+  template <class Step, class F>
+  void with_slopes(const Step& step, int64_t bias1, int64_t hidden1, int64_t bias2, int64_t hidden2,
+                   F f) const {
+    if (step.attention < 0) {
+      return f(dynamic_relu(bias1, step.slopes1, hidden1), Nothing{},
+               dynamic_relu(bias2, step.slopes2, hidden2), Nothing{});
+    }
+    f(AddBias{at(bias1)}, mixed_slopes(kDynamicRelu, step.slopes1, step.tokens, hidden1), AddBias{at(bias2)},
+      mixed_slopes(kDynamicRelu, step.slopes2, step.tokens, hidden2));
+  }
+  struct Nothing {
+    template <class T>
+    MFK_INLINE void apply(T*, int64_t, int64_t) const {}
+  };
   // What a depthwise convolution of so many channels, and with padding, left: runs of the true channels.
   static Rows<Stored> expanded(const Stored* data, int64_t hidden, int64_t run, int64_t skip) {
     return {data, hidden, hidden / skip, run, skip};
@@ -63,20 +79,23 @@ struct BlockSteps : MapTasks {
     memset(space.part[0], 0, row * sizeof(float));
     Ring ring{space.part[1], space.part[0], row, args.in.height};
     Stored* hidden = space.stored(2);
-    const auto first = dynamic_relu(step.expand.bias, step.slopes1, step.hidden);
-    const auto second = dynamic_relu(step.taps + 9 * step.hidden, step.slopes2, step.hidden);
-    for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
-      ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
-        gemm((until - from) * args.in.width,
-             Rows<Stored>{in_row(from, channels), channels, 1, step.in_channels, 0}, matrix(step.expand), to,
-             step.hidden, first);
+    const int64_t width = args.in.width;
+    auto run = [&](auto first, auto first_rows, auto second, auto second_rows) {
+      for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
+        ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
+          gemm((until - from) * width, Rows<Stored>{in_row(from, channels), channels, 1, step.in_channels, 0},
+               matrix(step.expand), to, step.hidden, first);
+          first_rows.apply(to, from * width, (until - from) * width);
+        });
+        for (int64_t y = y0; y < y1; ++y) {
+          depthwise_of_ring(ring, y, step.hidden, step.hidden, step.taps, hidden + (y - y0) * row, second);
+        }
+        second_rows.apply(hidden, y0 * width, (y1 - y0) * width);
+        project(Rows<Stored>{hidden, step.hidden, 1, step.project.inputs, 0}, (y1 - y0) * width, step.project,
+                step.residual ? in_row(y0, channels) : nullptr, out_row(y0));
       });
-      for (int64_t y = y0; y < y1; ++y) {
-        depthwise_of_ring(ring, y, step.hidden, step.hidden, step.taps, hidden + (y - y0) * row, second);
-      }
-      project(Rows<Stored>{hidden, step.hidden, 1, step.project.inputs, 0}, (y1 - y0) * args.in.width,
-              step.project, step.residual ? in_row(y0, channels) : nullptr, out_row(y0));
-    });
+    };
+    with_slopes(step, step.expand.bias, step.hidden, step.taps + 9 * step.hidden, step.hidden, run);
   }
 
   void down(const DownStep& step, int64_t begin, int64_t end) {
@@ -88,23 +107,28 @@ struct BlockSteps : MapTasks {
     memset(space.part[1], 0, row * sizeof(float));
     Stored *hidden1 = space.stored(2), *hidden2 = space.stored(4);
     Ring ring{space.part[3], space.part[1], row, args.out.height};
-    const auto first = dynamic_relu(step.taps1 + 9 * step.hidden1, step.slopes1, step.hidden1);
-    const auto second = dynamic_relu(step.taps2 + 9 * step.hidden2, step.slopes2, step.hidden2);
-    for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
-      ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
-        for (int64_t y = from; y < until; ++y) {
-          depthwise_of_input(y, channels, step.hidden1, step.stride, step.taps1, space.stored(0),
-                             hidden1 + (y - from) * row1, first);
+    auto run = [&](auto first, auto first_rows, auto second, auto second_rows) {
+      for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
+        ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
+          for (int64_t y = from; y < until; ++y) {
+            depthwise_of_input(y, channels, step.hidden1, step.stride, step.taps1, space.stored(0),
+                               hidden1 + (y - from) * row1, first);
+          }
+          first_rows.apply(hidden1, from * width, (until - from) * width);
+          gemm((until - from) * width, expanded(hidden1, step.hidden1, step.in_channels, channels),
+               matrix(step.project1), to, out_channels, AddBias{at(step.project1.bias)});
+        });
+        for (int64_t y = y0; y < y1; ++y) {
+          depthwise_of_ring(ring, y, out_channels, step.hidden2, step.taps2, hidden2 + (y - y0) * row2,
+                            second);
         }
-        gemm((until - from) * width, expanded(hidden1, step.hidden1, step.in_channels, channels),
-             matrix(step.project1), to, out_channels, AddBias{at(step.project1.bias)});
+        second_rows.apply(hidden2, y0 * width, (y1 - y0) * width);
+        project(expanded(hidden2, step.hidden2, made.channels, out_channels), (y1 - y0) * width,
+                step.project2, ring.at(y0), out_row(y0));
       });
-      for (int64_t y = y0; y < y1; ++y) {
-        depthwise_of_ring(ring, y, out_channels, step.hidden2, step.taps2, hidden2 + (y - y0) * row2, second);
-      }
-      project(expanded(hidden2, step.hidden2, made.channels, out_channels), (y1 - y0) * width, step.project2,
-              ring.at(y0), out_row(y0));
-    });
+    };
+    with_slopes(step, step.taps1 + 9 * step.hidden1, step.hidden1, step.taps2 + 9 * step.hidden2,
+                step.hidden2, run);
   }
 };
 

@@ -13,16 +13,28 @@ struct MapSteps : MapTasks {
   static void with_activation(int64_t activation, const float* bias, F f) {
     if (activation == kGelu) return f(AddBiasGelu{bias});
     if (activation == kRelu6) return f(AddBiasRelu6{bias});
+    if (activation == kRelu) return f(AddBiasRelu{bias});
+    if (activation == kHardswish) return f(AddBiasHardswish{bias});
     f(AddBias{bias});
   }
-  // The same, perhaps with slopes.
+  // The same, perhaps with slopes; without an activation where slopes are mixed, see `mix`.
   template <class F>
-  void with_activation(int64_t activation, const float* bias, int64_t slopes, F f) const {
+  void with_activation(int64_t activation, const float* bias, int64_t slopes, int64_t attention, F f) const {
+    if (attention >= 0) return f(AddBias{bias});
     if (activation == kDynamicRelu) {
       return f(AddBiasDynamicRelu{bias, place(slopes), place(slopes) + out_channels});
     }
     if (activation == kScaledRelu6) return f(AddBiasScaledRelu6{bias, place(slopes)});
     with_activation(activation, bias, f);
+  }
+
+  // The activation of a step whose slopes are mixed, of rows that it has just written.
+  template <class Step>
+  void mix(const Step& step, int64_t r0, int64_t r1) const {
+    if (step.attention < 0) return;
+    const int64_t width = args.out.width;
+    mixed_slopes(step.activation, step.slopes, step.tokens, out_channels)
+        .apply(out_row(r0), r0 * width, (r1 - r0) * width);
   }
 
   void image_conv(const ConvStep& step, int64_t begin, int64_t end) {
@@ -118,7 +130,8 @@ struct MapSteps : MapTasks {
         const auto* added = static_cast<const Stored*>(args.added.data) + r0 * width * out_channels;
         run(AddResidual<Stored>{bias, added, out_channels});
       } else {
-        with_activation(step.activation, bias, step.slopes, run);
+        with_activation(step.activation, bias, step.slopes, step.attention, run);
+        mix(step, r0, r1);
       }
     });
   }
@@ -150,11 +163,12 @@ struct MapSteps : MapTasks {
     const float* taps = step.mixed ? place(step.taps) : at(step.taps);
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
-        with_activation(step.activation, at(step.bias), step.slopes, [&](auto epilogue) {
+        with_activation(step.activation, at(step.bias), step.slopes, step.attention, [&](auto epilogue) {
           depthwise_of(step.kernel, step.stride, r, channels, out_channels, taps, space.stored(0), out_row(r),
                        epilogue);
         });
       }
+      mix(step, r0, r1);
     });
   }
 
@@ -181,35 +195,132 @@ struct MapSteps : MapTasks {
 
   void attention(const AttentionStep& step, int64_t begin, int64_t end) const {
     const int64_t pixels = args.in.height * args.in.width, tiles = blocks_of(pixels, kAttentionTile);
-    const int64_t pixel = 2 * padded(step.depth) + 2 * out_channels;
-    WindowAttention window(pixels, step.depth, made.channels, step.outside);
+    const int64_t pixel = attention_pixel(step), channels = padded(step.channels);
+    WindowAttention window(pixels, step);
     const auto space = room<1>({window.scratch(kAttentionTile)});
     int64_t open = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t index = task / tiles, first = task % tiles * kAttentionTile, rest = pixels - first;
       const int64_t count = rest < kAttentionTile ? rest : kAttentionTile;
+      const int64_t start = index / step.heads * pixels, head = index % step.heads;
       if (index != open) {
         open = index;
-        window.open(static_cast<const Stored*>(args.in.data) + index * pixels * pixel, space.part[0]);
+        window.open(static_cast<const Stored*>(args.in.data) + start * pixel, head, space.part[0]);
       }
-      Stored* y = static_cast<Stored*>(args.out.data) + index * pixels * out_channels;
-      window.run(first, count, y);
-      for (int64_t p = first; p < first + count && made.channels < out_channels; ++p) {
-        memset(y + p * out_channels + made.channels, 0, (out_channels - made.channels) * sizeof(Stored));
+      Stored* y = static_cast<Stored*>(args.out.data) + start * out_channels + head * channels;
+      window.run(first, count, y, out_channels);
+      for (int64_t p = first; p < first + count && step.channels < channels; ++p) {
+        memset(y + p * out_channels + step.channels, 0, (channels - step.channels) * sizeof(Stored));
       }
     }
   }
 
-  void add(const AddStep&, int64_t begin, int64_t end) {
+  void add(const AddStep& step, int64_t begin, int64_t end) {
     const auto space = room<1>({0});
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       const Stored* x = in_row(r0, out_channels);
       const Stored* other = static_cast<const Stored*>(args.added.data) + (x - in_row(0, out_channels));
       Stored* out = out_row(r0);
       for (int64_t i = 0; i < (r1 - r0) * args.out.width * out_channels; i += kLanes<float>) {
-        store(out + i, load(x + i) + load(other + i));
+        const vec<float> a = load(x + i), b = load(other + i);
+        store(out + i, step.maximum ? maximum(a, b) : a + b);
       }
     });
+  }
+
+  void norm(const MapNormStep& step, int64_t begin, int64_t end) {
+    constexpr int64_t n = kLanes<float>;
+    const auto space = room<1>({0});
+    const double eps = from_bits(step.eps), absent = static_cast<double>(out_channels - made.channels);
+    const float *gamma = at(step.gamma), *beta = at(step.beta);
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
+      const Stored* x = in_row(r0, out_channels);
+      Stored* out = out_row(r0);
+      for (int64_t p = 0; p < (r1 - r0) * args.out.width; ++p, x += out_channels, out += out_channels) {
+        vec<float> sums{}, squares{};
+        for (int64_t c = 0; c < out_channels; c += n) sums += load(x + c);
+        const float mean = static_cast<float>(sum_lanes<float>(sums) / made.channels);
+        for (int64_t c = 0; c < out_channels; c += n) {
+          const vec<float> off = load(x + c) - mean;
+          squares += off * off;
+        }
+        // The padding, too, was `mean` off.
+        const double variance = (sum_lanes<float>(squares) - absent * (double{mean} * mean)) / made.channels;
+        const float scale = static_cast<float>(1 / __builtin_sqrt((variance > 0 ? variance : 0) + eps));
+        for (int64_t c = 0; c < out_channels; c += n) {  // gamma and beta are zero in the padding
+          store(out + c, (load(x + c) - mean) * scale * load(gamma + c) + load(beta + c));
+        }
+      }
+    });
+  }
+
+  void weigh(const WeighStep& step, int64_t begin, int64_t end) {
+    const int64_t inputs = step.in_channels, columns = padded(step.tokens), width = args.in.width;
+    const auto space = room<3>({weight_rows(inputs) * columns, inputs * kPanel, 3 * width * columns});
+    float *matrix = space.part[0], *logits = space.part[2];
+    pack_queries(step, matrix, space.part[1]);
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0; r < r1; ++r) {
+        // What adaptive pooling takes the mean of: three rows at most, as there are half as many afterwards.
+        const int64_t height = args.in.height, y0 = r * height / args.out.height;
+        const int64_t y1 = blocks_of((r + 1) * height, args.out.height);
+        gemm((y1 - y0) * width, Rows<Stored>{in_row(y0, padded(inputs)), padded(inputs), 1, inputs, 0},
+             Weights{matrix, columns}, logits, columns, AsSummed{});
+        float* out = static_cast<float*>(args.out.data) + r * args.out.width * columns;
+        for (int64_t x = 0; x < args.out.width; ++x, out += columns) {
+          const int64_t x0 = x * width / args.out.width, x1 = blocks_of((x + 1) * width, args.out.width);
+          softmax_of_means(logits + x0 * columns, y1 - y0, x1 - x0, width * columns, step.tokens, out);
+        }
+      }
+    });
+  }
+  struct AsSummed {
+    struct At {
+      vec<float> bias;
+      MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return y; }
+    };
+    MFK_INLINE At at(int64_t) const { return {vec<float>{}}; }
+  };
+  // Queries of all heads as a matrix that makes the mean of their logits; `tile` holds (inputs, 16).
+  void pack_queries(const WeighStep& step, float* matrix, float* tile) const {
+    const int64_t inputs = step.in_channels;
+    const float share = 1.0f / step.heads;
+    for (int64_t t = 0; t < step.tokens; t += kPanel) {
+      memset(tile, 0, inputs * kPanel * sizeof(float));
+      const int64_t count = step.tokens - t < kPanel ? step.tokens - t : kPanel;
+      for (int64_t j = 0; j < count; ++j) {
+        const float* query = place(step.queries) + (t + j) * step.row;
+        for (int64_t i = 0; i < inputs; ++i) tile[i * kPanel + j] = query[i];
+      }
+      pack_panel(matrix + t * weight_rows(inputs), inputs,
+                 [&](int64_t i, int64_t j) { return load(tile + i * kPanel + j) * share; });
+    }
+  }
+  // Of the means of some rows and columns of logits.
+  static void softmax_of_means(const float* logits, int64_t rows, int64_t columns, int64_t row,
+                               int64_t tokens, float* out) {
+    constexpr int64_t n = kLanes<float>;
+    const int64_t width = padded(tokens);
+    const float share = 1.0f / (rows * columns);
+    vec<float> tops = splat(-__FLT_MAX__), sums{};
+    for (int64_t t = 0; t < width; t += n) {
+      vec<float> sum{};
+      for (int64_t y = 0; y < rows; ++y) {
+        for (int64_t x = 0; x < columns; ++x) sum += load(logits + y * row + x * width + t);
+      }
+      sum *= share;
+      if (t + n > tokens) sum = first_lanes<float>(tokens - t) ? sum : splat(-__FLT_MAX__);
+      store(out + t, sum);
+      tops = larger(sum, tops);
+    }
+    const float top = max_lanes<float>(tops);
+    for (int64_t t = 0; t < width; t += n) {
+      const vec<float> weight = exp_nonpositive(load(out + t) - top);
+      store(out + t, weight);
+      sums += weight;
+    }
+    const float norm = static_cast<float>(1 / sum_lanes<float>(sums));
+    for (int64_t t = 0; t < width; t += n) store(out + t, load(out + t) * norm);
   }
 
   // Rows of windows, or of the map that they are put together to.
@@ -266,6 +377,10 @@ void map_step(const StepArgs& args, int64_t begin, int64_t end) {
       return maps.split(fields_of<WindowsStep>(args), begin, end);
     case kAdd:
       return maps.add(fields_of<AddStep>(args), begin, end);
+    case kMapNorm:
+      return maps.norm(fields_of<MapNormStep>(args), begin, end);
+    case kWeigh:
+      return maps.weigh(fields_of<WeighStep>(args), begin, end);
     default:
       return maps.join(fields_of<WindowsStep>(args), begin, end);
   }

@@ -44,6 +44,8 @@ enum PlanKind : int64_t {
   kBlock,
   kDown,
   kAdd,
+  kMapNorm,
+  kWeigh,
   // write the state
   kCopy,
   kLinear,
@@ -85,17 +87,20 @@ struct ConvStep {
 struct PointwiseStep {
   MapOut out;
   int64_t input, in_channels, affine, affine_gelu;
-  int64_t added;                       // a map, or -1
-  int64_t groups, activation, slopes;  // slopes: -1, or a place; in two rows, of padded channels each
-  int64_t mixed;                       // 0 or 1: linear.weight is a place in the state
+  int64_t added;  // a map, or -1
+  int64_t groups, activation;
+  int64_t slopes;             // -1, or a place; in two rows, of padded channels each
+  int64_t attention, tokens;  // attention: -1, or a map, see WeighStep; slopes are then of so many tokens
+  int64_t mixed;              // 0 or 1: linear.weight is a place in the state
   PlanLinear linear;
 };
 // Where it multiplies channels, output j * padded inputs + i comes from input i.
 struct DepthwiseStep {
   MapOut out;
   int64_t input, in_channels, kernel, stride, activation, slopes;
-  int64_t mixed;       // 0 or 1: taps is a place in the state
-  int64_t taps, bias;  // taps: (kernel, kernel, channels)
+  int64_t attention, tokens;  // as of PointwiseStep
+  int64_t mixed;              // 0 or 1: taps is a place in the state
+  int64_t taps, bias;         // taps: (kernel, kernel, channels)
 };
 // input + project(gelu(expand(depthwise(input)))); kernel 0: without the depthwise convolution.
 struct InvertedStep {
@@ -103,13 +108,26 @@ struct InvertedStep {
   int64_t input, kernel, taps, bias;
   PlanLinear expand, project;
 };
-// Modulation attention of each window; a pixel of the input holds queries, with the logits' scale in them,
-// keys, values and gates, each padded.
+// What an attention's result is multiplied by: nothing; or sigmoid, or SiLU, of the gates, and then values go
+// through the same function.
+enum PlanGating : int64_t { kUngated, kSigmoidGate, kSiluGate };
+// Attention of each window; a pixel of the input holds queries, with the logits' scale in them, keys, values
+// and gates, each padded for each head. So is a pixel of the output, of `heads` times padded channels where
+// there are several.
 struct AttentionStep {
   MapOut out;
-  int64_t input, depth;
-  int64_t outside;  // 0 or 1, see WindowAttention
+  int64_t input, heads, depth, channels;  // depth, channels: of a head
+  int64_t gating;                         // a PlanGating
+  int64_t outside;                        // 0 or 1, see WindowAttention
 };
+// Channels of its input, and of its output.
+MFK_PLAN_FUNCTION int64_t attention_pixel(const AttentionStep& step) {
+  const int64_t values = step.gating == kUngated ? 1 : 2;
+  return step.heads * (2 * padded(step.depth) + values * padded(step.channels));
+}
+MFK_PLAN_FUNCTION int64_t attention_result(const AttentionStep& step) {
+  return step.heads == 1 ? step.channels : step.heads * padded(step.channels);
+}
 // Cuts a map into windows, padded with zeros; joins them again.
 struct WindowsStep {
   MapOut out;
@@ -118,7 +136,8 @@ struct WindowsStep {
 
 // Mobile-Former's blocks. Where a depthwise convolution, 3x3, multiplies channels, its output j * padded
 // inputs + i comes from input i; `hidden` are its outputs, so padded, `taps` (3, 3, hidden) and then the bias
-// (hidden). `slopes`: places of a dynamic ReLU's larger slope of each channel, then its smaller.
+// (hidden). `slopes`: places of a dynamic ReLU's larger slope of each channel, then its smaller; where there
+// is a map `attention`, of both slopes of each of `tokens` tokens.
 // depthwise, relu6, project, + input
 struct LiteStep {
   MapOut out;
@@ -133,6 +152,7 @@ struct BlockStep {
   int64_t input, in_channels;
   int64_t residual;  // 0 or 1: add the input
   int64_t hidden, taps, slopes1, slopes2;
+  int64_t attention, tokens;
   PlanLinear expand, project;
 };
 // depthwise1, dynamic ReLU, project1, depthwise2, dynamic ReLU, project2, + project1's output
@@ -141,13 +161,29 @@ struct DownStep {
   int64_t input, in_channels, stride;
   int64_t hidden1, taps1, slopes1;
   int64_t hidden2, taps2, slopes2;
+  int64_t attention, tokens;
   PlanLinear project1, project2;
 };
 
-// input + added
+// input + added, or the larger of both
 struct AddStep {
   MapOut out;
   int64_t input, added;
+  int64_t maximum;  // 0 or 1
+};
+// Layer norm of each pixel; gamma and beta are padded.
+struct MapNormStep {
+  MapOut out;
+  int64_t input, gamma, beta;
+  int64_t eps;  // the bits of a double
+};
+// A pixel's weights of the tokens, which mix what these make for it: softmax over the tokens of the heads'
+// mean of the logits of Mobile -> Former, which are averaged first where the map becomes smaller, as adaptive
+// pooling does. `queries` as those of MapOut. The output's pixels hold padded tokens, as floats in any
+// network.
+struct WeighStep {
+  MapOut out;
+  int64_t input, in_channels, stride, heads, tokens, row, queries;
 };
 
 // Steps over the state. `source`, `target`, `at` and so on: places; `stride`s: floats from row to row.
@@ -180,10 +216,10 @@ struct GateStep {
   int64_t rows, channels, at, at_stride, gates, stride;
 };
 // Slopes of a dynamic ReLU from its hyper network's hidden units: with c = 2 hardsigmoid(linear(hidden)), c
-// of the first half of the outputs and c - 1 of the second, the larger of each channel, then the smaller. Of
-// one function all outputs are c, which comes twice.
+// of the first half of the outputs and c - 1 of the second. Of one function all outputs are c, which comes
+// twice. A row for each token that is mixed; of a single one the larger of each channel, then the smaller.
 struct SlopesStep {
-  int64_t source, target, functions;
+  int64_t rows, source, source_stride, target, functions;
   PlanLinear linear;
 };
 // Weights of the kernels of a dynamic convolution from a token and the means of the last step's map.
@@ -232,6 +268,16 @@ struct StepMap {
 MFK_PLAN_FUNCTION int64_t gathered_size(const MapOut& out) {
   return out.gather >= 0 ? out.tokens * (2 * out.heads + out.channels) : 0;
 }
+// The double of these bits.
+MFK_PLAN_FUNCTION double from_bits(int64_t bits) {
+  double value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+// Channels of the map that a WeighStep writes for so many tokens.
+MFK_PLAN_FUNCTION int64_t attention_channels(int64_t tokens, bool bf16) {
+  return padded(tokens) * (bf16 ? 2 : 1);
+}
 // Doubles that a task leaves for the next steps: see Bridge::gather, then sums, then sums of squares.
 MFK_PLAN_FUNCTION int64_t record_size(const MapOut& out) {
   return gathered_size(out) + out.sums * padded(out.channels);
@@ -245,7 +291,7 @@ struct StepArgs {
   const int64_t* fields;  // of the step
   const Images* images;
   int64_t sample;
-  StepMap in, added, out;
+  StepMap in, added, attention, out;
   int64_t group;  // rows of a task
   // For steps that write a map: offsets of the weights that are read next, and this step's multiply-adds.
   int64_t next, next_end, products;
@@ -266,8 +312,8 @@ MFK_PLAN_FUNCTION const T& fields_of(const StepArgs& args) {
 constexpr int64_t kMixTask = 512;       // blocks
 constexpr int64_t kAttentionTile = 28;  // queries
 
-// Tasks. A map: one a group of output rows; kAttention: one for kAttentionTile queries of a window. The
-// state: one; kMix: one for kMixTask blocks; kPooled: one for kOutputsTask outputs.
+// Tasks. A map: one a group of output rows; kAttention: one for kAttentionTile queries of a window's head.
+// The state: one; kMix: one for kMixTask blocks; kPooled: one for kOutputsTask outputs.
 MFK_DECLARE_DEPLOYED_KERNEL(map_step, StepArgs, args.plan->bf16)
 MFK_DECLARE_DEPLOYED_KERNEL(block_step, StepArgs, args.plan->bf16)
 MFK_DECLARE_DEPLOYED_KERNEL(state_step, StepArgs, args.plan->bf16)

@@ -5,12 +5,6 @@ namespace mfk {
 namespace MFK_ISA {
 namespace {
 
-MFK_INLINE double from_bits(int64_t bits) {
-  double value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 struct StateSteps {
   const StepArgs& args;
 
@@ -61,6 +55,8 @@ struct StateSteps {
       run(AddBiasRelu{bias});
     } else if (step.activation == kRelu6) {
       run(AddBiasRelu6{bias});
+    } else if (step.activation == kHardsigmoid) {
+      run(AddBiasHardsigmoid{bias});
     } else {
       run(AddBias{bias});
     }
@@ -166,16 +162,19 @@ struct StateSteps {
     const PlanLinear& l = step.linear;
     const int64_t channels = l.outputs / step.functions;
     float* to = place(step.target);
-    linear(l, 1, place(step.source), 0, to, 0, args.scratch(padded(l.inputs) + 16),
-           AddBiasTwoHardsigmoid{at(l.bias)});
-    if (step.functions == 1) {
-      memcpy(to + channels, to, channels * sizeof(float));
-      return;
-    }
-    for (int64_t c = 0; c < channels; c += kLanes<float>) {
-      const vec<float> first = load(to + c), second = load(to + channels + c) - 1.0f;
-      store(to + c, first > second ? first : second);
-      store(to + channels + c, first > second ? second : first);
+    linear(l, step.rows, place(step.source), step.source_stride, to, 2 * channels,
+           args.scratch(step.rows * padded(l.inputs) + 16), AddBiasTwoHardsigmoid{at(l.bias)});
+    const bool sorted = step.rows == 1;
+    for (int64_t row = 0; row < step.rows; ++row, to += 2 * channels) {
+      if (step.functions == 1) {
+        memcpy(to + channels, to, channels * sizeof(float));
+        continue;
+      }
+      for (int64_t c = 0; c < channels; c += kLanes<float>) {
+        const vec<float> first = load(to + c), second = load(to + channels + c) - 1.0f;
+        store(to + c, sorted ? larger(first, second) : first);
+        store(to + channels + c, sorted ? smaller(first, second) : second);
+      }
     }
   }
 

@@ -116,9 +116,8 @@ struct AddBiasRelu {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const {
-      return larger(vec<float>{}, y);  // NaN for NaN
-    }
+    MFK_INLINE vec<float> activate(vec<float> y) const { return larger(vec<float>{}, y); }  // NaN for NaN
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return activate(y); }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
@@ -133,13 +132,24 @@ struct AddBiasTwoHardsigmoid {
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
 
-MFK_INLINE vec<float> hardswish(vec<float> y) { return y * relu6(y + 3.0f) / 6; }
+// relu6(y + 3) / 6
+struct AddBiasHardsigmoid {
+  const float* bias;
+  struct At {
+    vec<float> bias;
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return relu6(y + 3.0f) / 6; }
+  };
+  MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
+};
+
+MFK_INLINE vec<float> hardswish(vec<float> y) { return y * (relu6(y + 3.0f) * (1.0f / 6)); }
 
 struct AddBiasHardswish {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return hardswish(y); }
+    MFK_INLINE vec<float> activate(vec<float> y) const { return hardswish(y); }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return activate(y); }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };

@@ -9,6 +9,55 @@
 namespace mfk {
 namespace MFK_ISA {
 
+// A dynamic ReLU whose slopes are other ones at each position, those of the tokens mixed; or relu6 and a
+// factor.
+struct MixedSlopes {
+  // How many positions share a read of the slopes.
+#if defined(__AVX512F__) || defined(__aarch64__)
+  static constexpr int kTogether = 8;
+#else
+  static constexpr int kTogether = 4;
+#endif
+  const float* slopes;  // (tokens, 2, channels)
+  int64_t tokens, channels;
+  const float* weights;  // of the tokens, by position; padded
+  bool relu6_first;
+
+  // In place, from position `first` of the map on.
+  template <class T>
+  void apply(T* x, int64_t first, int64_t positions) const {
+    const int64_t row = padded(tokens);
+    for (int64_t p = 0; p < positions; p += kTogether) {
+      const int64_t rest = positions - p;
+      with_constant<kTogether>(rest < kTogether ? rest : kTogether, [&](auto count) {
+        some<decltype(count)::value>(x + p * channels, weights + (first + p) * row, row);
+      });
+    }
+  }
+
+ private:
+  template <int kCount, class T>
+  __attribute__((noinline)) void some(T* x, const float* weight, int64_t row) const {
+    for (int64_t c = 0; c < channels; c += kLanes<float>) {
+      vec<float> a[kCount] = {}, b[kCount] = {};
+      const float* of_token = slopes + c;
+      for (int64_t t = 0; t < tokens; ++t, of_token += 2 * channels) {
+        const vec<float> first = load(of_token), second = load(of_token + channels);
+        unrolled<kCount>([&](auto i) __attribute__((always_inline)) {
+          const vec<float> share = splat(weight[i * row + t]);
+          a[i] += share * first;
+          b[i] += share * second;
+        });
+      }
+      unrolled<kCount>([&](auto i) __attribute__((always_inline)) {
+        T* at = x + i * channels + c;
+        const vec<float> y = load(at);
+        store(at, relu6_first ? a[i] * relu6(y) : larger(a[i] * y, b[i] * y));
+      });
+    }
+  }
+};
+
 // One call: some tasks of a step, one after the other.
 struct MapTasks {
   const StepArgs& args;
@@ -37,6 +86,11 @@ struct MapTasks {
   const Stored* in_row(int64_t r, int64_t y, int64_t channels, const Stored* zeros) const {
     if (y < 0 || y >= args.in.height) return zeros;
     return in_row(r / args.out.height * args.in.height + y, channels);
+  }
+
+  MixedSlopes mixed_slopes(int64_t activation, int64_t slopes, int64_t tokens, int64_t channels) const {
+    return {place(slopes), tokens, channels, static_cast<const float*>(args.attention.data),
+            activation == kScaledRelu6};
   }
 
   // Row `r` of the output of a depthwise convolution; `zeros` are a row of the input, of two pixels more for

@@ -75,6 +75,7 @@ class Network {
         const int64_t in = input(step.plan);
         if (in >= 0) args.in = map(step.in, maps[in]);
         if (added(step.plan) >= 0) args.added = map(step.out, maps[added(step.plan)]);
+        if (attention(step.plan) >= 0) args.attention = map(step.out, maps[attention(step.plan)]);
         args.out = map(step.out, maps[made.map]);
         args.group = step.group;
         args.next = step.next;
@@ -130,6 +131,22 @@ class Network {
     return step->kind == kPointwise ? fields_of<PointwiseStep>(step).added : -1;
   }
 
+  // The number of the map of the tokens' weights that a step mixes slopes by; -1 for none.
+  static int64_t attention(const PlanStep* step) {
+    switch (step->kind) {
+      case kPointwise:
+        return fields_of<PointwiseStep>(step).attention;
+      case kDepthwise:
+        return fields_of<DepthwiseStep>(step).attention;
+      case kBlock:
+        return fields_of<BlockStep>(step).attention;
+      case kDown:
+        return fields_of<DownStep>(step).attention;
+      default:
+        return -1;
+    }
+  }
+
   // Multiply-adds of a step for a position of its map, those that read weights in panels.
   static int64_t products(const PlanStep* step) {
     auto of = [](const PlanLinear& linear) { return linear.inputs * linear.outputs; };
@@ -183,6 +200,10 @@ class Network {
       case kDepthwise:
         stride = fields_of<DepthwiseStep>(plan).stride;
         break;
+      case kWeigh:
+        need(from.whole_height == 0, "reads a map in windows");
+        stride = fields_of<WeighStep>(plan).stride;
+        break;
       case kInverted:
         floats += fields_of<InvertedStep>(plan).expand.outputs;
         break;
@@ -219,13 +240,17 @@ class Network {
     }
     to.height = blocks_of(to.height, stride);
     to.width = blocks_of(to.width, stride);
+    need(attention(plan) < 0 || maps[attention(plan)] == to, "mixes slopes by a map of another size");
     step.in = from;
     maps[made.map] = step.out = to;
     const int64_t rows = to.count * to.height, pixels = rows * to.width;
     step.group = task_rows(rows, to.width, floats, most);
     step.products = products(plan) * pixels;
-    step.tasks = kind == kAttention ? to.count * blocks_of(to.height * to.width, kAttentionTile)
-                                    : blocks_of(rows, step.group);
+    step.tasks = blocks_of(rows, step.group);
+    if (kind == kAttention) {
+      step.tasks =
+          to.count * fields_of<AttentionStep>(plan).heads * blocks_of(to.height * to.width, kAttentionTile);
+    }
     sizes_[made.map] = std::max(sizes_[made.map], pixels * padded(made.channels) / (plan_.bf16 ? 2 : 1));
     records_ = std::max(records_, step.tasks * record_size(made));
   }

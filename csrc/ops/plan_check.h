@@ -17,11 +17,11 @@ constexpr int64_t kMostPairs = 1 << 16;  // of heads and tokens
 constexpr int64_t kMostWindow = 64;
 
 // In the order of PlanKind.
-constexpr const char* kKindNames[] = {"image_conv", "dense_conv", "pointwise", "depthwise", "inverted",
-                                      "attention",  "split",      "join",      "lite",      "block",
-                                      "down",       "add",        "copy",      "linear",    "norm",
-                                      "attend",     "combine",    "gate",      "slopes",    "kernels",
-                                      "mix",        "affine",     "pool",      "pooled",    "hand_out"};
+constexpr const char* kKindNames[] = {
+    "image_conv", "dense_conv", "pointwise", "depthwise", "inverted", "attention", "split",
+    "join",       "lite",       "block",     "down",      "add",      "map_norm",  "weigh",
+    "copy",       "linear",     "norm",      "attend",    "combine",  "gate",      "slopes",
+    "kernels",    "mix",        "affine",    "pool",      "pooled",   "hand_out"};
 
 inline const PlanLayer* layers_of(const Plan& plan) { return reinterpret_cast<const PlanLayer*>(&plan + 1); }
 inline const PlanStep* first_step(const Plan& plan) {
@@ -174,17 +174,30 @@ class PlanCheck {
     channels_[made.map] = made.channels;
     last_ = &made;
   }
-  void activated(int64_t activation, int64_t slopes, int64_t channels) const {
-    if (activation == kDynamicRelu || activation == kScaledRelu6) {
-      count(channels, "has a wrong number of channels");
-      return in_state(slopes, 2 * padded(channels));
+  // An activation of the map that a step makes.
+  template <class Step>
+  void activated(const Step& s) const {
+    if (s.activation == kDynamicRelu || s.activation == kScaledRelu6) {
+      count(s.out.channels, "has a wrong number of channels");
+      attends(s.attention, s.tokens, s.out.map);
+      return in_state(s.slopes, 2 * padded(s.out.channels) * slope_rows(s));
     }
-    need(slopes == -1, "has slopes without an activation that takes them");
-    activated(activation);
+    need(s.slopes == -1 && s.attention == -1, "has slopes without an activation that takes them");
+    activated(s.activation);
   }
   void activated(int64_t activation) const {
-    need(activation == kNoActivation || activation == kGelu || activation == kRelu6,
-         "has an unknown activation");
+    need(activation >= kNoActivation && activation <= kRelu6, "has an unknown activation");
+  }
+  // Slopes that may be mixed: as many rows as tokens.
+  template <class Step>
+  static int64_t slope_rows(const Step& s) {
+    return s.attention == -1 ? 1 : s.tokens;
+  }
+  void attends(int64_t attention, int64_t tokens, int64_t made) const {
+    if (attention == -1) return;
+    count(tokens, "has a wrong number of tokens");
+    read(attention, attention_channels(tokens, plan_.bf16));
+    need(attention != made, "writes a map that it may not");
   }
   // (kernel, kernel, channels), and somewhere the bias.
   void taps(int64_t kernel, int64_t channels, int64_t offset, int64_t bias) const {
@@ -218,7 +231,7 @@ class PlanCheck {
     if (s.affine != -1) in_state(s.affine, 2 * padded(s.in_channels));
     flag(s.affine_gelu, "has a wrong affine_gelu");
     flag(s.mixed, "has a wrong mixed");
-    activated(s.activation, s.slopes, s.out.channels);
+    activated(s);
     if (s.added != -1) {
       read(s.added, s.out.channels);
       need(s.activation == kNoActivation, "has an activation of a sum");
@@ -246,7 +259,7 @@ class PlanCheck {
   void depthwise(const DepthwiseStep& s) {
     read(s.input, s.in_channels);
     depthwise_kernel(s.kernel, s.stride);
-    activated(s.activation, s.slopes, s.out.channels);
+    activated(s);
     flag(s.mixed, "has a wrong mixed");
     count(s.out.channels, "has a wrong number of channels");
     const int64_t inputs = padded(s.in_channels), channels = padded(s.out.channels);
@@ -270,9 +283,12 @@ class PlanCheck {
     out(s.out, s.input);
   }
   void attention(const AttentionStep& s) {
+    count(s.heads, "has a wrong number of heads");
     count(s.depth, "has a wrong depth");
-    count(s.out.channels, "has a wrong number of channels");
-    read(s.input, 2 * padded(s.depth) + 2 * padded(s.out.channels));
+    count(s.channels, "has a wrong number of channels");
+    in_range(s.gating, kUngated, kSiluGate, "has an unknown gating");
+    read(s.input, attention_pixel(s));
+    need(s.out.channels == attention_result(s), "has a wrong number of channels");
     flag(s.outside, "has a wrong outside");
     need(s.out.sums == 0 && s.out.heads == 0, "has sums, or a bridge");
     out(s.out, s.input);
@@ -310,8 +326,9 @@ class PlanCheck {
     linear(s.expand, s.in_channels, s.hidden);
     need(s.hidden % 16 == 0 && s.project.inputs <= s.hidden, "has a wrong number of channels");
     taps(s.hidden, s.taps);
-    in_state(s.slopes1, 2 * s.hidden);
-    in_state(s.slopes2, 2 * s.hidden);
+    attends(s.attention, s.tokens, s.out.map);
+    in_state(s.slopes1, 2 * s.hidden * slope_rows(s));
+    in_state(s.slopes2, 2 * s.hidden * slope_rows(s));
     linear(s.project, s.project.inputs, s.out.channels);
     out(s.out, s.input);
   }
@@ -321,14 +338,32 @@ class PlanCheck {
     count(s.out.channels, "has a wrong number of channels");
     multiplied(s.in_channels, s.hidden1, s.taps1, s.project1, s.out.channels);
     multiplied(s.out.channels, s.hidden2, s.taps2, s.project2, s.out.channels);
-    in_state(s.slopes1, 2 * s.hidden1);
-    in_state(s.slopes2, 2 * s.hidden2);
+    attends(s.attention, s.tokens, s.out.map);
+    in_state(s.slopes1, 2 * s.hidden1 * slope_rows(s));
+    in_state(s.slopes2, 2 * s.hidden2 * slope_rows(s));
     out(s.out, s.input);
   }
 
   void add(const AddStep& s) {
     read(s.input, s.out.channels);
     read(s.added, s.out.channels);
+    flag(s.maximum, "has a wrong maximum");
+    out(s.out, s.input);
+  }
+  void map_norm(const MapNormStep& s) {
+    read(s.input, s.out.channels);
+    in_weights(s.gamma, padded(s.out.channels));
+    in_weights(s.beta, padded(s.out.channels));
+    out(s.out, s.input);
+  }
+  void weigh(const WeighStep& s) {
+    read(s.input, s.in_channels);
+    in_range(s.stride, 1, 2, "has a wrong stride");
+    count(s.heads, "has a wrong number of heads");
+    in_range(s.tokens, 1, kMostPairs, "has a wrong number of tokens");
+    in_state(s.queries, s.tokens, s.row, padded(s.in_channels));
+    need(s.out.channels == attention_channels(s.tokens, plan_.bf16), "has a wrong number of channels");
+    need(s.out.sums == 0 && s.out.heads == 0, "has sums, or a bridge");
     out(s.out, s.input);
   }
 
@@ -346,7 +381,8 @@ class PlanCheck {
     in_state(s.source, s.rows, s.source_stride, padded(s.linear.inputs));
     in_state(s.target, s.rows, s.target_stride, s.linear.outputs);
     flag(s.added, "has a wrong added");
-    const bool known = s.activation == kGelu || s.activation == kRelu || s.activation == kRelu6;
+    const bool known = s.activation == kGelu || s.activation == kRelu || s.activation == kRelu6 ||
+                       s.activation == kHardsigmoid;
     need(s.activation == kNoActivation || (known && !s.added), "has an unknown activation");
     linear(s.linear, s.linear.inputs, s.linear.outputs);
   }
@@ -380,8 +416,9 @@ class PlanCheck {
     count(s.linear.outputs, "has a wrong number of outputs");
     in_range(s.functions, 1, 2, "has a wrong number of functions");
     need(s.linear.outputs % (16 * s.functions) == 0, "has a wrong number of outputs");
-    in_state(s.source, padded(s.linear.inputs));
-    in_state(s.target, 2 * s.linear.outputs / s.functions);
+    const int64_t row = 2 * s.linear.outputs / s.functions;
+    in_state(s.source, s.rows, s.source_stride, padded(s.linear.inputs));
+    in_state(s.target, s.rows, row, row);
     linear(s.linear, s.linear.inputs, s.linear.outputs);
   }
   // Steps that read sums of the last map.
@@ -449,6 +486,10 @@ class PlanCheck {
         return down(fields<DownStep>(at));
       case kAdd:
         return add(fields<AddStep>(at));
+      case kMapNorm:
+        return map_norm(fields<MapNormStep>(at));
+      case kWeigh:
+        return weigh(fields<WeighStep>(at));
       case kCopy:
         return copy(fields<CopyStep>(at));
       case kLinear:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from . import steps
-from .steps import ACTIVATIONS, KINDS, Linear
+from .steps import ACTIVATIONS, GATINGS, KINDS, Linear
 
 
 class _Shape(NamedTuple):
@@ -69,6 +69,10 @@ def _what(kind: str, fields: Any, shape: _Shape) -> str:
         text += f"map {out.map}: {number}{out.channels} x {shape.height} x {shape.width}"
         text += f", {fields.kernel}x{fields.kernel}" if getattr(fields, "kernel", 0) else ""
         text += _then(getattr(fields, "activation", 0))
+        text += f", weights of {fields.tokens} tokens" if kind == "weigh" else ""
+        text += f", mixed by map {fields.attention}" if getattr(fields, "attention", -1) >= 0 else ""
+        text += f", {GATINGS[fields.gating]}" if kind == "attention" else ""
+        text += ", the larger" if getattr(fields, "maximum", 0) else ""
         text += ", from tokens" if out.scatter >= 0 else ""
         return text + (", to tokens" if out.gather >= 0 else "")
     if kind == "linear":
@@ -76,7 +80,7 @@ def _what(kind: str, fields: Any, shape: _Shape) -> str:
     if kind == "attend":
         return f"{fields.rows} rows, {fields.heads} heads of {fields.depth}"
     if kind == "slopes":
-        return f"{fields.linear.inputs} -> {fields.linear.outputs}"
+        return f"{fields.rows} x {fields.linear.inputs} -> {fields.linear.outputs}"
     if kind == "pooled":
         return f"map {fields.input} -> {fields.linear.outputs}"
     if kind == "hand_out":
@@ -97,7 +101,11 @@ def _cost(kind: str, fields: Any, shape: _Shape, bf16: int) -> tuple[int, int]:
         bridges = (out.scatter >= 0) + (out.gather >= 0)
         multiplied = products + taps + 2 * bridges * out.tokens * out.channels
         if kind == "attention":
-            multiplied = shape.height * shape.width * (fields.depth + out.channels)
+            multiplied = shape.height * shape.width * fields.heads * (fields.depth + fields.channels)
+        if kind == "weigh":
+            multiplied = fields.in_channels * fields.tokens * fields.stride**2
+        if getattr(fields, "attention", -1) >= 0:
+            multiplied += 2 * fields.tokens * _activated(kind, fields)
         if getattr(fields, "mixed", 0):  # its weights are of the state
             floats = 0
         return 2 * shape.pixels() * multiplied, floats
@@ -108,7 +116,7 @@ def _cost(kind: str, fields: Any, shape: _Shape, bf16: int) -> tuple[int, int]:
         return 4 * fields.rows**2 * fields.heads * fields.depth, 0
     if kind == "copy":
         return 0, fields.floats if fields.weights else 0
-    rows = {"linear": getattr(fields, "rows", 1), "pooled": shape.pixels()}.get(kind, 1)
+    rows = shape.pixels() if kind == "pooled" else getattr(fields, "rows", 1)
     return 2 * rows * products, floats
 
 
@@ -118,6 +126,13 @@ def _taps(kind: str, fields: Any) -> int:
     if kind in ("lite", "block"):
         return 9 * fields.hidden
     return 9 * (fields.hidden1 + fields.hidden2) if kind == "down" else 0
+
+
+def _activated(kind: str, fields: Any) -> int:
+    """Channels whose slopes are mixed."""
+    if kind == "block":
+        return 2 * fields.hidden
+    return fields.hidden1 + fields.hidden2 if kind == "down" else fields.out.channels
 
 
 def _size(linear: Linear, bf16: int, groups: int = 1) -> int:

@@ -219,19 +219,20 @@ class _Plan(Plan):
         outputs, _, size, _ = conv.static_weight.shape
         depthwise = conv.groups > 1 and conv.groups == outputs == x.channels
         order: Callable[[Tensor], Tensor]
-        self.need(conv.stride == 1, conv, "dynamic convolutions of stride 1")
         if depthwise:
-            self.need(size in (3, 5, 7), conv, "depthwise convolutions of 3x3, 5x5 or 7x7")
+            fits = size in (3, 5, 7) and (conv.stride == 1 or (conv.stride == 2 and size < 7))
+            self.need(fits, conv, "depthwise convolutions of 3x3, 5x5 or 7x7, of stride 2 the first two")
             order = lambda w: taps(w, padded_slots(outputs))  # noqa: E731
         else:
             self.need(size == 1, conv, "pointwise or depthwise dynamic convolutions")
+            self.need(conv.stride == 1, conv, "pointwise dynamic convolutions of stride 1")
             order = lambda w: self.pack.matrix(w.flatten(1), groups=conv.groups)  # noqa: E731
         folded = [w.detach().double() * scale.view(-1, 1, 1, 1) for w in (conv.static_weight, *conv.weight)]
         values = [order(folded[0]), *(order(0.1 * w) for w in folded[1:])]
         place = self.mix(self.attention_at, kernels, values, not depthwise)
         bias = self.pack.add(padded_rows(shift))
         if depthwise:
-            return self.depthwise(x, size, place, bias, mixed=True, **options)
+            return self.depthwise(x, size, place, bias, stride=conv.stride, mixed=True, **options)
         linear = Linear(x.channels, padded(outputs), place, bias)
         return self.pointwise(x, outputs, linear, groups=conv.groups, mixed=True, **options)
 

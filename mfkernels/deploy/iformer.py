@@ -24,6 +24,8 @@ from ..nn import (
     SHMABlock,
     SingleHeadModulationAttention,
 )
+from ..nn.attention2d import Attention2d, PreNormModulationAttention
+from ..nn.layer_norm2d import LayerNorm2d
 from .deployed import Deployed
 from .packing import padded
 from .plan import Map, Plan
@@ -33,6 +35,7 @@ from .steps import Linear
 _KNOWN = (
     *(IFormer, BNLinear, ConvBlock, ConvBN, DropPath, FFN2d, FusedInvertedBottleneck, IFormerBlock),
     *(IFormerClassifier, IFormerStage, RepCPE, ReparameterizedDepthwise, Residual, SHMABlock),
+    *(Attention2d, LayerNorm2d, PreNormModulationAttention),
     *(SingleHeadModulationAttention, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.GELU, nn.Identity),
     *(nn.Linear, nn.ModuleList, nn.Sequential, FusedSequential),
 )
@@ -91,6 +94,9 @@ class _Plan(Plan):
         return made
 
     def stem(self, layers: Any) -> Map:
+        self.need(
+            isinstance(layers[0], nn.Conv2d) and len(layers) == 3, layers, "stems of two convolutions or more"
+        )
         first, _, second = layers
         x = self.conv(None, first, activation="gelu")
         if not isinstance(second, FusedInvertedBottleneck):
@@ -99,7 +105,10 @@ class _Plan(Plan):
         return self.replaced(hidden, self.point(hidden, second.conv_pwl_bn2))
 
     def halve(self, x: Map, layers: Any) -> Map:
-        return x if isinstance(layers, nn.Identity) else self.replaced(x, self.conv(x, layers[0]))
+        if isinstance(layers, nn.Identity):
+            return x
+        self.need(isinstance(layers[0], nn.Conv2d), layers[0], "halving by a convolution alone")
+        return self.replaced(x, self.conv(x, layers[0]))
 
     def conv(self, x: Map | None, conv: Any, activation: str | None = None) -> Map:
         return self.dense(x, conv, conv.weight, conv.bias, activation)
@@ -119,7 +128,7 @@ class _Plan(Plan):
         elif isinstance(inner, RepCPE):
             x = self.replaced(x, self.depth(x, inner.cpe, sums_now))
         else:
-            x = self.modulate(x, inner.token_channel_mixer, sums_now)
+            x = self.attend_to_pixels(x, inner.token_channel_mixer, sums_now)
         if block.join:
             self.windows, x = False, self.replaced(x, self.join(x, block.join, sums))
         return x
@@ -135,43 +144,58 @@ class _Plan(Plan):
             self.need(conv.stride == (1, 1), conv, "blocks that keep the size of a map")
             size, taps, bias = self.depthwise_weights(conv, conv.weight, conv.bias)
         linear = self.pack.linear(expand.weight.flatten(1), expand.bias)
-        return self.inverted(x, size, taps, bias, linear, self.scaled(residual, project), sums)
+        projected = self.pack.linear(*self.scale(residual, project))
+        return self.inverted(x, size, taps, bias, linear, projected, sums)
 
-    def scaled(self, residual: Any, conv: nn.Conv2d) -> Linear:
-        """The last convolution of a residual, with its factor."""
+    def scale(self, residual: Any, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the last convolution of a residual, with its factor."""
         factor = 1.0 if residual.gamma is None else residual.gamma.flatten()
         weight = conv.weight.flatten(1) * torch.as_tensor(factor).view(-1, 1)
         assert conv.bias is not None
-        return self.pack.linear(weight, conv.bias * factor)
+        return weight, conv.bias * factor
 
-    def modulate(self, x: Map, residual: Any, sums: int) -> Map:
+    def attend_to_pixels(self, x: Map, residual: Any, sums: int) -> Map:
         mixer = residual.m
-        window = mixer.window_size
+        window = getattr(mixer, "window_size", None)
         if window is not None:
             self.need(not self.windows, mixer, "windows that are not in others")
             x = self.replaced(x, self.split(x, window))
-        inside = self.modulated(x, mixer)
+        inside, linear = self.attended(x, mixer, *self.scale(residual, mixer.proj))
         last = sums if window is None else 0
-        out = self.pointwise(inside, x.channels, self.scaled(residual, mixer.proj), added=x, sums=last)
+        out = self.pointwise(inside, x.channels, linear, added=x, sums=last)
         self.free(inside)
         out = self.replaced(x, out)
         return out if window is None else self.replaced(out, self.join(out, window, sums))
 
-    def modulated(self, x: Map, mixer: Any) -> Map:
-        """The attention's result, gated; queries, keys, values and gates come from one product."""
-        depth, width = mixer.q.out_channels, mixer.v_gate.out_channels // 2
-        value, gate = mixer.v_gate.weight.chunk(2)
-        value_bias, gate_bias = mixer.v_gate.bias.chunk(2)
-        parts = [(mixer.q.weight * mixer.scale, mixer.q.bias * mixer.scale), (mixer.k.weight, mixer.k.bias)]
-        parts += [(value, value_bias), (gate, gate_bias)]
-
-        def rows(values: Tensor) -> Tensor:
-            missing = padded(len(values)) - len(values)
-            return torch.cat([values.flatten(1), values.new_zeros(missing, values[0].numel())])
-
-        weight = torch.cat([rows(w) for w, _ in parts])
-        bias = torch.cat([rows(b[:, None])[:, 0] for _, b in parts])
-        made = self.pointwise(x, len(bias), self.pack.linear(weight, bias))
-        out = self.attention(made, width, depth, mixer.form == "paper")
+    def attended(self, x: Map, mixer: Any, weight: Tensor, bias: Tensor) -> tuple[Map, Linear]:
+        """The attention's result, and the matrix for it of the weight for its channels; queries, keys, values
+        and gates come from one product."""
+        heads, gating = getattr(mixer, "num_heads", 1), "sigmoid_gate"
+        if isinstance(mixer, Attention2d):
+            value: Any = mixer.v_gate
+            gating, values = "ungated", [(value.weight, value.bias)]
+            scale = (mixer.channels // heads) ** -0.5
+        else:
+            values = list(zip(mixer.v_gate.weight.chunk(2), mixer.v_gate.bias.chunk(2), strict=True))
+        if isinstance(mixer, SingleHeadModulationAttention):
+            scale = mixer.scale
+        elif isinstance(mixer, PreNormModulationAttention):
+            gating, scale = "silu_gate", mixer.q.out_channels**-0.5
+        depth, width = mixer.q.out_channels // heads, len(values[0][0]) // heads
+        parts = [(mixer.q.weight * scale, mixer.q.bias * scale), (mixer.k.weight, mixer.k.bias), *values]
+        weights = torch.cat([_by_head(w.flatten(1), heads) for w, _ in parts])
+        biases = torch.cat([_by_head(b[:, None], heads)[:, 0] for _, b in parts])
+        normed = self.map_norm(x, mixer.norm) if hasattr(mixer, "norm") else x
+        made = self.pointwise(normed, len(biases), self.pack.linear(weights, biases))
+        if normed is not x:
+            self.free(normed)
+        outside = getattr(mixer, "form", "") == "paper"
+        out = self.attention(made, width, depth, heads=heads, gating=gating, outside=outside)
         self.free(made)
-        return out
+        return out, self.pack.linear(weight if heads == 1 else _by_head(weight.t(), heads).t(), bias)
+
+
+def _by_head(rows: Tensor, heads: int) -> Tensor:
+    """(heads * n, inputs) with zeros after the rows of each head."""
+    each = rows.unflatten(0, (heads, -1))
+    return nn.functional.pad(each, (0, 0, 0, padded(each.shape[1]) - each.shape[1])).flatten(0, 1)

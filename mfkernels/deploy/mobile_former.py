@@ -21,10 +21,11 @@ from ..nn import (
     MobileToFormer,
 )
 from ..nn.conv_bn import affine
+from ..nn.depthwise import MaxDepthwise
 from .deployed import Deployed
 from .mobile_former_blocks import Activated, Made, activations, check, steps_of
 from .packing import dense, fold, padded, padded_rows, padded_slots, shuffled, spread
-from .plan import MOST_PAIRS, Bridges, Map, Plan
+from .plan import MOST_PAIRS, NO_SLOPES, Bridges, Map, Plan, Slopes
 from .pyramid import Wanted
 from .steps import Linear
 
@@ -39,6 +40,7 @@ _KNOWN = (
         Former,
         FormerToMobile,
         HyperNetwork,
+        MaxDepthwise,
         MobileToFormer,
     ),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.ChannelShuffle, nn.Conv2d, nn.Dropout, nn.Embedding, nn.GELU),
@@ -70,6 +72,7 @@ class _Plan(Plan):
         self.tokens, self.width = model.tokens.weight.shape
         self.at = self.place(self.tokens * padded(self.width))
         self.gates = self.row = 0  # of the last map's bridge, where it has any
+        self.bridges: Bridges | None = None  # of the last map
 
     def run(self) -> Deployed:
         model = self.model
@@ -108,11 +111,13 @@ class _Plan(Plan):
             bridge = last if following is None else getattr(following, "local_global", None)
             places = ExitStack()
             with self.named(f"{name} tokens"):
-                made = self.token_step(block, bridge, places)
+                made = self.token_step(x, block, bridge, places)
             before.close()  # not sooner: its gates are read by this step
             before = places
             with self.named(name):
                 x = self.stem(made.bridges) if block is None else steps_of(self, x, block, made)
+                if made.attention is not None:
+                    self.free(made.attention)
                 if name in handed_out:
                     self.hand_out(x)
         return x
@@ -124,17 +129,19 @@ class _Plan(Plan):
 
     # --- tokens ------------------------------------------------------------------------------------------
 
-    def token_step(self, block: Any, bridge: Any, places: ExitStack) -> Made:
-        """What `block` does to the tokens, and what these make for it and for the bridge that reads its map;
-        in `places`."""
+    def token_step(self, x: Any, block: Any, bridge: Any, places: ExitStack) -> Made:
+        """What `block`, of the map x, does to the tokens, and what these make for it and for the bridge that
+        reads its map; in `places`."""
         made: list[tuple[nn.Linear, float]] = []
-        slopes: list[int] = []
+        slopes: list[Slopes] = []
+        attention = None
         heads = 0
         scatter: Any = None
         if block is not None and not isinstance(block, LiteBottleneck):
             self.from_mobile(block.local_global)
+            attention = self.attention_of(x, block)
             self.former(block.global_block)
-            slopes = self.generated(activations(block), places)
+            slopes = self.generated(activations(block), places, attention)
             scatter = block.global_local
             self.check_scatter(scatter)
             heads = scatter.num_heads
@@ -147,7 +154,7 @@ class _Plan(Plan):
             if hasattr(bridge, "alpha"):
                 made += [(bridge.alpha[0], 1.0)]
         if not made:
-            return Made(None, slopes)
+            return Made(None, slopes, attention)
         if hasattr(scatter, "alpha"):
             made += [(scatter.alpha[0], 1.0)]
         fits = heads * self.tokens <= MOST_PAIRS
@@ -164,7 +171,18 @@ class _Plan(Plan):
         if bridge is not None:
             gather_at = place + (2 * columns if scatter is not None else 0)
             self.gates, self.row = gather_at + columns, row
-        return Made(Bridges(heads, self.tokens, row, scatter_at, gather_at), slopes)
+        self.bridges = Bridges(heads, self.tokens, row, scatter_at, gather_at)
+        return Made(self.bridges, slopes, attention)
+
+    def attention_of(self, x: Map, block: Any) -> Map | None:
+        """The weights that mix the slopes of all tokens at each position, where the block's activations want
+        it; the tokens' queries are those before they changed."""
+        if block.token_id >= 0 or not any(one.act.num_functions > 0 for one in activations(block)):
+            return None
+        one_size = block.stride == 1 or not isinstance(block, MobileFormerBlock)
+        self.need(one_size, block, "mixed slopes in blocks whose activations are all of maps of one size")
+        assert self.bridges is not None
+        return self.weigh(x, block.stride, self.bridges)
 
     def from_mobile(self, bridge: Any) -> None:
         """What Mobile -> Former does to the tokens, from what the last map's step gathered."""
@@ -201,25 +219,27 @@ class _Plan(Plan):
             self.linear(count, hidden, linear(padded_rows(last.weight), last.bias), at, added=True)
         self.norm(count, former.ffn_norm, at, at)
 
-    def generated(self, each: list[Activated], places: ExitStack) -> list[int]:
-        """Where the slopes of each activation are, -1 for those that have none; all are of the same token."""
+    def generated(
+        self, each: list[Activated], places: ExitStack, attention: Map | None = None
+    ) -> list[Slopes]:
+        """The slopes of each activation; all are of the same token, or of all tokens where `attention` mixes
+        them."""
         dynamic = [one for one in each if one.act.num_functions > 0]
         if not dynamic:
-            return [-1] * len(each)
-        first = dynamic[0].hyper
-        self.need(first.token_id >= 0, first, "dynamic ReLUs with the coefficients of one token")
+            return [NO_SLOPES] * len(each)
+        rows, first = (1, dynamic[0].hyper.token_id) if attention is None else (self.tokens, 0)
         squeeze = self.side_by_side([(one.hyper.hyper[0], 1.0) for one in dynamic])
         slopes = []
-        with self.places(squeeze.outputs) as (hidden,):
-            token = self.at + first.token_id * padded(self.width)
-            self.linear(1, token, squeeze, hidden, activation="relu")
+        with self.places(rows * squeeze.outputs) as (hidden,):
+            self.linear(rows, self.at + first * padded(self.width), squeeze, hidden, activation="relu")
             for one in each:
                 if one.act.num_functions < 1:
-                    slopes.append(-1)
+                    slopes.append(NO_SLOPES)
                     continue
                 linear = self.slopes_of(one.hyper.hyper[2], one.act.num_functions, one.slots)
-                slopes += places.enter_context(self.places(2 * len(one.slots)))
-                self.slopes(hidden, one.act.num_functions, linear, slopes[-1])
+                (place,) = places.enter_context(self.places(2 * rows * len(one.slots)))
+                self.slopes(rows, hidden, squeeze.outputs, one.act.num_functions, linear, place)
+                slopes.append(Slopes(place) if attention is None else Slopes(place, attention.number, rows))
                 hidden += linear.inputs
         return slopes
 
@@ -264,7 +284,7 @@ class _Plan(Plan):
         with self.named("classifier.conv"), ExitStack() as places:
             generator = Activated(head.act, getattr(head, "hyper", None), padded_slots(conv.out_channels))
             (slopes,) = self.generated([generator], places)
-            self.pooled(x, last, features, slopes)
+            self.pooled(x, last, features, slopes.place)
             if averaged:  # which the next matrix does
                 same = self.pack.linear(torch.eye(self.width))
                 self.linear(count, self.at, same, features + last.outputs, activation="relu6")

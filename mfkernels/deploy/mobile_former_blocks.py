@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..nn import DynamicReLU, LiteBottleneck, MobileFormerBlock
+from ..nn.depthwise import MaxDepthwise
 from . import steps
 from .packing import dense, fold, padded, padded_slots, shuffled, spread
-from .plan import Bridges, Map, Plan
+from .plan import NO_SLOPES, Bridges, Map, Plan, Slopes
 from .steps import Linear
 
 # By the functions of a DynamicReLU.
@@ -16,10 +19,12 @@ _ACTIVATIONS = {2: "dynamic_relu", 1: "scaled_relu6", 0: "relu6", -1: None}
 
 
 class Made(NamedTuple):
-    """What the tokens make for a pass: its map's bridges, and where the slopes of its activations are."""
+    """What the tokens make for a pass: its map's bridges, the slopes of its activations, and the map by which
+    those are mixed, if they are."""
 
     bridges: Bridges | None
-    slopes: list[int]
+    slopes: list[Slopes]
+    attention: Map | None = None
 
 
 class Activated(NamedTuple):
@@ -40,8 +45,7 @@ def activations(block: Any) -> list[Activated]:
             Activated(block.act2, block.hyper2, hidden),
             Activated(block.act3, block.hyper3, outputs),
         ]
-    layers: list[Any] = [block.conv1, block.conv3]
-    first, last = (padded_slots(conv.in_channels, _numbers(conv, shuffle)) for conv, _, shuffle in layers)
+    first, last = (_padded(part.slots()) for part in _parts(block))
     outputs = padded_slots(block.conv4[0].out_channels)
     return [
         Activated(block.act1, block.hyper1, first),
@@ -50,17 +54,73 @@ def activations(block: Any) -> list[Activated]:
     ]
 
 
-def check(plan: Plan, block: Any) -> None:
-    """Refuse depthwise convolutions of several kernels, before anything else looks at them."""
+class _Depthwise(NamedTuple):
+    """Depthwise convolutions with their batch norms, one after the other, or side by side where `maximum`
+    takes the larger of both; and the shuffle of what they make."""
+
+    layers: list[tuple[nn.Conv2d, nn.BatchNorm2d]]
+    maximum: bool
+    shuffle: nn.Module
+
+    def slots(self) -> list[int]:
+        """Which channel, after the shuffle, each output in memory is; -1 for none."""
+        slots = list(range(self.layers[0][0].in_channels))
+        for conv, _ in self.layers[: 1 if self.maximum else None]:
+            slots = _multiplied(slots, conv)
+        channels = self.layers[-1][0].out_channels
+        number = {old: new for new, old in enumerate(shuffled(self.shuffle, channels))} | {-1: -1}
+        return [number[slot] for slot in slots]
+
+    def plain(self) -> bool:
+        """Whether it is one convolution of 3x3."""
+        return len(self.layers) == 1 and self.layers[0][0].kernel_size == (3, 3)
+
+
+def _parts(block: Any) -> list[_Depthwise]:
+    """The depthwise convolutions of a block."""
+    return [_part(layers, shuffle) for layers, shuffle in _depthwise_layers(block)]
+
+
+def _depthwise_layers(block: Any) -> list[tuple[list[Any], nn.Module]]:
+    """Those of each depthwise part of a block, and its shuffle."""
     if isinstance(block, MobileFormerBlock):
-        layers = [(block.conv2, 2)]
-    elif isinstance(block, LiteBottleneck):
-        layers = [(block.conv, 6)]
-    else:
-        layers = [(block.conv1, 3), (block.conv3, 3)]
-    plan.need(
-        all(len(found) == count for found, count in layers), block, "depthwise convolutions of one kernel"
-    )
+        return [(list(block.conv2), nn.Identity())]
+    if isinstance(block, LiteBottleneck):
+        *layers, _, shuffle, _, _ = block.conv
+        return [(layers, shuffle)]
+    each = [list(block.conv1), list(block.conv3)]
+    return [(layers[:-1], layers[-1]) for layers in each]
+
+
+def check(plan: Plan, block: Any) -> None:
+    """Refuse other depthwise parts than are known, before anything else looks at them."""
+    for layers, _ in _depthwise_layers(block):
+        pair = [nn.Conv2d, nn.BatchNorm2d]
+        known = any(
+            len(layers) == len(kinds) and all(map(isinstance, layers, kinds))
+            for kinds in ([MaxDepthwise], pair, pair * 2)
+        )
+        plan.need(known, block, "depthwise convolutions of one kernel or two")
+
+
+def _part(layers: list[Any], shuffle: nn.Module) -> _Depthwise:
+    if isinstance(layers[0], MaxDepthwise):
+        branches: Any = [tuple(layers[0].conv1), tuple(layers[0].conv2)]
+        return _Depthwise(branches, True, shuffle)
+    return _Depthwise(list(zip(layers[::2], layers[1::2], strict=True)), False, shuffle)
+
+
+def _multiplied(slots: Sequence[int], conv: nn.Conv2d) -> list[int]:
+    """Of a depthwise convolution that may make several channels of each: where its inputs are `slots`, which
+    channels its outputs in memory are: the first that each input makes, then the second, ..."""
+    times = conv.out_channels // conv.in_channels
+    if times == 1:
+        return list(slots)
+    return [slot * times + j if slot >= 0 else -1 for j in range(times) for slot in _padded(slots)]
+
+
+def _padded(slots: Sequence[int]) -> list[int]:
+    return [*slots, *[-1] * (padded(len(slots)) - len(slots))]
 
 
 def steps_of(plan: Plan, x: Map, block: Any, made: Made) -> Map:
@@ -72,13 +132,15 @@ def steps_of(plan: Plan, x: Map, block: Any, made: Made) -> Map:
 
 
 def _lite(plan: Plan, x: Map, block: Any, made: Made) -> Map:
-    conv, norm, _, shuffle, point, point_norm = block.conv
-    if conv.kernel_size != (3, 3):
-        hidden, slots = _depthwise(plan, x, conv, norm, shuffle, "relu6")
+    *_, shuffle, point, point_norm = block.conv
+    (part,) = _parts(block)
+    if not part.plain():
+        hidden, slots = _depthwise(plan, x, part, "relu6")
         added = x if block.skip else None
         return plan.replaced(
             hidden, _pointwise(plan, hidden, point, point_norm, slots, added=added, bridges=made.bridges)
         )
+    ((conv, norm),) = part.layers
     taps, hidden_channels, order = _multiplying(plan, conv, norm, shuffle)
     linear = _folded(plan, point, point_norm, order, nn.Identity(), len(order) // conv.in_channels)
     out = plan.out(point.out_channels, 0, made.bridges)
@@ -88,30 +150,32 @@ def _lite(plan: Plan, x: Map, block: Any, made: Made) -> Map:
 
 def _block(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     point1, norm1, shuffle1 = block.conv1
-    conv, norm = block.conv2
     point2, norm2, shuffle2 = block.conv3
-    channels = conv.out_channels
-    plain = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and not block.before_skip
+    (part,) = _parts(block)
+    plain = part.plain() and block.stride == 1 and not block.before_skip
     if not plain or _functions(block) != [2, 2, -1]:
         return _composed_block(plan, x, block, made)
+    ((conv, norm),) = part.layers
+    plan.need(conv.stride == (1, 1), conv, "depthwise convolutions of the block's stride")
+    channels = conv.out_channels
     expand = _folded(plan, point1, norm1, range(point1.in_channels), shuffle1)
     taps = plan.pack.depthwise(*fold(conv, norm), padded_slots(channels))
     project = _folded(plan, point2, norm2, range(channels), shuffle2)
     out, residual = plan.out(point2.out_channels, 0, made.bridges), int(block.skip)
     first, last, _ = made.slopes
     return plan.made(
-        "block", steps.Block(out, *x, residual, padded(channels), taps, first, last, expand, project)
+        "block",
+        steps.Block(out, *x, residual, padded(channels), taps, first.place, *last, expand, project),
     )
 
 
 def _composed_block(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     point1, norm1, shuffle1 = block.conv1
-    conv, norm = block.conv2
     point2, norm2, shuffle2 = block.conv3
-    names = _names(block)
+    (part,), names = _parts(block), _names(block)
     first: dict[str, Any] = dict(activation=names[0], slopes=made.slopes[0], shuffle=shuffle1)
     hidden = _pointwise(plan, x, point1, norm1, range(point1.in_channels), **first)
-    moved, slots = _depthwise(plan, hidden, conv, norm, nn.Identity(), names[1], made.slopes[1])
+    moved, slots = _depthwise(plan, hidden, part, names[1], made.slopes[1])
     hidden = plan.replaced(hidden, moved)
     options: dict[str, Any] = dict(activation=names[2], slopes=made.slopes[2], shuffle=shuffle2)
     if not block.skip:
@@ -127,36 +191,35 @@ def _composed_block(plan: Plan, x: Map, block: Any, made: Made) -> Map:
 
 
 def _down(plan: Plan, x: Map, block: Any, made: Made) -> Map:
-    conv1, norm1, shuffle1 = block.conv1
-    conv3, norm3, shuffle3 = block.conv3
+    first, last = _parts(block)
     (point1, point_norm1), (point2, point_norm2) = block.conv2, block.conv4
-    plain = conv1.kernel_size == conv3.kernel_size == (3, 3) and not block.skip
+    plain = first.plain() and last.plain() and not block.skip
     if not plain or _functions(block) != [2, 2, -1]:
         return _composed_down(plan, x, block, made)
+    ((conv1, norm1),), ((conv3, norm3),) = first.layers, last.layers
     plan.need(conv3.stride == (1, 1), block, "a second depthwise convolution of stride 1")
-    taps1, hidden1, order = _multiplying(plan, conv1, norm1, shuffle1)
+    taps1, hidden1, order = _multiplying(plan, conv1, norm1, first.shuffle)
     project1 = _folded(plan, point1, point_norm1, order, nn.Identity(), len(order) // conv1.in_channels)
-    taps2, hidden2, order = _multiplying(plan, conv3, norm3, shuffle3)
+    taps2, hidden2, order = _multiplying(plan, conv3, norm3, last.shuffle)
     project2 = _folded(plan, point2, point_norm2, order, nn.Identity(), len(order) // conv3.in_channels)
     out, (slopes1, slopes2, _) = plan.out(conv3.in_channels, 0, made.bridges), made.slopes
     return plan.made(
         "down",
         steps.Down(
             *(out, *x, conv1.stride[0]),
-            *(hidden1, taps1, slopes1),
-            *(hidden2, taps2, slopes2),
+            *(hidden1, taps1, slopes1.place),
+            *(hidden2, taps2, *slopes2),
             *(project1, project2),
         ),
     )
 
 
 def _composed_down(plan: Plan, x: Map, block: Any, made: Made) -> Map:
-    (conv1, norm1, shuffle1), (conv3, norm3, shuffle3) = block.conv1, block.conv3
+    (first, last), names = _parts(block), _names(block)
     (point1, point_norm1), (point2, point_norm2) = block.conv2, block.conv4
-    names = _names(block)
-    hidden, slots = _depthwise(plan, x, conv1, norm1, shuffle1, names[0], made.slopes[0])
+    hidden, slots = _depthwise(plan, x, first, names[0], made.slopes[0])
     middle = plan.replaced(hidden, _pointwise(plan, hidden, point1, point_norm1, slots))
-    hidden, slots = _depthwise(plan, middle, conv3, norm3, shuffle3, names[1], made.slopes[1])
+    hidden, slots = _depthwise(plan, middle, last, names[1], made.slopes[1])
     bridges = made.bridges
     assert bridges is not None
     inner = bridges._replace(gather=-1) if block.skip else bridges
@@ -199,22 +262,68 @@ def _names(block: Any) -> list[str | None]:
 
 
 def _depthwise(
+    plan: Plan, x: Map, part: _Depthwise, activation: str | None, slopes: Slopes = NO_SLOPES
+) -> tuple[Map, list[int]]:
+    """Depthwise convolutions that may multiply channels; and which channel, after the shuffle, each of their
+    outputs in memory is."""
+    numbers, last = list(range(x.channels)), dict[str, Any](activation=activation, slopes=slopes)
+    if part.maximum:
+        one, other = (_square(plan, x, numbers, *layer, _stride(plan, layer[0])) for layer in part.layers)
+        out = plan.replaced(other, plan.replaced(one, plan.add(one, other, maximum=True)))
+        if activation is not None:
+            out = plan.replaced(out, _activated(plan, out, last))
+        return out, part.slots()
+    if len(part.layers) == 1:
+        ((conv, norm),) = part.layers
+        return _square(plan, x, numbers, conv, norm, _stride(plan, conv), **last), part.slots()
+    # The second takes every row of the first that a stride leaves, and every pixel of it.
+    (conv, norm), (conv2, norm2) = part.layers
+    fits = conv.stride[1] == conv2.stride[0] == 1 and conv.stride[0] == conv2.stride[1] in (1, 2)
+    fits = fits and conv.kernel_size[1] == conv2.kernel_size[0] == 1
+    plan.need(fits, conv, "a convolution of columns and one of rows, of the same stride")
+    hidden = _square(plan, x, numbers, conv, norm, 1)
+    out = _square(plan, hidden, _multiplied(numbers, conv), conv2, norm2, conv.stride[0], **last)
+    return plan.replaced(hidden, out), part.slots()
+
+
+def _stride(plan: Plan, conv: nn.Conv2d) -> int:
+    plan.need(conv.stride in ((1, 1), (2, 2)), conv, "depthwise convolutions of stride 1 and 2")
+    return conv.stride[0]
+
+
+def _square(
     plan: Plan,
     x: Map,
+    slots: Sequence[int],
     conv: nn.Conv2d,
     norm: nn.BatchNorm2d,
-    shuffle: nn.Module,
-    activation: str | None,
-    slopes: int = -1,
-) -> tuple[Map, list[int]]:
-    """A depthwise convolution that may multiply channels; and which channel, after the shuffle, each of its
-    outputs in memory is."""
-    taps, hidden, order = _multiplying(plan, conv, norm, shuffle)
-    several = len(order) > conv.in_channels
-    size, outputs = conv.kernel_size[0], hidden if several else None
-    options: dict[str, Any] = dict(activation=activation, slopes=slopes, outputs=outputs)
-    out = plan.depthwise(x, size, taps, taps + size * size * hidden, stride=conv.stride[0], **options)
-    return out, padded_slots(conv.in_channels, order) if several else order
+    stride: int,
+    **options: Any,
+) -> Map:
+    """A depthwise convolution, as one of a square kernel, of a map whose channels in memory are `slots`."""
+    height, width = conv.kernel_size
+    size = max(height, width)
+    fits = size in (3, 5) and {height, width} <= {1, size} and conv.groups == conv.in_channels
+    fits = fits and conv.padding == (height // 2, width // 2)
+    plan.need(fits, conv, "depthwise convolutions of 3x3 and 5x5, or of a line of them, of stride 1 and 2")
+    weight, bias = fold(conv, norm)
+    sides, ends = (size - width) // 2, (size - height) // 2
+    weight = F.pad(weight, (sides, sides, ends, ends))
+    outputs = _padded(_multiplied(slots, conv))
+    taps = plan.pack.depthwise(weight, bias, outputs)
+    several = conv.out_channels > conv.in_channels
+    made = len(outputs) if several else x.channels
+    return plan.depthwise(
+        x, size, taps, taps + size * size * len(outputs), stride=stride, outputs=made, **options
+    )
+
+
+def _activated(plan: Plan, x: Map, options: dict[str, Any]) -> Map:
+    """An activation alone: that of a convolution which changes nothing."""
+    weight: Tensor = torch.zeros(x.channels, 1, 3, 3)
+    weight[:, :, 1, 1] = 1
+    taps = plan.pack.depthwise(weight, torch.zeros(x.channels), padded_slots(x.channels))
+    return plan.depthwise(x, 3, taps, taps + 9 * padded(x.channels), **options)
 
 
 def _multiplying(
@@ -222,9 +331,7 @@ def _multiplying(
 ) -> tuple[int, int, list[int]]:
     """Of a depthwise convolution that may make several channels of each: where its taps are, its padded
     channels, and the numbers, after the shuffle, of its outputs in the order of memory."""
-    (size, other), stride = conv.kernel_size, conv.stride
-    fits = size == other and size in (3, 5) and conv.groups == conv.in_channels
-    fits = fits and stride in ((1, 1), (2, 2)) and conv.padding == (size // 2, size // 2)
+    fits = conv.groups == conv.in_channels and conv.stride in ((1, 1), (2, 2)) and conv.padding == (1, 1)
     plan.need(fits, conv, "depthwise convolutions of 3x3 and 5x5, of stride 1 and 2")
     inputs, times = conv.in_channels, conv.out_channels // conv.in_channels
     offset = plan.pack.depthwise(*fold(conv, norm), padded_slots(inputs, _in_memory(conv)))

@@ -13,7 +13,7 @@ from .deployed import Deployed
 from .packing import padded, padded_rows, padded_slots
 from .planner import Planner
 from .pyramid import DeployedPyramid, Wanted
-from .steps import ACTIVATIONS, KINDS, NORMS, Linear, MapOut
+from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, Linear, MapOut
 
 MOST_STEPS, MOST_SIZE = 4096, 16  # of a plan; of a dense convolution's kernel, less one
 MOST_PAIRS = 65536  # of heads and tokens
@@ -35,6 +35,18 @@ class Bridges(NamedTuple):
     row: int
     scatter: int = -1
     gather: int = -1
+
+
+class Slopes(NamedTuple):
+    """Of an activation: where they are, and the map of the weights by which those of so many tokens are mixed
+    at each position; -1 for none."""
+
+    place: int = -1
+    attention: int = -1
+    tokens: int = 0
+
+
+NO_SLOPES = Slopes()
 
 
 class Plan(Planner):
@@ -129,7 +141,7 @@ class Plan(Planner):
         *,
         groups: int = 1,
         activation: str | None = None,
-        slopes: int = -1,
+        slopes: Slopes = NO_SLOPES,
         mixed: bool = False,
         added: Map | None = None,
         affine: int = -1,
@@ -140,7 +152,7 @@ class Plan(Planner):
         """A 1x1 convolution; `linear` as `Packer.linear` gives it."""
         other = -1 if added is None else added.number
         out, act = self.out(outputs, sums, bridges), ACTIVATIONS.index(activation)
-        numbers = (x.number, x.channels, affine, affine_gelu, other, groups, act, slopes, mixed, linear)
+        numbers = (x.number, x.channels, affine, affine_gelu, other, groups, act, *slopes, mixed, linear)
         return self.made("pointwise", steps.Pointwise(out, *numbers))
 
     def depthwise_weights(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> tuple[int, int, int]:
@@ -166,14 +178,14 @@ class Plan(Planner):
         *,
         stride: int = 1,
         activation: str | None = None,
-        slopes: int = -1,
+        slopes: Slopes = NO_SLOPES,
         mixed: bool = False,
         sums: int = 0,
         outputs: int | None = None,
     ) -> Map:
         """To as many channels, or to `outputs`, a multiple of the padded ones."""
         out, act = self.out(outputs or x.channels, sums), ACTIVATIONS.index(activation)
-        numbers = (*x, size, stride, act, slopes, mixed, taps, bias)
+        numbers = (*x, size, stride, act, *slopes, mixed, taps, bias)
         return self.made("depthwise", steps.Depthwise(out, *numbers))
 
     def inverted(
@@ -183,8 +195,27 @@ class Plan(Planner):
         out = self.out(x.channels, sums)
         return self.made("inverted", steps.Inverted(out, x.number, size, taps, bias, expand, project))
 
-    def attention(self, x: Map, channels: int, depth: int, outside: bool) -> Map:
-        return self.made("attention", steps.Attention(self.out(channels), x.number, depth, outside))
+    def attention(
+        self, x: Map, channels: int, depth: int, *, heads: int = 1, gating: str, outside: bool = False
+    ) -> Map:
+        """Of so many channels and a depth of each head; these channels are padded if there are several."""
+        out = self.out(channels if heads == 1 else heads * padded(channels))
+        numbers = (x.number, heads, depth, channels, GATINGS.index(gating), outside)
+        return self.made("attention", steps.Attention(out, *numbers))
+
+    def map_norm(self, x: Map, norm: nn.LayerNorm) -> Map:
+        """A layer norm of each pixel."""
+        gamma, beta = (self.pack.add(padded_rows(values)) for values in (norm.weight, norm.bias))
+        return self.made(
+            "map_norm", steps.MapNorm(self.out(x.channels), x.number, gamma, beta, _bits(norm.eps))
+        )
+
+    def weigh(self, x: Map, stride: int, bridges: Bridges) -> Map:
+        """The weights of the tokens at each position, from what `bridges` gathers with."""
+        twice = 2 if self.pack.dtype == torch.bfloat16 else 1  # its numbers are float32 all the same
+        out = self.out(padded(bridges.tokens) * twice)
+        numbers = (stride, bridges.heads, bridges.tokens, bridges.row, bridges.gather)
+        return self.made("weigh", steps.Weigh(out, *x, *numbers))
 
     def split(self, x: Map, window: int) -> Map:
         return self.made("split", steps.Windows(self.out(x.channels), x.number, window))
@@ -192,8 +223,9 @@ class Plan(Planner):
     def join(self, x: Map, window: int, sums: int = 0) -> Map:
         return self.made("join", steps.Windows(self.out(x.channels, sums), x.number, window))
 
-    def add(self, x: Map, other: Map, bridges: Bridges | None = None) -> Map:
-        return self.made("add", steps.Add(self.out(x.channels, 0, bridges), x.number, other.number))
+    def add(self, x: Map, other: Map, bridges: Bridges | None = None, *, maximum: bool = False) -> Map:
+        """Or the larger of both."""
+        return self.made("add", steps.Add(self.out(x.channels, 0, bridges), x.number, other.number, maximum))
 
     # --- steps that write numbers of the state -----------------------------------------------------------
 
@@ -237,8 +269,10 @@ class Plan(Planner):
     def gate(self, rows: int, channels: int, at: int, at_stride: int, gates: int, stride: int) -> None:
         self._step("gate", steps.Gate(rows, channels, at, at_stride, gates, stride))
 
-    def slopes(self, source: int, functions: int, linear: Linear, target: int) -> None:
-        self._step("slopes", steps.Slopes(source, target, functions, linear))
+    def slopes(
+        self, rows: int, source: int, stride: int, functions: int, linear: Linear, target: int
+    ) -> None:
+        self._step("slopes", steps.Slopes(rows, source, stride, target, functions, linear))
 
     def kernels(self, *fields: Any) -> None:
         self._step("kernels", steps.Kernels(*fields))
@@ -255,8 +289,7 @@ class Plan(Planner):
         channels = gamma.numel()
         place = self.place(2 * padded(channels))
         factor, summand = self.pack.add(gamma.flatten()), self.pack.add(beta.flatten())
-        (bits,) = struct.unpack("q", struct.pack("d", eps))
-        self._step("affine", steps.Affine(NORMS.index(norm), channels, factor, summand, bits, place))
+        self._step("affine", steps.Affine(NORMS.index(norm), channels, factor, summand, _bits(eps), place))
         return place
 
     def pool(self, channels: int, place: int) -> None:
@@ -307,3 +340,8 @@ class Plan(Planner):
         bf16 = int(self.pack.dtype == torch.bfloat16)
         counts = (self.maps, self.state, features, linears, count)
         return steps.Header(self.pack.size, bf16, in_channels, *counts)
+
+
+def _bits(value: float) -> int:
+    (bits,) = struct.unpack("q", struct.pack("d", value))
+    return bits

@@ -4,7 +4,8 @@ their meaning is told."""
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-ACTIVATIONS = (None, "gelu", "hardswish", "relu", "relu6", "dynamic_relu", "scaled_relu6")
+ACTIVATIONS = (None, "gelu", "hardswish", "relu", "relu6", "dynamic_relu", "scaled_relu6", "hardsigmoid")
+GATINGS = ("ungated", "sigmoid_gate", "silu_gate")
 NORMS = ("group_norm", "response_norm", "response_norm_of_channels")
 
 
@@ -68,6 +69,8 @@ class Pointwise(NamedTuple):
     groups: int
     activation: int
     slopes: int
+    attention: int
+    tokens: int
     mixed: int
     linear: Linear
 
@@ -80,6 +83,8 @@ class Depthwise(NamedTuple):
     stride: int
     activation: int
     slopes: int
+    attention: int
+    tokens: int
     mixed: int
     taps: int
     bias: int
@@ -98,7 +103,10 @@ class Inverted(NamedTuple):
 class Attention(NamedTuple):
     out: MapOut
     input: int
+    heads: int
     depth: int
+    channels: int
+    gating: int
     outside: int
 
 
@@ -128,6 +136,8 @@ class Block(NamedTuple):
     taps: int
     slopes1: int
     slopes2: int
+    attention: int
+    tokens: int
     expand: Linear
     project: Linear
 
@@ -143,6 +153,8 @@ class Down(NamedTuple):
     hidden2: int
     taps2: int
     slopes2: int
+    attention: int
+    tokens: int
     project1: Linear
     project2: Linear
 
@@ -151,6 +163,26 @@ class Add(NamedTuple):
     out: MapOut
     input: int
     added: int
+    maximum: int
+
+
+class MapNorm(NamedTuple):
+    out: MapOut
+    input: int
+    gamma: int
+    beta: int
+    eps: int
+
+
+class Weigh(NamedTuple):
+    out: MapOut
+    input: int
+    in_channels: int
+    stride: int
+    heads: int
+    tokens: int
+    row: int
+    queries: int
 
 
 class Copy(NamedTuple):
@@ -208,7 +240,9 @@ class Gate(NamedTuple):
 
 
 class Slopes(NamedTuple):
+    rows: int
     source: int
+    source_stride: int
     target: int
     functions: int
     linear: Linear
@@ -274,6 +308,8 @@ KINDS: dict[str, Any] = {
     "block": Block,
     "down": Down,
     "add": Add,
+    "map_norm": MapNorm,
+    "weigh": Weigh,
     "copy": Copy,
     "linear": LinearStep,
     "norm": Norm,
