@@ -23,6 +23,7 @@ import traceback
 import warnings
 from collections import Counter
 
+import mobilenets
 import torch
 from cases import modules
 from torch import Tensor
@@ -31,6 +32,7 @@ import mfkernels
 from mfkernels.checks import tensors_in
 from mfkernels.models import DynamicMobileFormer, IFormer, MobileFormer
 from mfkernels.models.features import FeaturePyramid
+from mfkernels.nn import Attention2d, PreNormModulationAttention
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
 OTHER_DTYPES = (*DTYPES, torch.float16, torch.int64, torch.bool, torch.complex64)
@@ -277,6 +279,7 @@ def small_networks() -> list:
     torch.manual_seed(0)
     rows = [("D", 2, 8, 1, 1, 0), ("D", 3, 12, 1, 2, 4), ("M", 3, 12, 1, 1, 3)]
     types = ["ConvBlock_k7_r2", "RepCPE_k3", "SHMABlock_r1_hdrr2_nh1_ws2"]
+    before = PreNormModulationAttention(40)
     models = (
         MobileFormer(rows, num_classes=5, stem_channels=8, features=32, token_dim=32, token_num=3),
         DynamicMobileFormer(
@@ -284,11 +287,18 @@ def small_networks() -> list:
             head_features=32, num_classes=5, token_num=3, token_dim=32, groups=2,
         ),
         IFormer((1, 0, 0, 2), (12, 20, 36, 40), types, num_classes=5),
+        MobileFormer(
+            [*rows[1:], ("M", 3, 12, 1, 1, 3)], num_classes=5, stem_channels=8, features=32, token_dim=32,
+            token_num=3, token_id=-1, kernel_size=(3, 5),
+        ),
+        IFormer((1, 0, 0, 2), (12, 20, 36, 40), [types[0], types[2], types[2]], num_classes=5),
     )  # fmt: skip
+    for block, mixer in zip(models[-1].stages[3], (Attention2d(40, num_heads=2), before), strict=True):
+        block.block.token_channel_mixer.m = mixer
     models = [model.eval() for model in models]
-    pyramids = [FeaturePyramid(copy.deepcopy(model)).eval() for model in models]
+    pyramids = [FeaturePyramid(copy.deepcopy(model)).eval() for model in models[:3]]
     image = torch.randn(1, 3, 20, 25)
-    made = [mfkernels.deploy(model) for model in (*models, *pyramids)]
+    made = [mfkernels.deploy(model) for model in (*models, *pyramids, mobilenets.make("v3"))]
     return [(deployed, image, tensors_in(deployed(image))[0]) for deployed in made]
 
 

@@ -287,3 +287,24 @@ def test_pyramid_of_timm(timm, out_indices):
             for maps in (one, other):
                 assert maps.shape == expected.shape
                 assert (maps - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+MOBILENETS = (
+    *(("torchvision", name) for name in ("mobilenet_v3_large", "mobilenet_v3_small", "mobilenet_v2")),
+    *(("timm", name) for name in ("mobilenetv3_large_100", "mobilenetv3_small_050", "mobilenetv2_100")),
+    *(("timm", name) for name in ("mnasnet_small", "lcnet_050")),
+)
+
+
+@pytest.mark.parametrize(("library", "name"), MOBILENETS)
+def test_deployed_mobilenets(library, name):
+    if library == "timm":
+        make = pytest.importorskip("timm").create_model
+    else:
+        make = pytest.importorskip("torchvision").models.get_model
+    torch.manual_seed(0)
+    model = with_statistics(make(name, num_classes=5)).eval()
+    deployed = mfkernels.deploy(model)
+    for size in (64, 97):
+        x = torch.randn(2, 3, size, size)
+        assert mfkernels.verify(model, deployed, x).passed

@@ -134,7 +134,8 @@ def _sizes(lines: list[dict[str, Any]]) -> str:
         cells = [f"{_number(entry.median_ms)} {_TITLES[entry.runtime]}" for entry in best]
         rows.append([f"{network}, best {'other ' if ours else ''}runtime", *cells])
         if network == _RIVALS[0] and any(entry.runtime == "mfkernels" for entry in entries):
-            mine = {e.size: e.median_ms for e in entries if e.runtime == "mfkernels"}
+            others = (e for e in entries if e.network not in _RIVALS)
+            mine = {e.size: e.median_ms for e in others if e.runtime == "mfkernels"}
             ratios = [f"{entry.median_ms / mine[size]:.2f}" for entry, size in zip(best, sizes, strict=True)]
             rows.append([f"{network} / ours", *ratios])
     return "\n\n".join([_where(lines) + ", float32, batch 1:", _table(rows), _forms(entries)])

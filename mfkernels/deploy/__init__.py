@@ -16,6 +16,7 @@ from .dynamic_mobile_former import deployed_dynamic_mobile_former
 from .graph import deployed_on_gpu
 from .iformer import deployed_iformer
 from .mobile_former import deployed_mobile_former
+from .mobilenet import deployed_mobilenet, mobilenet_chain
 from .pyramid import Wanted
 
 __all__ = ["deploy"]
@@ -40,8 +41,9 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
 
     Args:
         model: a network of `mfkernels.models`, of the released code as published, or timm's iFormer,
-            `accelerate`d or not; in eval mode. It is left as it is; later changes of its weights do not reach
-            the result.
+            `accelerate`d or not; on a CPU also a chain of inverted bottlenecks, as MobileNetV2 and V3 of
+            torchvision and timm are; in eval mode. It is left as it is; later changes of its weights do not
+            reach the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16: on a GPU, or on processors that
             multiply it (AVX512-BF16); on a GPU torch.float16, too. Sums are float32 in each. On a GPU float32
             is computed without TF32, whatever PyTorch is set to: who can do with less takes bfloat16.
@@ -56,8 +58,8 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
 
     Raises:
         TypeError: no such network, or a dtype that is not supported.
-        ValueError: `model` is in train mode, has a part that deploy does not know, named, or is on several
-            devices.
+        ValueError: `model` is in train mode, has a part that deploy does not know, named, computes something
+            else than its parts in a row where it is a chain, or is on several devices.
         RuntimeError: bfloat16, and this processor or the instruction set in use (MFKERNELS_ISA) cannot
             multiply it.
     """
@@ -70,7 +72,8 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
-    if type(model) not in _KNOWN:
+    chain = None if on_gpu or type(model) in _KNOWN else mobilenet_chain(model)
+    if type(model) not in _KNOWN and chain is None:
         model = _published(model)
     if on_gpu:
         return deployed_on_gpu(model, dtype)
@@ -79,6 +82,8 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
             "deploy: bfloat16 needs a processor with avx512bf16 and the instruction set avx512, but "
             f"{native.instruction_set()} is in use and the processor has {', '.join(_C.cpu_features())}"
         )
+    if chain is not None:
+        return deployed_mobilenet(model, chain, dtype)
     if isinstance(model, FeaturePyramid):
         return _FAMILIES[type(model.network)](model.network, dtype, Wanted(model))
     return _FAMILIES[type(model)](model, dtype)

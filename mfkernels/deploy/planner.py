@@ -27,10 +27,14 @@ class Planner:
         for module in self.names:
             if not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in known):
                 raise self.refuse(module, "unknown to deploy")
-            if isinstance(module, nn.Conv2d):
-                plain = module.dilation == (1, 1) and module.padding_mode == "zeros"
-                self.need(plain, module, "convolutions without dilation and padded with zeros")
-            if isinstance(module, nn.GELU):
-                self.need(module.approximate == "none", module, "a GELU that is not approximate")
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise self.refuse(module, "has a forward hook, which deploy would leave out")
+            self.check_settings(module)
+
+    def check_settings(self, module: nn.Module) -> None:
+        """A module must be of settings that a plan can say, and without hooks."""
+        if isinstance(module, nn.Conv2d):
+            plain = module.dilation == (1, 1) and module.padding_mode == "zeros"
+            self.need(plain, module, "convolutions without dilation and padded with zeros")
+        if isinstance(module, nn.GELU):
+            self.need(module.approximate == "none", module, "a GELU that is not approximate")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise self.refuse(module, "has a forward hook, which deploy would leave out")

@@ -1,0 +1,278 @@
+"""MobileNets, and other chains of inverted bottlenecks, as plans."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .deployed import Deployed
+from .packing import fold, padded
+from .plan import Map, Plan
+from .steps import Linear
+
+# By the names of the classes, of which others than PyTorch's have some, too.
+_ACTIVATIONS = {"ReLU": "relu", "ReLU6": "relu6", "Hardswish": "hardswish", "HardSwish": "hardswish"}
+_GATES = ("Hardsigmoid", "HardSigmoid")
+_NOTHING = ("Identity", "Dropout", "DropPath", "Flatten")  # in eval mode, or where pixels are one
+_SKIPS = ("use_res_connect", "has_skip", "residual")
+
+
+class _Conv(NamedTuple):
+    """A convolution, or a linear layer, its batch norm and its activation."""
+
+    layer: Any
+    norm: nn.BatchNorm2d | None
+    activation: str | None
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias."""
+        if self.norm is not None:
+            return fold(self.layer, self.norm)
+        weight, bias = self.layer.weight.detach(), self.layer.bias
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
+
+
+class _Squeeze(NamedTuple):
+    """Squeeze-and-excitation."""
+
+    module: nn.Module
+    reduce: nn.Conv2d
+    expand: nn.Conv2d
+
+
+class _Part(NamedTuple):
+    """Layers one after the other, and whether the input is added to what they make."""
+
+    name: str
+    layers: list[Any]
+    skip: bool
+
+
+class _Chain(NamedTuple):
+    """A network: parts that make maps, and what its means go through."""
+
+    parts: list[_Part]
+    linears: list[tuple[str, _Conv]]
+
+
+def mobilenet_chain(model: nn.Module) -> _Chain | None:
+    """The parts of a chain of convolutions, batch norms, ReLUs and the like, of inverted bottlenecks of them
+    with squeeze-and-excitation or without, a global average and linear layers, by the order of its modules;
+    None where `model` has other parts, or none of these."""
+    try:
+        flat = [(name, part) for name, part in _flat(model, "")]
+    except _Unknown:
+        return None
+    parts, linears, pooled = [], [], False
+    for name, part in flat:
+        if isinstance(part, _Part):
+            if pooled:
+                return None
+            parts.append(part)
+        elif isinstance(part, nn.AdaptiveAvgPool2d):
+            pooled = True
+        elif pooled or isinstance(part.layer, nn.Linear):
+            pooled = True
+            linears.append((name, part))
+        else:
+            parts.append(_Part(name, [part], False))
+    return _Chain(parts, linears) if parts and linears else None
+
+
+class _Unknown(Exception):
+    pass
+
+
+def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The named convolutions, linear layers, poolings, and residual blocks as a `_Part`, in their order."""
+    found: list[tuple[str, Any]] = []
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.Conv2d | nn.Linear):
+            found.append((path, _Conv(child, None, None)))
+        elif isinstance(child, nn.BatchNorm2d):
+            _replace_last(found, "norm", child)
+            for inner in child.children():  # an activation of its own
+                _activate(found, inner)
+        elif isinstance(child, nn.AdaptiveAvgPool2d):
+            found.append((path, child))
+        elif _squeeze(child) is not None:
+            found.append((path, _squeeze(child)))
+        elif any(hasattr(child, flag) for flag in _SKIPS):
+            layers = [layer for _, layer in _flat(child, f"{path}.")]
+            skip = any(getattr(child, flag, False) is True for flag in _SKIPS)
+            if not all(isinstance(layer, _Conv | _Squeeze) for layer in layers) or not layers:
+                raise _Unknown
+            found.append((path, _Part(path, layers, skip)))
+        elif next(child.children(), None) is not None:
+            for inner_path, inner in _flat(child, f"{path}."):
+                found.append((inner_path, inner))
+        else:
+            _activate(found, child)
+    yield from found
+
+
+def _activate(found: list[tuple[str, Any]], module: nn.Module) -> None:
+    kind = type(module).__name__
+    if kind in _ACTIVATIONS:
+        _replace_last(found, "activation", _ACTIVATIONS[kind])
+    elif kind not in _NOTHING:
+        raise _Unknown
+
+
+def _replace_last(found: list[tuple[str, Any]], field: str, value: Any) -> None:
+    """Adds a norm or an activation to the last layer, which must not have one, or what comes after it."""
+    if not found or not isinstance(found[-1][1], _Conv):
+        raise _Unknown
+    path, layer = found[-1]
+    if layer.activation is not None or (field == "norm" and layer.norm is not None):
+        raise _Unknown
+    found[-1] = (path, layer._replace(**{field: value}))
+
+
+def _squeeze(module: nn.Module) -> _Squeeze | None:
+    """Two 1x1 convolutions that lead back to as many channels, between them a ReLU, and a hardsigmoid."""
+    convs: list[Any] = [child for child in module.children() if isinstance(child, nn.Conv2d)]
+    others = [type(child).__name__ for child in module.children() if not isinstance(child, nn.Conv2d)]
+    if len(convs) != 2 or any(conv.kernel_size != (1, 1) or conv.groups != 1 for conv in convs):
+        return None
+    reduce, expand = convs
+    known = {"ReLU", "AdaptiveAvgPool2d", *_GATES, *_NOTHING}
+    if reduce.in_channels != expand.out_channels or not known.issuperset(others):
+        return None
+    return _Squeeze(module, reduce, expand)
+
+
+def deployed_mobilenet(model: nn.Module, chain: _Chain, dtype: torch.dtype) -> Deployed:
+    """What `deploy` makes of a network that is this chain of parts.
+
+    Raises:
+        ValueError: a part that a plan cannot say, or the network computes something else than its parts in
+            their order.
+    """
+    deployed = _Plan(model, chain, dtype).run()
+    trial = _random_copy(model)
+    same: Any = mobilenet_chain(trial)
+    x = torch.randn(2, deployed.in_channels, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        got = _Plan(trial, same, torch.float32).run()(x)
+        expected = trial.double()(x.double())
+    if not torch.is_tensor(expected) or expected.shape != got.shape:
+        raise ValueError(f"deploy: the model ({type(model).__name__}) returns something else than logits")
+    if not (got - expected).abs().max() <= 1e-3 * expected.abs().max():
+        raise ValueError(
+            f"deploy: the model ({type(model).__name__}) computes something else than its parts in a row"
+        )
+    return deployed
+
+
+def _random_copy(model: nn.Module) -> nn.Module:
+    """With random weights and statistics, so that no part of it is hidden by zeros."""
+    trial = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trial.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, (2 / parameter[0].numel()) ** 0.5, generator=generator)
+            else:
+                parameter.uniform_(-0.2, 0.2, generator=generator)
+        for module in trial.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for values in (module.weight, module.running_var):
+                    if values is not None:
+                        values.uniform_(0.5, 1.5, generator=generator)
+                if module.running_mean is not None:
+                    module.running_mean.uniform_(-0.2, 0.2, generator=generator)
+    return trial
+
+
+class _Plan(Plan):
+    def __init__(self, model: nn.Module, chain: _Chain, dtype: torch.dtype) -> None:
+        super().__init__(model, dtype)
+        self.chain = chain
+        for module in self.names:
+            self.check_settings(module)
+
+    def run(self) -> Deployed:
+        *_, last = self.chain.parts
+        x: Any = None
+        for part in self.chain.parts:
+            with self.named(part.name):
+                x = self.part_of(x, part, pooled=part is last)
+        features = self.place(x.channels)
+        with self.named("pool"):
+            self.pool(x.channels, features)
+        linears = [self.linear_of(layer) for _, layer in self.chain.linears]
+        names = [name for name, _ in self.chain.linears]
+        classes = self.chain.linears[-1][1].layer.weight.shape[0]
+        in_channels = self.chain.parts[0].layers[0].layer.in_channels
+        return self.finished(features, linears, names, in_channels, classes)
+
+    def linear_of(self, layer: _Conv) -> tuple[Linear, str | None]:
+        known = (None, "gelu", "hardswish")
+        self.need(
+            layer.activation in known, layer.layer, "linear layers with a hardswish, or none, after them"
+        )
+        weight, bias = layer.folded()
+        self.need(weight[0].numel() == weight.shape[1], layer.layer, "1x1 convolutions after the pooling")
+        return self.pack.linear(weight.flatten(1), bias), layer.activation
+
+    def part_of(self, x: Map | None, part: _Part, pooled: bool) -> Map:
+        """The map after the part; `pooled`: its means are wanted."""
+        made: Any = x
+        with ExitStack() as places:
+            factors = -1
+            for i, layer in enumerate(part.layers):
+                if isinstance(layer, _Squeeze):
+                    factors = self.factors(layer, made.channels, places)
+                    continue
+                rest = part.layers[i + 1 :]
+                sums = isinstance(rest[0], _Squeeze) if rest else pooled
+                added = x if part.skip and not rest else None
+                new = self.layer(made, layer, factors, added, int(sums))
+                if made is not None and made is not x:
+                    self.free(made)
+                made, factors = new, -1
+        if factors >= 0:
+            raise self.refuse(
+                part.layers[-1].module, "only squeeze-and-excitation before a convolution can be deployed"
+            )
+        if x is not None:
+            self.free(x)
+        return made
+
+    def factors(self, squeeze: _Squeeze, channels: int, places: ExitStack) -> int:
+        """The place of what multiplies the channels of the last map, and of summands that are zero."""
+        self.need(squeeze.reduce.in_channels == channels, squeeze.module, "squeeze-and-excitation of the map")
+        width = padded(channels)
+        reduce, expand = (
+            self.pack.linear(conv.weight.flatten(1), conv.bias) for conv in (squeeze.reduce, squeeze.expand)
+        )
+        (place,) = places.enter_context(self.places(2 * width))
+        with self.places(width, reduce.outputs) as (means, hidden):
+            self.pool(channels, means)
+            self.linear(1, means, reduce, hidden, activation="relu")
+            self.linear(1, hidden, expand, place, activation="hardsigmoid")
+        self.copy_weights(torch.zeros(width), place + width)
+        return place
+
+    def layer(self, x: Map | None, layer: _Conv, factors: int, added: Map | None, sums: int) -> Map:
+        conv, activation = layer.layer, layer.activation
+        weight, bias = layer.folded()
+        if added is not None:
+            self.need(activation is None, conv, "residuals without an activation before the sum")
+        if x is not None and conv.kernel_size == (1, 1):
+            self.need(conv.stride == (1, 1) and conv.padding == (0, 0), conv, "1x1 convolutions of stride 1")
+            linear = self.pack.linear(weight.flatten(1), bias, groups=conv.groups)
+            options: dict[str, Any] = dict(groups=conv.groups, activation=activation, affine=factors)
+            return self.pointwise(x, conv.out_channels, linear, added=added, sums=sums, **options)
+        self.need(factors < 0, conv, "1x1 convolutions after squeeze-and-excitation")
+        self.need(added is None, conv, "1x1 convolutions before the sum of a residual")
+        if x is not None and conv.groups > 1:
+            places = self.depthwise_weights(conv, weight, bias)
+            return self.depthwise(x, *places, stride=conv.stride[0], activation=activation, sums=sums)
+        self.need(sums == 0, conv, "1x1 or depthwise convolutions before a mean")
+        return self.dense(x, conv, weight, bias, activation)

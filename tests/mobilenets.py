@@ -1,0 +1,118 @@
+"""Small chains of inverted bottlenecks, in the forms that other libraries write them in."""
+
+import torch
+from torch import Tensor, nn
+
+from mfkernels.bench.run import randomise
+
+
+class Squeeze(nn.Module):
+    def __init__(self, channels: int, hidden: int, functional: bool) -> None:
+        super().__init__()
+        self.pool, self.functional = nn.AdaptiveAvgPool2d(1), functional
+        self.fc1, self.fc2 = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        if not functional:
+            self.activation, self.gate = nn.ReLU(), nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.functional:
+            y = self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True))))
+            return x * nn.functional.hardsigmoid(y)
+        return self.gate(self.fc2(self.activation(self.fc1(self.pool(x))))) * x
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act=None) -> nn.Sequential:
+    layers = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(layers, nn.BatchNorm2d(outputs, eps=0.001), *([act()] if act else []))
+
+
+class Inverted(nn.Module):
+    def __init__(self, inputs, outputs, hidden, kernel, stride, act, squeeze=0, functional=False) -> None:
+        super().__init__()
+        self.use_res_connect = stride == 1 and inputs == outputs
+        layers = [] if hidden == inputs else [conv(inputs, hidden, 1, act=act)]
+        layers.append(conv(hidden, hidden, kernel, stride, hidden, act))
+        layers += [Squeeze(hidden, squeeze, functional)] if squeeze else []
+        self.block = nn.Sequential(*layers, conv(hidden, outputs, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x) if self.use_res_connect else self.block(x)
+
+
+class Named(nn.Module):
+    """The same with its layers as attributes, each batch norm with its activation in it, as timm's."""
+
+    def __init__(self, inputs, outputs, hidden, kernel, stride, act, squeeze) -> None:
+        super().__init__()
+        self.has_skip = stride == 1 and inputs == outputs
+        self.conv_pw, self.bn1 = nn.Conv2d(inputs, hidden, 1, bias=False), BatchNormAct(hidden, act())
+        self.conv_dw = nn.Conv2d(hidden, hidden, kernel, stride, kernel // 2, groups=hidden, bias=False)
+        self.bn2, self.aa = BatchNormAct(hidden, act()), nn.Identity()
+        self.se = Squeeze(hidden, squeeze, False) if squeeze else nn.Identity()
+        self.conv_pwl, self.bn3 = nn.Conv2d(hidden, outputs, 1), BatchNormAct(outputs, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv_dw(self.bn1(self.conv_pw(x))))
+        y = self.bn3(self.conv_pwl(self.se(self.aa(y))))
+        return x + y if self.has_skip else y
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class Chain(nn.Module):
+    """A network whose classifier is a chain, and whose pooling is a function."""
+
+    def __init__(self, features: list[nn.Module], classifier: list[nn.Module]) -> None:
+        super().__init__()
+        self.features, self.classifier = nn.Sequential(*features), nn.Sequential(*classifier)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def version2() -> nn.Module:
+    act = nn.ReLU6
+    features = [conv(3, 8, 3, 2, act=act), Inverted(8, 12, 8, 3, 1, act), Inverted(12, 20, 30, 3, 2, act)]
+    features += [Inverted(20, 20, 50, 3, 1, act), conv(20, 70, 1, act=act)]
+    return Chain(features, [nn.Dropout(0.2), nn.Linear(70, 5)])
+
+
+def version3(functional: bool = False) -> nn.Module:
+    features = [
+        *(conv(3, 12, 3, 2, act=nn.Hardswish), Inverted(12, 12, 12, 3, 1, nn.ReLU, 8, functional)),
+        *(Inverted(12, 20, 36, 5, 2, nn.ReLU, 8, functional), Inverted(20, 20, 36, 5, 1, nn.Hardswish)),
+        *(Inverted(20, 20, 50, 3, 1, nn.Hardswish, 17, functional), conv(20, 70, 1, act=nn.Hardswish)),
+    ]
+    return Chain(features, [nn.Linear(70, 40), nn.Hardswish(inplace=True), nn.Dropout(0.2), nn.Linear(40, 5)])
+
+
+def named() -> nn.Module:
+    """All of it in one chain, which pools first and convolves then."""
+    act = nn.Hardswish
+    blocks = [
+        Named(12, 12, 30, 3, 1, nn.ReLU, 0),
+        Named(12, 20, 40, 5, 2, act, 12),
+        Named(20, 20, 40, 3, 1, act, 9),
+    ]
+    return nn.Sequential(
+        *(nn.Conv2d(5, 12, 3, 2, 1, bias=False), BatchNormAct(12, act()), nn.Sequential(*blocks)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Conv2d(20, 48, 1), act(), nn.Flatten(), nn.Linear(48, 5)),
+    )
+
+
+NETWORKS = {"v2": version2, "v3": version3, "v3, functions": lambda: version3(True), "named": named}
+
+
+def make(name: str) -> nn.Module:
+    """With statistics of random images."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    randomise(model, torch.randn(4, 5 if name == "named" else 3, 64, 64))
+    return model.eval()

@@ -1,0 +1,127 @@
+"""Deployed MobileNets against the networks that they were made of."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mobilenets import NETWORKS, Inverted, conv, make
+from test_deploy import BF16, check_numbers, plain, truth
+from threads import on_threads
+from torch import nn
+
+import mfkernels
+from mfkernels.bench.run import rivals
+
+SIZES = ((2, 64, 64), (1, 37, 51), (1, 1, 1), (3, 7, 90))
+
+
+def image(model: nn.Module, *size: int) -> torch.Tensor:
+    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    return torch.randn(size[0], channels, *size[1:])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_same_numbers(name, instruction_set):
+    model = make(name)
+    deployed = mfkernels.deploy(model)
+    for size in SIZES:
+        x = image(model, *size)
+        expected = truth(model, x)
+        assert (deployed(x) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_mobilenet_v3_large():
+    torch.manual_seed(0)
+    check_numbers(rivals()["mobilenet_v3_large"](101).eval(), ((1, 224, 224), (2, 65, 97)), "rival")
+
+
+@BF16
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bfloat16(name):
+    model = make(name)
+    deployed, rounded = mfkernels.deploy(model, dtype=torch.bfloat16), copy.deepcopy(model).bfloat16()
+    ours, reference = [], []
+    for _ in range(8):
+        x = image(model, 2, 64, 48).bfloat16()
+        expected = truth(model, x)
+        ours.append((deployed(x.float()) - expected).abs().max())
+        reference.append((plain(rounded, x) - expected).abs().max())
+    assert max(ours) <= 2 * max(reference)
+
+
+def test_threads_strides_and_copies():
+    model = make("v3")
+    deployed, x = mfkernels.deploy(model), torch.randn(5, 3, 150, 130)
+    results = on_threads(lambda: deployed(x))
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(deployed(x.contiguous(memory_format=torch.channels_last)), results[0])
+    assert torch.equal(pickle.loads(pickle.dumps(deployed))(x), results[0])
+    assert not deployed(torch.full((1, 3, 64, 64), float("nan"))).isfinite().any()
+    assert torch.equal(deployed(x), results[0])
+
+
+def test_the_model_is_left_alone():
+    model = make("v3")
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    mfkernels.deploy(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_its_parts_are_named():
+    text = str(mfkernels.deploy(make("v3")))
+    for part in ("features.0.0", "features.1", "pool", "classifier.0", "classifier.3"):
+        assert f"  {part} " in text
+    assert ", hardsigmoid" in text and ", 5x5, relu" in text
+
+
+class Doubled(Inverted):
+    """Looks like the block and computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def broken(kind: str) -> nn.Module:
+    model = make("v3")
+    if kind == "hook":
+        model.features[2].register_forward_hook(lambda *_: None)
+    elif kind == "dilation":
+        model.features[2].block[1][0].dilation = (2, 2)
+    elif kind == "stride":
+        model.features[3].block[0][0].stride = (2, 2)
+    elif kind == "other":
+        model.features[3] = Doubled(20, 20, 36, 5, 1, nn.Hardswish).eval()
+    elif kind == "squeeze at the end":
+        model.features[3].block.append(model.features[4].block[2])
+        model.features[3].block[-1].fc1 = nn.Conv2d(20, 8, 1)
+        model.features[3].block[-1].fc2 = nn.Conv2d(8, 20, 1)
+    elif kind == "sum of an activation":
+        model.features[3].block[-1].append(nn.ReLU())
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("hook", r"features\.2 \(Inverted\): has a forward hook"),
+        ("dilation", r"features\.2\.block\.1\.0 \(Conv2d\): only convolutions without dilation"),
+        ("stride", r"features\.3\.block\.0\.0 \(Conv2d\): only 1x1 convolutions of stride 1"),
+        ("other", r"the model \(Chain\) computes something else"),
+        ("squeeze at the end", r"features\.3\.block\.3 \(Squeeze\): only squeeze-and-excitation before a"),
+        ("sum of an activation", r"features\.3\.block\.2\.0 \(Conv2d\): only residuals without"),
+    ],
+)
+def test_what_is_not_known_is_named(kind, message):
+    with pytest.raises(ValueError, match=f"deploy: {message}"):
+        mfkernels.deploy(broken(kind))
+
+
+def test_other_networks_are_no_chains():
+    other = nn.Sequential(
+        conv(3, 8, 3, 2, act=nn.SiLU), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    )
+    with pytest.raises(TypeError, match=r"deploy: model must be a MobileFormer or .*, got Sequential"):
+        mfkernels.deploy(other.eval())
