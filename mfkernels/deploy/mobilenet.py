@@ -154,12 +154,12 @@ def deployed_mobilenet(model: nn.Module, chain: _Chain, dtype: torch.dtype) -> D
             their order.
     """
     deployed = _Plan(model, chain, dtype).run()
-    trial = _random_copy(model)
-    same: Any = mobilenet_chain(trial)
-    x = torch.randn(2, deployed.in_channels, 64, 64, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(4, deployed.in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        got = _Plan(trial, same, torch.float32).run()(x)
-        expected = trial.double()(x.double())
+        trial = _random_copy(model, images)
+        same: Any = mobilenet_chain(trial)
+        got = _Plan(trial, same, torch.float32).run()(images)
+        expected = trial.double()(images.double())
     if not torch.is_tensor(expected) or expected.shape != got.shape:
         raise ValueError(f"deploy: the model ({type(model).__name__}) returns something else than logits")
     if not (got - expected).abs().max() <= 1e-3 * expected.abs().max():
@@ -169,24 +169,21 @@ def deployed_mobilenet(model: nn.Module, chain: _Chain, dtype: torch.dtype) -> D
     return deployed
 
 
-def _random_copy(model: nn.Module) -> nn.Module:
-    """With random weights and statistics, so that no part of it is hidden by zeros."""
-    trial = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trial.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, (2 / parameter[0].numel()) ** 0.5, generator=generator)
-            else:
-                parameter.uniform_(-0.2, 0.2, generator=generator)
-        for module in trial.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for values in (module.weight, module.running_var):
-                    if values is not None:
-                        values.uniform_(0.5, 1.5, generator=generator)
-                if module.running_mean is not None:
-                    module.running_mean.uniform_(-0.2, 0.2, generator=generator)
-    return trial
+def _random_copy(model: nn.Module, images: Tensor) -> nn.Module:
+    """With random weights, so that no part of it is hidden by zeros, and the statistics of these images."""
+    trial = copy.deepcopy(model).float()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trial.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, (2 / parameter[0].numel()) ** 0.5, generator=generator)
+        else:
+            parameter.uniform_(0.2, 1.0, generator=generator)
+    for module in trial.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+            module.momentum = 1.0
+    trial(images)
+    return trial.eval()
 
 
 class _Plan(Plan):
