@@ -71,7 +71,9 @@ def test_bfloat16(name):
         assert got.dtype == torch.float32
         assert torch.equal(deployed(x), got.bfloat16())
         ours.append((got - expected).abs().max())
-        reference.append((plain(rounded, x) - expected).abs().max())
+        # oneDNN's convolution with AMX, as of PyTorch 2.13, makes NaN of the image that is two pixels wide.
+        with torch.backends.mkldnn.flags(enabled=False):
+            reference.append((plain(rounded, x) - expected).abs().max())
         largest.append(expected.abs().max())
     assert max(ours) <= 2 * max(reference)
     assert sum(ours) <= sum(reference) < sum(largest)
