@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test vision lint sanitize fuzz mutate versions versions-quick versions-cuda wheel rivals figures clean
+.PHONY: demo test vision train-check lint sanitize fuzz mutate versions versions-quick versions-cuda wheel rivals figures clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -14,6 +14,10 @@ test: .venv/installed
 vision: .venv/installed .venv-vision/installed
 	.venv-vision/bin/python -m pytest -m vision tests/test_vision.py tests/test_detection.py tests/test_end_to_end.py \
 	  tests/test_accelerate_operators.py
+
+# Trainings by recipe, stopped, killed and on two processes (minutes).
+train-check: .venv/installed .venv-vision/installed
+	.venv-vision/bin/python -m pytest -m vision tests/test_train.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -126,7 +130,7 @@ TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors pillow
 .venv-vision/installed:
 	@test -x .venv-vision/bin/python || $(PYTHON) -m venv .venv-vision
 	.venv-vision/bin/pip install -q --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm transformers \
-	  $(TESTED_WITH) setuptools wheel cmake ninja
+	  $(TESTED_WITH) matplotlib scikit-learn setuptools wheel cmake ninja
 	@touch $@
 
 # The other runtimes of the benchmark, beside the sources and libraries of .venv/installed.
