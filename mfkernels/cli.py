@@ -49,6 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     check.add_argument("--backend", choices=BACKENDS, default="auto", help="of the fast network")
     check.add_argument("--deploy", action="store_true", help="the fast network is the deployed one")
+    judge = commands.add_parser("evaluate", help="accuracy and speed on a folder of photos, deployed and not")
+    judge.add_argument("data", help="a folder with validation/CLASS/..., see `python -m mfkernels.train`")
+    judge.add_argument("--model", required=True, choices=models.list_models(), metavar="MODEL")
+    judge.add_argument("--checkpoint", required=True, type=Path, help="weights, of as many classes")
+    judge.add_argument("--split", default="validation")
+    judge.add_argument("--size", type=int, default=224, help="image side in pixels")
+    judge.add_argument("--batch", type=int, default=16)
     options = parser.parse_args(arguments)
     if options.command == "info":
         from .info import report
@@ -62,6 +69,25 @@ def main(arguments: list[str] | None = None) -> int:
             command.run(options)
         except (OSError, ValueError) as error:
             parser.exit(1, f"mfkernels bench: {error}\n")
+        return 0
+    if options.command == "evaluate":
+        try:
+            from .train.evaluation import report as accuracies
+
+            print(
+                accuracies(
+                    options.data,
+                    options.model,
+                    options.checkpoint,
+                    split=options.split,
+                    size=options.size,
+                    batch=options.batch,
+                )
+            )
+        except ModuleNotFoundError as error:
+            parser.exit(1, f"mfkernels evaluate needs {error.name}: type `pip install 'mfkernels[train]'`\n")
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            parser.exit(1, f"mfkernels evaluate: {error}\n")
         return 0
     if options.command == "verify":
         try:

@@ -20,6 +20,7 @@ pytest.importorskip("sklearn")
 from torch.nn import functional as F
 
 import mfkernels
+from mfkernels import cli
 from mfkernels.train import __main__ as command
 from mfkernels.train import checkpoint, data, digits
 from mfkernels.train.classification import STOPPED, Training
@@ -323,6 +324,23 @@ def test_the_command(folder, tmp_path, capsys):
     assert "dmf_xs" in capsys.readouterr().out.split()
     assert command.main(["classification", str(folder), "--recipe", "iformer_q"]) == 1
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_evaluation_counts_right_answers_and_agreement(folder, tmp_path, capsys):
+    job = training(folder, tmp_path, epochs=1)
+    job.run()
+    given = ["evaluate", str(folder), "--model", "mobile_former_26m", "--size", "32"]
+    assert cli.main([*given, "--checkpoint", str(tmp_path / "best.pt")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [float(line[1]) for line in lines[1:3]] == [pytest.approx(job.rows[0]["top1"], abs=0.01)] * 2
+    assert [line[2] for line in lines[1:3]] == ["100.00"] * 2  # of two classes
+    assert " ".join(lines[3]) == "both say the same of 100.00 % of 12 images"
+    torch.save(
+        mfkernels.models.create_model("mobile_former_26m", num_classes=3).state_dict(), tmp_path / "3.pt"
+    )
+    with pytest.raises(SystemExit):
+        cli.main([*given, "--checkpoint", str(tmp_path / "3.pt")])
+    assert "other shapes" in capsys.readouterr().err
 
 
 # Two processes.

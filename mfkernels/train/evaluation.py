@@ -2,13 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .data import Batch
+from ..deploy import deploy
+from ..models import create_model
+from .data import Batch, EvaluationData, class_names, open_reader
 from .processes import Processes
+from .recipe import load_recipe
 
 
 class Accuracy(NamedTuple):
@@ -79,3 +83,36 @@ def compare(networks: list[Callable[[Tensor], Tensor]], data: Iterable[Batch]) -
     count = max(float(sums[0, 2]), 1.0)
     accuracies = [Accuracy(100 * float(a) / count, 100 * float(b) / count, unreadable) for a, b, _ in sums]
     return Comparison(accuracies, [count / max(s, 1e-9) for s in seconds], 100 * agreed / count)
+
+
+def report(data: str, model: str, checkpoint: Path, *, split: str, size: int, batch: int) -> str:
+    """Return a table of a network's accuracy and speed, as it is and deployed, on the images of a folder.
+
+    Args:
+        data: the folder, see `data.open_reader`.
+        model: one of `mfkernels.models.list_models()`.
+        checkpoint: its weights.
+        split: of the folder.
+        size: side of the images in pixels.
+        batch: images in a batch.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: no images, or weights of other classes.
+    """
+    reader = open_reader(data, split=split)
+    names = class_names(reader)
+    if names is None:
+        raise ValueError(f"evaluate: {data} does not name its classes")
+    network = create_model(model, num_classes=len(names), checkpoint=checkpoint).eval()
+    recipe = load_recipe(model.removesuffix("_faster"), image_size=size, workers=0)
+    result = compare([network, deploy(network)], EvaluationData(reader, recipe, 0, 1, batch))
+    lines = [f"{'':10}{'top-1, %':>10}{'top-5, %':>10}{'images/s':>10}"]
+    for name, own, speed in zip(
+        ("modules", "deployed"), result.accuracies, result.images_per_second, strict=True
+    ):
+        lines.append(f"{name:10}{own.top1:10.2f}{own.top5:10.2f}{speed:10.1f}")
+    lines.append(f"both say the same of {result.agreement:.2f} % of {len(reader)} images")
+    if result.accuracies[0].unreadable:
+        lines.append(f"{result.accuracies[0].unreadable} images could not be read")
+    return "\n".join(lines)
