@@ -4,11 +4,6 @@ import importlib.util
 import os
 
 import pytest
-
-# MKL sums in an order of its own for each maker's processors. The references' errors, which bound the kernels',
-# are those of the order that it has on all.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
-
 import torch
 
 if not torch.cuda.is_available():  # before Triton is first imported
