@@ -126,7 +126,7 @@ clean:
 
 # The newest PyTorch, and the packages whose networks ours take the place of. The package is used where its
 # sources lie.
-TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors pillow scipy
+TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors 'pillow<13' scipy
 .venv-vision/installed:
 	@test -x .venv-vision/bin/python || $(PYTHON) -m venv .venv-vision
 	.venv-vision/bin/pip install -q --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm transformers \
