@@ -1,5 +1,6 @@
 """Training of a network for classification by a recipe."""
 
+import math
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import progress
 from ..models import create_model
 from . import checkpoint, history
-from .data import Batch, EvaluationData, TrainingData, open_reader, seed_everything
+from .data import Batch, EvaluationData, TrainingData, class_names, open_reader, seed_everything
 from .evaluation import accuracy
 from .objective import Objective, mixing
 from .processes import Processes
@@ -74,7 +75,7 @@ class Training:
         classes = num_classes or _classes(readers)
         share = recipe.batch_size // (count * recipe.accumulation)
         self.data = TrainingData(readers[0], recipe, rank, count)
-        self.evaluation = EvaluationData(readers[1], recipe, rank, count, max(share, 1))
+        self.evaluation = EvaluationData(readers[1], recipe, rank, count, share)
         seed_everything(recipe.seed)
         self.network = _network(recipe, classes, weights).to(device)
         if recipe.channels_last:
@@ -155,7 +156,7 @@ class Training:
         self._name_unreadable(batches)
         here = torch.tensor([total.item(), unreadable, self._stopping], dtype=torch.float64)
         losses, unreadable, stop = processes.sum(here).tolist()
-        if not torch.isfinite(torch.tensor(losses)):
+        if not math.isfinite(losses):
             files = ", ".join(name for batch in batches for name in batch.files)
             raise FloatingPointError(
                 f"epoch {epoch}, step {self.step}: the loss is {losses}, in this process "
@@ -257,13 +258,11 @@ class Training:
 
 
 def _classes(readers: list[Any]) -> int:
-    names = [getattr(reader, "class_to_idx", None) for reader in readers]
-    if not names[0]:
+    names = [class_names(reader) for reader in readers]
+    if names[0] is None:
         raise ValueError("the dataset does not name its classes: give num_classes")
     if names[1] and names[1] != names[0]:
-        raise ValueError(
-            f"the splits must have the same classes, got {sorted(names[0])} and {sorted(names[1])}"
-        )
+        raise ValueError(f"the splits must have the same classes, got {names[0]} and {names[1]}")
     return len(names[0])
 
 

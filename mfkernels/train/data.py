@@ -99,17 +99,17 @@ def epoch_steps(recipe: Recipe, count: int, epoch: int) -> list[Step]:
 
 
 class _Keys(Sampler):
-    """The keys of this process's parts of the steps that are left of an epoch."""
+    """The keys of this process's parts of some steps of an epoch."""
 
-    def __init__(self, recipe: Recipe, count: int, rank: int, processes: int) -> None:
-        self.recipe, self.count, self.rank, self.processes = recipe, count, rank, processes
-        self.epoch, self.first_step = 0, 0
+    def __init__(self, parts: int, rank: int, processes: int) -> None:
+        self.parts, self.rank, self.processes = parts, rank, processes
+        self.epoch = 0
+        self.steps: list[Step] = []
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        parts = self.recipe.accumulation
-        for step in epoch_steps(self.recipe, self.count, self.epoch)[self.first_step :]:
-            shares = np.array_split(step.indices, self.processes * parts)
-            for share in shares[self.rank * parts : (self.rank + 1) * parts]:
+        for step in self.steps:
+            shares = np.array_split(step.indices, self.processes * self.parts)
+            for share in shares[self.rank * self.parts : (self.rank + 1) * self.parts]:
                 yield [(self.epoch, int(index), step.size) for index in share]
 
 
@@ -140,16 +140,17 @@ class TrainingData:
             )
         self.steps_per_epoch = steps
         self._count, self._recipe = count, recipe
-        self._keys = _Keys(recipe, count, rank, processes)
+        self._keys = _Keys(recipe.accumulation, rank, processes)
         transforms = {size: _training_transform(recipe, size) for size in recipe.sizes}
         self._loader = _loader(Photos(reader, transforms, recipe.seed), self._keys, recipe.workers)
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[int, list[Batch]]]:
         """Yield, for each step of an epoch from `first_step` on, its images (those of all processes) and the
         batches of this process."""
-        self._keys.epoch, self._keys.first_step = epoch, first_step
+        steps = epoch_steps(self._recipe, self._count, epoch)[first_step:]
+        self._keys.epoch, self._keys.steps = epoch, steps
         batches = iter(self._loader)
-        for step in epoch_steps(self._recipe, self._count, epoch)[first_step:]:
+        for step in steps:
             yield len(step.indices), [next(batches) for _ in range(self._recipe.accumulation)]
 
 
