@@ -4,11 +4,6 @@ import importlib.util
 import os
 
 import pytest
-
-# MKL sums in other orders on newer processors of Intel's, with smaller errors of the references, which bound
-# those of the kernels. The suite takes an order that all processors have.
-os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX")
-
 import torch
 
 if not torch.cuda.is_available():  # before Triton is first imported

@@ -164,15 +164,17 @@ void correlate(const C* plane, int64_t columns, const Taps& taps, const T* g, in
     }
     *grad_bias += sum_lanes<C>(bias);
     if constexpr (kSide > 0) {
+      double sums[kSide * kSide] = {};
       for (int64_t c = 0; c < width; c += n) {
         const C* from = plane + c;
         // As many rows of taps at a time as registers hold sums for.
         unrolled<(kSide + 2) / 3>([&](auto block) __attribute__((always_inline)) {
           constexpr int k = decltype(block)::value * 3, count = kSide - k < 3 ? kSide - k : 3;
           correlate_column<kSide, count, T, C>(from + k * columns, columns, g + c, width, r, end, width - c,
-                                               grad + k * kSide);
+                                               sums + k * kSide);
         });
       }
+      for (int t = 0; t < kSide * kSide; ++t) grad[t] += sums[t];
     } else {
       for (int64_t t = 0; t < taps.count; ++t) {
         vec<C> run{};

@@ -113,6 +113,10 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   // The map with channels and pixels exchanged: as a tile, pixels down the rows.
   const FeatureMap<const T> turned{x.data, x.stride_b, x.stride_p, x.stride_c};
   KernelSums<T> sums(args, args.out_block, depth);
+  // Where there are more pixels than fit into a few short chains, sums of some of them go into doubles.
+  constexpr int64_t kPixels = 1024;
+  const bool in_parts = pixels > kPixels;
+  Buffer<double> total(in_parts ? args.out_block * depth : 0);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t o = task % blocks * args.out_block, g = task / blocks;
     const int64_t outputs = least(args.out_block, args.outputs - o), first = g * args.outputs + o;
@@ -125,8 +129,13 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
       } else {
         left = load_tile<T>(grad_y, b, first, outputs, 0, pixels, wide);
       }
-      multiply<32, C, C>(sums.grad, depth, outputs, Matrix<C>{left.data, left.stride, 1}, pixels, right.data,
-                         right.stride, depth);
+      if (in_parts) memset(total, 0, sums.size * sizeof(double));
+      for (int64_t p = 0; p < pixels; p += kPixels) {
+        multiply<32, C, C>(sums.grad, depth, outputs, Matrix<C>{left.data + p, left.stride, 1},
+                           least(kPixels, pixels - p), right.data + p * right.stride, right.stride, depth);
+        for (int64_t i = 0; in_parts && i < sums.size; ++i) total[i] += sums.grad[i];
+      }
+      for (int64_t i = 0; in_parts && i < sums.size; ++i) sums.grad[i] = static_cast<C>(total[i]);
       for (int64_t i = 0; sums.biased && i < outputs; ++i) {
         WideSum<C> sum;
         const T* row = grad_y.at(b, first + i, 0);

@@ -87,7 +87,7 @@ MFK_INLINE void for_rows(int64_t rows, F f) {
 
 // A few pixels, which would leave most lanes of a vector empty: inputs in the lanes. The rows of `a` lie in
 // one piece.
-template <int kPixels, class T, class C, class Epilogue>
+template <int kChain, int kPixels, class T, class C, class Epilogue>
 void few_pixels(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t depth, const T* b,
                 int64_t b_stride, Epilogue epilogue) {
   Buffer<C> columns(kPixels * depth);
@@ -95,14 +95,19 @@ void few_pixels(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t d
     for (int p = 0; p < kPixels; ++p) columns[p * depth + j] = to_compute(b[j * b_stride + p]);
   }
   for (int64_t i = 0; i < rows; ++i) {
-    vec<C> sums[kPixels] = {};
-    for (int64_t j = 0; j < depth; j += kLanes<C>) {
-      const vec<C> factors = load_upto(a.data + i * a.row + j, depth - j);
-      for (int p = 0; p < kPixels; ++p) sums[p] += factors * load_upto(columns + p * depth + j, depth - j);
+    vec<C> total[kPixels] = {};
+    for (int64_t j = 0; j < depth;) {
+      vec<C> sums[kPixels] = {};
+      const int64_t end = depth - j < kChain * kLanes<C> ? depth : j + kChain * kLanes<C>;
+      for (; j < end; j += kLanes<C>) {
+        const vec<C> factors = load_upto(a.data + i * a.row + j, depth - j);
+        for (int p = 0; p < kPixels; ++p) sums[p] += factors * load_upto(columns + p * depth + j, depth - j);
+      }
+      for (int p = 0; p < kPixels; ++p) total[p] += sums[p];
     }
     const auto finish = epilogue.at(i);
     for (int p = 0; p < kPixels; ++p) {
-      const vec<C> y = finish(splat(static_cast<C>(sum_lanes<C>(sums[p]))));
+      const vec<C> y = finish(splat(static_cast<C>(sum_lanes<C>(total[p]))));
       store_scalar(out + i * out_stride + p, y[0]);
     }
   }
@@ -110,12 +115,13 @@ void few_pixels(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t d
 
 }  // namespace pointwise
 
-// out[i][p] = epilogue_i(sum_j a(i, j) b[j][p]) for i < rows, j < depth, p < width. No more than kChain
-// products are summed at a time: long chains gather rounding errors.
-template <int kChain, class T, class C, class Epilogue = AsItIs<C>>
+// out[i][p] = epilogue_i(sum_j a(i, j) b[j][p]) for i < rows, j < depth, p < width. No more than kLongest
+// products are summed at a time, of doubles 16: long chains gather rounding errors.
+template <int kLongest, class T, class C, class Epilogue = AsItIs<C>>
 void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t depth, const T* b,
               int64_t b_stride, int64_t width, Epilogue epilogue = {}) {
   using namespace pointwise;
+  constexpr int kChain = sizeof(C) == 8 && kLongest > 16 ? 16 : kLongest;
   constexpr int64_t n = kLanes<C>, whole = kVectors * n, most = n / 4;
   auto run = [&](auto vectors, auto is_whole, int64_t first, int64_t end, int64_t rest) {
     constexpr int v = decltype(vectors)::value;
@@ -142,8 +148,8 @@ void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t dep
         vectors_end - blocks_end - (decltype(vectors)::value - 1) * n);
   });
   with_constant<most>(few, [&](auto pixels) {
-    few_pixels<decltype(pixels)::value>(out + vectors_end, out_stride, rows, a, depth, b + vectors_end,
-                                        b_stride, epilogue);
+    few_pixels<kChain, decltype(pixels)::value>(out + vectors_end, out_stride, rows, a, depth,
+                                                b + vectors_end, b_stride, epilogue);
   });
 }
 

@@ -52,7 +52,7 @@ class FusedBlock(nn.Module):
         slopes = made.slopes1, made.slopes2
         conv = activated_depthwise_of(block) if TRITON_INSTALLED else None
         if conv is None:
-            return block._mobile(x, first, made.tokens, None, slopes, back), made.tokens
+            return block._mobile(x, first, made.tokens, None, slopes, back, padding=None), made.tokens
         return self._mobile(x, first, conv, *slopes, back), made.tokens
 
     def _mobile(

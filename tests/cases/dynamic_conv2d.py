@@ -25,7 +25,7 @@ CHOSEN = [
     dict(B=1, C=12, H=1, W=1, O=8, K=3, k=3, groups=4, padding=1),
     dict(B=3, C=8, H=7, W=9, O=12, K=2, k=3, groups=2, stride=2, padding=1, biases=True),
     dict(B=2, C=5, H=11, W=8, O=65, K=2, k=(5, 2), groups=1, stride=(3, 2), padding=(4, 1), dilation=(1, 3)),
-    dict(B=1, C=130, H=4, W=5, O=3, K=3, k=2, groups=1, stride=4, biases=True),
+    dict(B=1, C=130, H=6, W=13, O=3, K=3, k=2, groups=1, stride=4, biases=True),
     dict(B=1, C=6, H=23, W=31, O=12, K=1, k=3, groups=6, dilation=4, padding=5, basis_scale=-2.0),
     dict(B=1, C=3, H=97, W=61, O=2, K=2, k=3, groups=1, padding=1),
 ]
