@@ -1,116 +1,12 @@
 #include "dynamic_conv2d.h"
 
 #include "dynamic_kernels.h"
-#include "tile.h"
+#include "dynamic_planes.h"
 #include "tile_gemm.h"
 
 namespace mfk {
 namespace MFK_ISA {
 namespace {
-
-// How a map lies in working memory so that every tap of every output reads whole vectors. The padded map is
-// split by the remainders of row and column modulo the stride; in each part, output pixel (r, c) is at
-// r * columns + c, and a tap reads at a constant distance from there. Between the rows of the outputs are
-// columns that belong to none.
-struct Planes {
-  const DynamicConvArgs& args;
-  int64_t rows;  // of the output
-  int64_t columns, part, channel;
-
-  Planes(const DynamicConvArgs& a, int64_t out_rows)
-      : args(a),
-        rows(out_rows),
-        columns(blocks_of((a.out_width - 1) * a.stride_w + (a.kernel_w - 1) * a.dilation_w + 1, a.stride_w)),
-        part(columns *
-             blocks_of((out_rows - 1) * a.stride_h + (a.kernel_h - 1) * a.dilation_h + 1, a.stride_h)),
-        channel(part * a.stride_h * a.stride_w) {}
-
-  // From an output pixel to what a tap reads.
-  int64_t tap(int64_t ky, int64_t kx) const { return place(ky * args.dilation_h, kx * args.dilation_w); }
-  int64_t place(int64_t y, int64_t x) const {  // of the padded map
-    return (y % args.stride_h * args.stride_w + x % args.stride_w) * part + y / args.stride_h * columns +
-           x / args.stride_w;
-  }
-  int64_t height() const { return part / columns * args.stride_h; }
-  // Outputs with what lies between them, in whole vectors.
-  template <class C>
-  int64_t run() const {
-    return round_up((rows - 1) * columns + args.out_width, kLanes<C>);
-  }
-  // Memory for so many channels; the last vector may reach beyond.
-  template <class C>
-  int64_t size(int64_t channels) const {
-    return channels * channel + 2 * kLanes<C>;
-  }
-
-  // Copies what output rows from `first` on read of channels c to c + channels - 1 of a sample; `row` is room
-  // for a row of all of them.
-  template <class T, class C>
-  void fill(int64_t b, int64_t c, int64_t channels, int64_t first, C* planes, C* row) const {
-    memset(planes, 0, size<C>(channels) * sizeof(C));
-    const int64_t top = first * args.stride_h - args.padding_h;
-    for (int64_t y = top < 0 ? 0 : top; y < args.height && y - top < height(); ++y) {
-      const Tile<C> tile =
-          load_tile<T>(args.x.as<const T>(), b, c, channels, y * args.width, args.width, row);
-      for (int64_t i = 0; i < channels; ++i) {
-        for_columns(y - top, [&](int64_t x, int64_t at, int64_t count) {
-          const C* from = tile.data + i * tile.stride + x;
-          C* to = planes + i * channel + at;
-          if (args.stride_w == 1) {
-            memcpy(to, from, count * sizeof(C));
-          } else {
-            for (int64_t j = 0; j < count; ++j) to[j] = from[j * args.stride_w];
-          }
-        });
-      }
-    }
-  }
-  // The inverse: the map's gradient from the planes of all rows. Pixels that nothing reads have none.
-  template <class T, class C>
-  void spill(int64_t b, int64_t c, int64_t channels, const C* planes, C* row) const {
-    const int64_t stride = round_up(args.width, kLanes<C>);
-    for (int64_t y = 0; y < args.height; ++y) {
-      memset(row, 0, channels * stride * sizeof(C));
-      if (y + args.padding_h < height()) {
-        for (int64_t i = 0; i < channels; ++i) {
-          for_columns(y + args.padding_h, [&](int64_t x, int64_t at, int64_t count) {
-            for (int64_t j = 0; j < count; ++j) {
-              row[i * stride + x + j * args.stride_w] = planes[i * channel + at + j];
-            }
-          });
-        }
-      }
-      store_tile<T>(args.grad_x.as<T>(), b, c, channels, y * args.width, args.width, row, stride);
-    }
-  }
-
- private:
-  // Calls f(x, at, count) for the runs of a row: pixels x, x + stride, ... lie side by side from `at` on.
-  template <class F>
-  void for_columns(int64_t padded_y, F f) const {
-    for (int64_t x = 0; x < args.stride_w && x < args.width; ++x) {
-      const int64_t left = (x + args.padding_w) / args.stride_w;
-      const int64_t fit = columns - left, there = blocks_of(args.width - x, args.stride_w);
-      if (fit > 0) f(x, place(padded_y, x + args.padding_w), there < fit ? there : fit);
-    }
-  }
-};
-
-// The gradient of some outputs and rows in the planes' order, zero between the rows.
-template <class T, class C>
-void load_outputs(const DynamicConvArgs& args, const Planes& planes, int64_t b, int64_t c, int64_t channels,
-                  int64_t first, C* out, C* scratch) {
-  const int64_t run = planes.run<C>(), count = planes.rows * args.out_width;
-  const Tile<C> tile =
-      load_tile<T>(args.grad_y.as<const T>(), b, c, channels, first * args.out_width, count, scratch);
-  memset(out, 0, channels * run * sizeof(C));
-  for (int64_t i = 0; i < channels; ++i) {
-    for (int64_t r = 0; r < planes.rows; ++r) {
-      memcpy(out + i * run + r * planes.columns, tile.data + i * tile.stride + r * args.out_width,
-             args.out_width * sizeof(C));
-    }
-  }
-}
 
 template <class T>
 void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {

@@ -37,11 +37,14 @@ MFK_DECLARE_KERNEL(dynamic_conv2d_forward, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_conv2d_backward_x, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_conv2d_backward_weight, DynamicConvArgs)
 
-// The same of maps with pixels side by side, groups of one channel, stride 1 and a padding of at most the
-// kernel's reach. Tasks: one for each (sample, channels); (channels): blocks of kDepthwiseChannels.
+// The same of maps with pixels side by side and groups of one channel: those with stride 1 and a padding of
+// at most the kernel's reach, and any. Tasks: one for each (sample, channels); (channels): blocks of
+// kDepthwiseChannels.
 constexpr int64_t kDepthwiseChannels = 16;
 MFK_DECLARE_KERNEL(dynamic_depthwise_forward, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_depthwise_backward, DynamicConvArgs)
+MFK_DECLARE_KERNEL(dynamic_strided_forward, DynamicConvArgs)
+MFK_DECLARE_KERNEL(dynamic_strided_backward, DynamicConvArgs)
 
 // The same of such maps and 1x1 kernels without padding. Tasks: one for each (kPointwiseSamples, group, block
 // of outputs, block of pixels); (kPointwiseSamples, group, block of inputs, block of pixels); (group, block

@@ -31,42 +31,56 @@ constexpr int64_t kCached = 6144;
 #endif
 constexpr int kVectors = 3;
 
-// Some rows from `first` on, and vectors of pixels, of the last of which only `rest` lanes exist.
-template <int kChain, int kRows, int kVectors, bool kWhole, class T, class C, class Epilogue>
-MFK_INLINE void block(T* out, int64_t out_stride, int64_t first, Matrix<C> a, int64_t depth, const T* b,
-                      int64_t b_stride, int64_t rest, Epilogue epilogue) {
+// A part of a product: a(i, j) b[j][p] for j from `begin` to `end`. The sums of the parts before it are added
+// to it, and its own kept for the next one.
+template <class T, class C, class Epilogue>
+struct Product {
+  T* out;
+  int64_t out_stride;
+  Matrix<C> a;
+  const T* b;
+  int64_t b_stride, begin, end, partial_stride;
+  bool last;  // j reaches its end
+  Epilogue epilogue;
+};
+
+// Some rows from `first` on, and vectors of pixels from p on, of the last of which only `rest` lanes exist.
+// `partial` has the sums of these pixels, a row each `partial_stride`.
+template <int kRows, int kVectors, bool kWhole, class T, class C, class Epilogue>
+MFK_INLINE void block(const Product<T, C, Epilogue>& by, int64_t first, int64_t p, C* partial, int64_t rest) {
   constexpr int n = kLanes<C>;
-  const C* from = a.data + first * a.row;
+  const Matrix<C> a{by.a.data + first * by.a.row, by.a.row, by.a.column};
+  const T* b = by.b + p;
   // All indices are constants: only so do these stay in registers.
   vec<C> sums[kRows * kVectors] = {};
-  C total[kRows * kVectors * n];  // of the chains before this one, once there is one
-  for (int64_t j = 0, chains = 0;; ++chains) {
-    const int64_t end = depth - j < kChain ? depth : j + kChain;
-    for (; j < end; ++j) {
-      vec<C> column[kVectors];
-      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        const T* at = b + j * b_stride + v * n;
-        column[v] = in_register(kWhole || v + 1 < kVectors ? load(at) : load_upto(at, rest));
-      });
-      unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-        const vec<C> factor = splat(from[r * a.row + j * a.column]);
-        unrolled<kVectors>(
-            [&](auto v) __attribute__((always_inline)) { sums[r * kVectors + v] += factor * column[v]; });
-      });
-    }
-    unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
-      if (chains > 0) sums[i] += load(total + i * n);
+  for (int64_t j = by.begin; j < by.end; ++j) {
+    vec<C> column[kVectors];
+    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      const T* at = b + j * by.b_stride + v * n;
+      column[v] = in_register(kWhole || v + 1 < kVectors ? load(at) : load_upto(at, rest));
     });
-    if (j == depth) break;
-    unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
-      store(total + i * n, sums[i]);
-      sums[i] = vec<C>{};
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      const vec<C> factor = splat(a.data[r * a.row + j * a.column]);
+      unrolled<kVectors>(
+          [&](auto v) __attribute__((always_inline)) { sums[r * kVectors + v] += factor * column[v]; });
     });
   }
+  partial += first * by.partial_stride;
+  if (by.begin > 0) {
+    unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+      sums[i] += load(partial + i / kVectors * by.partial_stride + i % kVectors * n);
+    });
+  }
+  if (!by.last) {
+    unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+      store(partial + i / kVectors * by.partial_stride + i % kVectors * n, sums[i]);
+    });
+    return;
+  }
   unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-    const auto finish = epilogue.at(first + r);
+    const auto finish = by.epilogue.at(first + r);
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      T* to = out + (first + r) * out_stride + v * n;
+      T* to = by.out + (first + r) * by.out_stride + p + v * n;
       const vec<C> y = finish(sums[r * kVectors + v]);
       kWhole || v + 1 < kVectors ? store(to, y) : store_upto(to, y, rest);
     });
@@ -123,17 +137,24 @@ void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t dep
   using namespace pointwise;
   constexpr int kChain = sizeof(C) == 8 && kLongest > 16 ? 16 : kLongest;
   constexpr int64_t n = kLanes<C>, whole = kVectors * n, most = n / 4;
+  const int64_t longest = depth < kChain ? depth : kChain;
+  // As long a way along a row as can be.
+  const int64_t cached = kCached / longest / whole * whole, all = blocks_of(width, whole) * whole;
+  const int64_t fit = cached < whole ? whole : cached < all ? cached : all;
+  Buffer<C> partial(depth > kChain ? rows * fit : 0);
   auto run = [&](auto vectors, auto is_whole, int64_t first, int64_t end, int64_t rest) {
     constexpr int v = decltype(vectors)::value;
-    for_rows(rows, [&](auto count, int64_t i) __attribute__((always_inline)) {
-      for (int64_t p = first; p < end; p += v * n) {
-        block<kChain, decltype(count)::value, v, decltype(is_whole)::value>(out + p, out_stride, i, a, depth,
-                                                                            b + p, b_stride, rest, epilogue);
-      }
-    });
+    for (int64_t j = 0; j < depth; j += kChain) {
+      const int64_t j_end = depth - j < kChain ? depth : j + kChain;
+      const Product<T, C, Epilogue> by{out, out_stride,     a,       b, b_stride, j, j_end,
+                                       fit, j_end == depth, epilogue};
+      for_rows(rows, [&](auto count, int64_t i) __attribute__((always_inline)) {
+        for (int64_t p = first; p < end; p += v * n) {
+          block<decltype(count)::value, v, decltype(is_whole)::value>(by, i, p, partial + (p - first), rest);
+        }
+      });
+    }
   };
-  // As long a way along a row as can be.
-  const int64_t fit = (kCached / depth < whole ? whole : kCached / depth / whole * whole);
   const int64_t blocks_end = width / whole * whole;
   for (int64_t p = 0; p < blocks_end; p += fit) {
     const int64_t end = p + fit < blocks_end ? p + fit : blocks_end;

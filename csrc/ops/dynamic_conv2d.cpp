@@ -106,8 +106,10 @@ struct Call {
   }
   int64_t group_blocks() const { return blocks_of(args.groups, args.group_block); }
   int64_t depth() const { return args.inputs * args.kernel_h * args.kernel_w; }
-  bool depthwise() const {
-    return args.inputs == 1 && args.outputs == 1 && args.stride_h == 1 && args.stride_w == 1 &&
+  bool depthwise() const { return args.inputs == 1 && args.outputs == 1; }
+  // The stride is 1, the padding at most the reach of the kernel.
+  bool unstrided() const {
+    return args.stride_h == 1 && args.stride_w == 1 &&
            args.padding_h <= args.dilation_h * (args.kernel_h - 1) &&
            args.padding_w <= args.dilation_w * (args.kernel_w - 1);
   }
@@ -182,7 +184,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const
   const int64_t pixels = args.out_height * args.out_width;
   if (call.depthwise()) {
     run(args, args.batch * call.depthwise_blocks(), kDepthwiseChannels * pixels * call.depth(),
-        dynamic_depthwise_forward);
+        call.unstrided() ? dynamic_depthwise_forward : dynamic_strided_forward);
   } else if (call.pointwise()) {
     // The mixed kernels of a task stay in the second-level cache; all of them are mixed once.
     if (args.kernels > 0) args.out_block = std::min(std::max<int64_t>(16384 / args.inputs, 8), args.outputs);
@@ -269,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     tasks = 0;
   }
   run(args, tasks, work * args.batch,
-      depthwise   ? dynamic_depthwise_backward
+      depthwise   ? (call.unstrided() ? dynamic_depthwise_backward : dynamic_strided_backward)
       : pointwise ? dynamic_pointwise_backward_weight
                   : dynamic_conv2d_backward_weight);
   const Parts parts = {1, 1, partial.size(0), 1, args.batch * args.kernels};

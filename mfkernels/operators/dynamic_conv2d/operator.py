@@ -12,9 +12,8 @@ OP = "dynamic_conv2d"
 MOST = (1 << 63) - 1  # that fits into what operators take
 # PyTorch's operators are the faster ones, in float32 (in other types they are slower, or round the mixed
 # kernels), for convolutions that fill vectors with channels (inputs and outputs of a group, multiplied) and
-# rows with pixels of a map, and for depthwise ones with a stride, if they have so many products that a few
-# calls more do not count.
-_CHANNELS, _PIXELS, _DENSE, _DEPTHWISE = 256, 256, 4_000_000, 100_000
+# rows with pixels of a map, if they have so many products that a few calls more do not count.
+_CHANNELS, _PIXELS, _DENSE = 256, 256, 4_000_000
 # Where a processor has sixteen vector registers, they are for 1x1 kernels of more inputs than this, too.
 _MANY_INPUTS = 256
 
@@ -36,8 +35,8 @@ def dynamic_conv2d(
 
     Sample b is convolved with `weight + basis_scale * sum_k attention[b,k] * basis[k]`; to that come
     `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used. On a CPU,
-    without gradients and in float32, dense kernels larger than 1x1 on large maps and depthwise ones with a
-    stride run by PyTorch's convolution.
+    without gradients and in float32, dense kernels larger than 1x1 on large maps run by PyTorch's
+    convolution.
 
     Args:
         x: (B, C, H, W), any strides.
@@ -98,8 +97,6 @@ def _by_library(
         return max(stride) > 1 or (many and x.is_cpu and native.instruction_set() == "avx2")
     if tracked:
         return False  # the gradients of PyTorch's convolution are three times as inexact as the definition's
-    if inputs == 1 and outputs == groups:  # our kernel for these knows no stride
-        return max(stride) > 1 and products >= _DEPTHWISE
     fills = inputs * outputs >= _CHANNELS * groups and inputs // parts_of(inputs, taps) >= 8
     return fills and pixels >= _PIXELS and products >= _DENSE
 
