@@ -31,7 +31,7 @@ MUTATIONS = {
         "former_to_mobile",
     ),
     "dynamic_conv2d": (
-        "csrc/cpu/dynamic_conv2d.cpp",
+        "csrc/cpu/dynamic_planes.h",
         "first * args.stride_h - args.padding_h",
         "first * args.stride_h",
         "dynamic_conv2d",
@@ -40,6 +40,12 @@ MUTATIONS = {
         "csrc/cpu/dynamic_depthwise.cpp",
         "ky = y - r;",
         "ky = y - r - 1;",
+        "dynamic_conv2d",
+    ),
+    "dynamic_conv2d, depthwise with a stride": (
+        "csrc/cpu/dynamic_strided.cpp",
+        "load(to + p) + weight * load(g + p)",
+        "load(to + p) - weight * load(g + p)",
         "dynamic_conv2d",
     ),
     "global_response_norm": (
