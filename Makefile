@@ -122,7 +122,7 @@ wheel: .venv/installed $(OLDEST)/headers
 	  pip install -q --disable-pip-version-check "$$(echo $(CURDIR)/dist/*.whl)[demo]" && mfkernels demo
 
 clean:
-	rm -rf .venv .venv-vision .venv-rivals build dist demo-output detect-output *.egg-info mfkernels/*.so
+	rm -rf .venv .venv-vision .venv-rivals build dist demo-output detect-output attention-output *.egg-info mfkernels/*.so
 
 # The newest PyTorch, and the packages whose networks ours take the place of. The package is used where its
 # sources lie.

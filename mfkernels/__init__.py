@@ -5,6 +5,7 @@ from . import native  # first: it loads the C++ operators that `ops` describes t
 # isort: split
 from . import models, nn, ops
 from .acceleration import accelerate, restore
+from .attention import AttentionMap, attention_maps
 from .backends import current_backend, use_backend
 from .deploy import deploy
 from .export import decompositions
@@ -12,7 +13,9 @@ from .streams import use_streams
 from .verification import verify
 
 __all__ = [
+    "AttentionMap",
     "accelerate",
+    "attention_maps",
     "current_backend",
     "decompositions",
     "deploy",

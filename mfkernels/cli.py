@@ -30,6 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     detect.add_argument("--checkpoint", type=Path, help="weights of a trained detector (default: random)")
     detect.add_argument("--threshold", type=float, default=0.5, help="of the scores, 0 to 1")
     detect.add_argument("--output", type=Path, default=Path("detect-output"), help="folder of the results")
+    look = commands.add_parser("attention", help="draw where a network looks in a photo")
+    look.add_argument("photo", type=Path, metavar="PHOTO")
+    whole = [name for name in models.list_models() if not name.endswith("_faster")]  # without windows
+    look.add_argument("--model", default="mobile_former_294m", choices=whole, metavar="NAME")
+    look.add_argument("--checkpoint", type=Path, help="released weights (default: random weights)")
+    look.add_argument("--output", type=Path, default=Path("attention-output"), help="folder of the figures")
     bench = commands.add_parser("bench", help="time networks against other runtimes and other networks")
     bench.add_argument("--networks", default="mobile_former_214m,mobilenet_v3_large", metavar="A,B,...")
     bench.add_argument("--runtimes", metavar="A,B,...", help="default: all that are installed")
@@ -99,6 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
             from . import detect as detection
 
             detection.run(options.model, options.photo, options.checkpoint, options.threshold, options.output)
+        elif options.command == "attention":
+            from . import attention_figures
+
+            attention_figures.run(options.model, options.photo, options.checkpoint, options.output)
         else:
             from . import demo as job
 
