@@ -17,7 +17,7 @@ vision: .venv/installed .venv-vision/installed
 
 # Trainings by recipe, stopped, killed and on two processes (minutes).
 train-check: .venv/installed .venv-vision/installed
-	.venv-vision/bin/python -m pytest -m vision tests/test_train.py
+	.venv-vision/bin/python -m pytest -m vision tests/test_train.py tests/test_train_detection.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -130,7 +130,7 @@ TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors 'pillo
 .venv-vision/installed:
 	@test -x .venv-vision/bin/python || $(PYTHON) -m venv .venv-vision
 	.venv-vision/bin/pip install -q --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm transformers \
-	  $(TESTED_WITH) matplotlib scikit-learn setuptools wheel cmake ninja
+	  $(TESTED_WITH) matplotlib scikit-learn pycocotools setuptools wheel cmake ninja
 	@touch $@
 
 # The other runtimes of the benchmark, beside the sources and libraries of .venv/installed.

@@ -1,11 +1,5 @@
 """Training of a network for classification by a recipe."""
 
-import math
-import signal
-import sys
-import time
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +8,20 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .. import progress
 from ..models import create_model
-from . import checkpoint, history
 from .data import Batch, EvaluationData, TrainingData, class_names, open_reader, seed_everything
 from .evaluation import accuracy
+from .loop import STOPPED, Loop
 from .objective import Objective, mixing
 from .processes import Processes
-from .recipe import Recipe, differences, save_recipe
+from .recipe import Recipe
 from .schedule import learning_rate, temperature
 
-STOPPED = 128 + signal.SIGTERM  # exit status after SIGTERM
+__all__ = ["STOPPED", "Training"]
 
 
-class Training:
+class Training(Loop):
     """A training for classification, from its beginning or from the newest checkpoint in its folder.
 
     The folder gets the resolved recipe, checkpoints, the best weights (`best.pt`), `history.csv` and
@@ -52,6 +44,9 @@ class Training:
             a checkpoint of another recipe.
         FileNotFoundError: no file of weights.
     """
+
+    measure = "top1"
+    panels = (("loss", ("loss",)), ("accuracy, %", ("top1", "top5")), ("learning rate", ("lr",)))
 
     def __init__(
         self,
@@ -88,88 +83,10 @@ class Training:
             self.network, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
         )
         self.average: Any = ModelEmaV3(self.network, decay=recipe.ema_decay) if recipe.ema_decay else None
-        self.epoch, self.step = 0, 0  # steps of this epoch that are done
-        self.sums = torch.zeros(3, dtype=torch.float64)  # of this epoch: losses, images, unreadable ones
-        self.rows: list[dict[str, float]] = []
-        self.best = -1.0
-        output.mkdir(parents=True, exist_ok=True)
-        self._resume()
-        self._stopping = False
-        self._saved = time.monotonic()
-        self.parallel: Any = torch.compile(self.network) if recipe.compile else self.network
-        if count > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.parallel, device_ids=ids)
+        self._begin()
 
-    def run(self) -> None:
-        """Train to the end; at SIGTERM write a checkpoint and leave with exit status 143.
-
-        Raises:
-            FloatingPointError: a loss is not finite; it names the files of the batch.
-        """
-        if self.processes.first:
-            save_recipe(self.recipe, self.output / "recipe.yaml")
-        before = signal.signal(signal.SIGTERM, self._on_stop)
-        try:
-            for epoch in range(self.epoch, self.recipe.epochs):
-                self._train_epoch(epoch)
-                self._end_epoch(epoch)
-            self._save()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _on_stop(self, *_: Any) -> None:
-        self._stopping = True
-
-    def _train_epoch(self, epoch: int) -> None:
-        self.parallel.train()
-        begin, seen = time.monotonic(), 0
-        for count, batches in self.data.epoch(epoch, self.step):
-            stop = self._train_step(epoch, count, batches)
-            self.step += 1
-            seen += count
-            self._show(epoch, seen / (time.monotonic() - begin))
-            if stop:
-                self._save()
-                raise SystemExit(STOPPED)
-            if time.monotonic() - self._saved > self.save_seconds:
-                self._save()
-        self._speed = seen / max(time.monotonic() - begin, 1e-9)
-
-    def _train_step(self, epoch: int, count: int, batches: list[Batch]) -> bool:
-        """Do a step of `count` images, of which this process has `batches`. Returns whether to stop."""
-        recipe, processes = self.recipe, self.processes
-        step = epoch * self.data.steps_per_epoch + self.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step, self.data.steps_per_epoch) * group.get("lr_scale", 1.0)
-        self._set_temperature(step)
-        total = torch.zeros((), device=processes.device)
-        for part, batch in enumerate(batches):
-            seed_everything(recipe.seed, step, processes.rank * len(batches) + part)
-            last = part == len(batches) - 1
-            with nullcontext() if last or processes.count == 1 else self.parallel.no_sync():
-                loss = self._loss(batch)
-                # Processes average their gradients; the sum over all of the step's images is what counts.
-                (loss * (processes.count / count)).backward()
-            total += loss.detach()
-        unreadable = sum(len(batch.broken) for batch in batches)
-        self._name_unreadable(batches)
-        here = torch.tensor([total.item(), unreadable, self._stopping], dtype=torch.float64)
-        losses, unreadable, stop = processes.sum(here).tolist()
-        if not math.isfinite(losses):
-            files = ", ".join(name for batch in batches for name in batch.files)
-            raise FloatingPointError(
-                f"epoch {epoch}, step {self.step}: the loss is {losses}, in this process "
-                f"{total.item()}, of {files}"
-            )
-        if recipe.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.average:
-            self.average.update(self.network, step)
-        self.sums += torch.tensor([losses, count, unreadable], dtype=torch.float64)
-        return bool(stop)
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.recipe, step, self.data.steps_per_epoch)
 
     def _loss(self, batch: Batch) -> Tensor:
         device = self.processes.device
@@ -179,82 +96,23 @@ class Training:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
             return self.objective(self.parallel(images), images, targets)
 
-    def _set_temperature(self, step: int) -> None:
+    def _train_step(self, epoch: int, count: int, batches: list[Batch]) -> bool:
+        step = epoch * self.data.steps_per_epoch + self.step
         value = temperature(self.recipe, step, self.data.steps_per_epoch)
         networks = [self.network, self.average.module] if self.average else [self.network]
         for network in networks:
             if hasattr(network, "set_temperature"):
                 network.set_temperature(value)
+        return super()._train_step(epoch, count, batches)
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _evaluate(self) -> dict[str, float]:
         network = self.average.module if self.average else self.network
         top1, top5, unreadable = accuracy(network, self.evaluation, self.processes, self.recipe.dtype)
-        losses, count, skipped = self.sums.tolist()
-        row = dict(
-            epoch=epoch + 1,
-            lr=self.optimizer.param_groups[0]["lr"],
-            loss=losses / max(count, 1),
-            top1=top1,
-            top5=top5,
-            images_per_second=self._speed,
-            unreadable=skipped + unreadable,
-        )
-        self.rows.append(row)
-        self.epoch, self.step = epoch + 1, 0
-        self.sums.zero_()
-        if self.processes.first:
-            progress.show(history.line(row), keep=True)
-            history.write(self.output, self.rows)
-            if top1 > self.best:
-                checkpoint.save_weights(self.output / "best.pt", network.state_dict())
-        self.best = max(self.best, top1)
+        return dict(top1=top1, top5=top5, unreadable=unreadable)
 
-    def _save(self) -> None:
-        self._saved = time.monotonic()
-        if self.processes.first:
-            state = dict(
-                recipe=asdict(self.recipe),
-                network=self.network.state_dict(),
-                average=self.average.module.state_dict() if self.average else None,
-                optimizer=self.optimizer.state_dict(),
-                epoch=self.epoch,
-                step=self.step,
-                sums=self.sums,
-                rows=self.rows,
-                best=self.best,
-            )
-            checkpoint.save(self.output, state, self.epoch, self.step, self.keep)
-
-    def _resume(self) -> None:
-        state = checkpoint.load_newest(self.output)
-        if state is None:
-            return
-        others = differences(self.recipe, Recipe(**state["recipe"]))
-        if others:
-            raise ValueError(
-                f"{self.output} has a training with other settings of {', '.join(others)}: give those, or "
-                "another folder"
-            )
-        self.network.load_state_dict(state["network"])
-        if self.average:
-            self.average.module.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.sums, self.rows, self.best = state["sums"], state["rows"], state["best"]
-        if self.processes.first:
-            progress.show(f"{self.output}: goes on at epoch {self.epoch + 1}, step {self.step}", keep=True)
-
-    def _show(self, epoch: int, speed: float) -> None:
-        if self.processes.first:
-            loss = self.sums[0] / self.sums[1]
-            progress.show(
-                f"epoch {epoch + 1}/{self.recipe.epochs}, step {self.step}/{self.data.steps_per_epoch}, "
-                f"loss {loss:.4f}, {speed:.0f} images/s"
-            )
-
-    def _name_unreadable(self, batches: list[Batch]) -> None:
-        for text in (text for batch in batches for text in batch.broken):
-            print(f"an image that cannot be read is left out: {text}", file=sys.stderr, flush=True)
+    def _weights(self) -> dict[str, Any]:
+        network = self.average.module if self.average else self.network
+        return network.state_dict()
 
 
 def _classes(readers: list[Any]) -> int:

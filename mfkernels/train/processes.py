@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ class Processes:
             values = values.to(self.device, copy=True)
             dist.all_reduce(values)
         return values.cpu()
+
+    def gather(self, here: Any) -> list[Any]:
+        """Return what each process has, in their order."""
+        if self.count == 1:
+            return [here]
+        everybodys = [None] * self.count
+        dist.all_gather_object(everybodys, here)
+        return everybodys
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Recipe:
             TypeError, ValueError: a value that does not fit, named.
         """
         for name in ("epochs", "batch_size", "accumulation", "image_size"):
-            _check(name, getattr(self, name), 1)
+            check_number(name, getattr(self, name), 1)
         for name in (
             "lr",
             "weight_decay",
@@ -75,18 +75,18 @@ class Recipe:
             "mixup",
             "cutmix",
         ):
-            _check(name, getattr(self, name), 0)
+            check_number(name, getattr(self, name), 0)
         for name in ("label_smoothing", "random_erase", "hflip", "distillation"):
-            _check(name, getattr(self, name), 0, 1)
+            check_number(name, getattr(self, name), 0, 1)
         for name in ("dropout", "drop_path", "ema_decay"):
             if getattr(self, name) is not None:
-                _check(name, getattr(self, name), 0, 1)
+                check_number(name, getattr(self, name), 0, 1)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"recipe: dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if self.distillation and not self.teacher:
             raise ValueError(f"recipe: distillation {self.distillation} needs a teacher, got none")
         for size in self.train_sizes:
-            _check("train_sizes", size, 1)
+            check_number("train_sizes", size, 1)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -122,57 +122,65 @@ def load_recipe(name: str | Path, **changes: Any) -> Recipe:
         ValueError: an unknown name, setting or value.
         FileNotFoundError: no such file.
     """
-    if str(name) in _recipes():
-        settings: Any = dict(_recipes()[str(name)])
+    return resolve(Recipe, _recipes(), name, changes)
+
+
+def resolve(kind: Any, recipes: dict[str, dict[str, Any]], name: str | Path, changes: dict[str, Any]) -> Any:
+    """Return a recipe, a dataclass `kind`, by its name in `recipes` or from a file; see `load_recipe`."""
+    if str(name) in recipes:
+        settings: Any = dict(recipes[str(name)])
     elif Path(name).suffix in (".yaml", ".yml"):
         settings = yaml.safe_load(Path(name).read_text())
         if not isinstance(settings, dict):
             raise ValueError(f"recipe: {name} must hold settings by name, got {type(settings).__name__}")
     else:
-        near = difflib.get_close_matches(str(name), list_recipes(), n=3)
+        near = difflib.get_close_matches(str(name), recipes, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"recipe: must be one of {', '.join(list_recipes())} or a .yaml file, got {name!r}{hint}"
-        )
+        raise ValueError(f"recipe: must be one of {', '.join(recipes)} or a .yaml file, got {name!r}{hint}")
     settings |= changes
-    known = {field.name: field for field in fields(Recipe)}
+    known = {field.name: field for field in fields(kind)}
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"recipe: unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
     missing = [key for key, field in known.items() if field.default is MISSING and key not in settings]
     if missing:
         raise ValueError(f"recipe: {name} lacks {', '.join(missing)}")
-    for key in ("crop_scale", "train_sizes"):
-        if key in settings:
+    for key in settings:
+        if isinstance(settings[key], list):
             settings[key] = tuple(settings[key])
-    return Recipe(**settings)
+    return kind(**settings)
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write all settings of a recipe as YAML, in the order of `Recipe`."""
+def save_recipe(recipe: Any, path: Path) -> None:
+    """Write all settings of a recipe as YAML, in their order."""
     settings = {
         key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()
     }
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
-def differences(one: Recipe, other: Recipe) -> list[str]:
+def differences(one: Any, other: Any) -> list[str]:
     """Return the names of settings that differ and matter to what is learned."""
     a, b = asdict(one), asdict(other)
     return [name for name in a if name not in COMPUTING and a[name] != b[name]]
 
 
-@cache
-def _recipes() -> dict[str, dict[str, Any]]:
+def tables(*families: str) -> dict[str, dict[str, Any]]:
+    """The settings of the recipes in some files by name: each file's of "all", and then the recipe's own."""
     recipes: dict[str, dict[str, Any]] = {}
-    for family in ("mobile_former", "dynamic_mobile_former", "iformer"):
-        tables = yaml.safe_load((_FOLDER / f"{family}.yaml").read_text())
-        common = tables.pop("all")
-        recipes |= {name: {"model": name, **common, **own} for name, own in tables.items()}
+    for family in families:
+        table = yaml.safe_load((_FOLDER / f"{family}.yaml").read_text())
+        common = table.pop("all")
+        recipes |= {name: {"model": name, **common, **own} for name, own in table.items()}
     return recipes
 
 
-def _check(name: str, value: Any, least: float, most: float = float("inf")) -> None:
+@cache
+def _recipes() -> dict[str, dict[str, Any]]:
+    return tables("mobile_former", "dynamic_mobile_former", "iformer")
+
+
+def check_number(name: str, value: Any, least: float, most: float = float("inf")) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"recipe: {name} must be a number, got {value!r}")
     if not least <= value <= most:
