@@ -3,15 +3,16 @@ GPUs that they are written for, without spilling registers."""
 
 import copy
 import ctypes
-import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import former_block, integers, normal
+from emulated import build, failure, name_of
 from test_contract import LAYOUTS, Comparison, channels_last, expect, guarded, reversed_axes, same
 from tolerance import Errors
 
@@ -21,15 +22,23 @@ from mfkernels.deploy.token_chain import Made, TokenChain, token_chain_reference
 from mfkernels.nn import MobileFormerBlock
 
 ROOT = Path(__file__).parent.parent
-CXX = os.environ.get("CXX", "c++").split()
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+FORWARDS, BACKWARDS, ANY = 0, 1, 2  # in which order threads run; any: by this seed or a larger one
+HALVES = (torch.bfloat16, torch.float16)
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=name_of)
 
 
-def build_emulated(source: Path, target: Path) -> ctypes.CDLL:
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DMFK_EMULATED", f"-I{source.parent}"]
-    subprocess.run([*CXX, *flags, "-o", target, source], check=True)
-    return ctypes.CDLL(target)
+def same_in_any_order(run, seed: int, dtype: torch.dtype):
+    """What `run` makes, given an order. Half precision differs in the numbers, not in what threads do."""
+    first, *others = (
+        run(order) for order in (ANY + seed, FORWARDS, BACKWARDS)[: 3 if dtype == torch.float32 else 1]
+    )
+    for other in others:
+        pairs = zip(first, other, strict=True) if isinstance(first, tuple) else [(first, other)]
+        assert all(torch.equal(a, b) for a, b in pairs)
+    return first
 
 
 @pytest.fixture(scope="session")
@@ -40,39 +49,40 @@ def emulated(tmp_path_factory):
     def library(name: str) -> ctypes.CDLL:
         if name not in built:
             source = ROOT / "tests" / "cuda" / f"{name}.cpp"
-            built[name] = build_emulated(source, tmp_path_factory.mktemp("cuda") / f"{name}.so")
+            built[name] = build(source, tmp_path_factory.mktemp("cuda") / f"{name}.so", "-g")
         return built[name]
 
     return library
 
 
-def run_former(library, tensors: dict, num_heads: int, form: str, eps: float, backwards: bool):
+def run_former(library, tensors: dict, num_heads: int, form: str, eps: float, seed: int):
     tokens, *weights = [None if t is None else t.contiguous() for t in tensors.values()]
     weights += [None] * (12 - len(weights))
     hidden = 0 if tensors.get("fc1_weight") is None else tensors["fc1_weight"].shape[0]
     out = torch.full_like(tokens, float("nan"))
     pointers = (ctypes.c_void_p * 12)(*(None if t is None else t.data_ptr() for t in weights))
-    failed = library.former_block(
+    failed = getattr(library, f"former_block_{name_of(tokens.dtype)}")(
         ctypes.c_void_p(tokens.data_ptr()), ctypes.c_void_p(out.data_ptr()), pointers, *tokens.shape,
-        num_heads, hidden, int(form == "standard"), ctypes.c_float(eps), int(backwards),
+        num_heads, hidden, int(form == "standard"), ctypes.c_float(eps), seed,
     )  # fmt: skip
-    assert not failed, "threads waited for others that never came, or wrote beyond their memory"
+    assert not failed, failure(library)
     return out
 
 
+@dtypes
 @pytest.mark.parametrize("shape", former_block.CHOSEN, ids=str)
-def test_former_block_emulated(emulated, shape):
-    """The one tolerance; and the same bits in whatever order the threads run."""
+def test_former_block_emulated(emulated, shape, dtype):
+    """The one tolerance; no race; and the same bits in whatever order the threads run."""
     if 0 in (shape["B"], shape["T"]):
         pytest.skip("nothing to launch")
     errors = Errors()
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        expected = expect(former_block, former_block.make(shape, generator), generator, torch.float32)
-        given = {k: None if v is None else v.float() for k, v in expected.sample.tensors.items()}
+        expected = expect(former_block, former_block.make(shape, generator), generator, dtype)
+        given = {k: None if v is None else v.to(dtype) for k, v in expected.sample.tensors.items()}
         others = dict(num_heads=4, form="released", eps=1e-5) | expected.sample.others
-        first, second = (run_former(emulated("former_block"), given, **others, backwards=b) for b in (0, 1))
-        assert torch.equal(first, second)
+        run = partial(run_former, emulated("former_block"), given, *others.values())
+        first = same_in_any_order(run, seed, dtype)
         errors.reference(expected.eager["output 0"], expected.truth["output 0"])
         errors.kernel(first, expected.truth["output 0"])
         if first.numel() > 5000:
@@ -110,42 +120,43 @@ def make_bottleneck(shape: dict, generator: torch.Generator, draw=normal) -> dic
     return tensors
 
 
-def run_bottleneck(library, tensors: dict, num_heads: int, skip: bool, layout, backwards: bool):
+def run_bottleneck(library, tensors: dict, num_heads: int, skip: bool, layout, seed: int):
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     x, outputs = layout(tensors["x"]), tensors["project_weight"].shape[0]
-    out = layout(torch.full((x.shape[0], outputs, *x.shape[2:]), float("nan")))
+    out = layout(torch.full((x.shape[0], outputs, *x.shape[2:]), float("nan"), dtype=x.dtype))
     pointers = (ctypes.c_void_p * 10)(*(t.data_ptr() for t in list(tensors.values())[1:]))
-    sizes = (
-        x.shape[0],
-        x.shape[1],
-        len(tensors["expand_bias"]),
-        outputs,
-        *x.shape[2:],
-        tensors["keys"].shape[1],
-    )
-    failed = library.dynamic_bottleneck(
+    sizes = x.shape[1], len(tensors["expand_bias"]), outputs, *x.shape[2:]
+    failed = getattr(library, f"dynamic_bottleneck_{name_of(x.dtype)}")(
         ctypes.c_void_p(x.data_ptr()), (ctypes.c_int64 * 4)(*x.stride()), ctypes.c_void_p(out.data_ptr()),
-        (ctypes.c_int64 * 4)(*out.stride()), pointers, *sizes, num_heads, int(skip), int(backwards),
+        (ctypes.c_int64 * 4)(*out.stride()), pointers, len(x), (ctypes.c_int * 5)(*sizes),
+        tensors["keys"].shape[1], num_heads, int(skip), seed,
     )  # fmt: skip
-    assert not failed, "threads waited for others that never came, or wrote beyond their memory"
+    assert not failed, failure(library)
     return out
 
 
-@pytest.mark.parametrize("layout", [same, channels_last, guarded, reversed_axes], ids=lambda f: f.__name__)
+@dtypes
 @pytest.mark.parametrize("shape, others", BOTTLENECKS, ids=str)
-def test_dynamic_bottleneck_emulated(emulated, shape, others, layout):
+def test_dynamic_bottleneck_emulated(emulated, shape, others, dtype):
     errors, library = Errors(), emulated("dynamic_bottleneck")
     for seed in range(1 if shape["C"] > 50 else 4):
-        given = make_bottleneck(shape, torch.Generator().manual_seed(seed))
-        single = {name: value.float() for name, value in given.items()}
-        first, second = (
-            run_bottleneck(library, single, **others, layout=layout, backwards=b) for b in (0, 1)
-        )
-        assert torch.equal(first, second)
-        truth = dynamic_bottleneck_reference(**{k: v.double() for k, v in single.items()}, **others)
-        errors.reference(dynamic_bottleneck_reference(**single, **others), truth)
-        errors.kernel(first, truth)
+        drawn = make_bottleneck(shape, torch.Generator().manual_seed(seed))
+        given = {name: value.to(dtype) for name, value in drawn.items()}
+        run = partial(run_bottleneck, library, given, *others.values(), channels_last if seed % 2 else same)
+        truth = dynamic_bottleneck_reference(**{k: v.double() for k, v in given.items()}, **others)
+        errors.reference(dynamic_bottleneck_reference(**given, **others), truth)
+        errors.kernel(same_in_any_order(run, seed, dtype), truth)
     errors.check(f"dynamic_bottleneck {shape}")
+
+
+@pytest.mark.parametrize("layout", [channels_last, guarded, reversed_axes], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shape, others", BOTTLENECKS, ids=str)
+def test_dynamic_bottleneck_in_layouts(emulated, shape, others, layout):
+    """Makes the same bits of maps however they lie in memory."""
+    drawn = make_bottleneck(shape, torch.Generator().manual_seed(0))
+    given = {name: value.float() for name, value in drawn.items()}
+    run = partial(run_bottleneck, emulated("dynamic_bottleneck"), given, *others.values())
+    assert torch.equal(run(layout, FORWARDS), run(same, BACKWARDS))
 
 
 def test_dynamic_bottleneck_integers_are_exact(emulated):
@@ -158,7 +169,7 @@ def test_dynamic_bottleneck_integers_are_exact(emulated):
     given = make_bottleneck(shape, torch.Generator().manual_seed(0), draw)
     expected = dynamic_bottleneck_reference(**given, **others)
     assert expected.abs().max() > 100
-    got = run_bottleneck(emulated("dynamic_bottleneck"), given, **others, layout=same, backwards=False)
+    got = run_bottleneck(emulated("dynamic_bottleneck"), given, **others, layout=same, seed=ANY)
     assert torch.equal(got, expected)
 
 
@@ -170,7 +181,7 @@ def test_dynamic_bottleneck_not_finite(emulated, bad):
     given["slopes1"].abs_()
     given["slopes2"].abs_()
     expected = dynamic_bottleneck_reference(**given, **others)
-    got = run_bottleneck(emulated("dynamic_bottleneck"), given, **others, layout=same, backwards=False)
+    got = run_bottleneck(emulated("dynamic_bottleneck"), given, **others, layout=same, seed=ANY)
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
     assert got.isfinite().any() and not got.isfinite().all()
 
@@ -205,46 +216,48 @@ def expect_chain(block, tokens, gathered) -> tuple[Made, Made]:
         return token_chain_reference(copy.deepcopy(block).double(), tokens.double(), gathered.double()), eager
 
 
-def run_chain(library, block, tokens, gathered, backwards: bool) -> Made:
+def run_chain(library, block, tokens, gathered, seed: int) -> Made:
     def integers(values):
         return (ctypes.c_int64 * len(values))(*values)
 
     chain, functions = TokenChain(block), [hyper.hyper[2].out_features for _, hyper in block._generators()]
     T, B, _ = tokens.shape
     shapes = [tokens.shape, *((B, 2, n // 2) for n in functions), (2, B, T, block.global_local.channels)]
-    results = [torch.full(shape, float("nan")) for shape in shapes]
+    results = [torch.full(shape, float("nan"), dtype=tokens.dtype) for shape in shapes]
     sizes = [B, T, tokens.shape[2], *chain.sizes, *tokens.stride()[:2]]
-    failed = library.token_chain(
+    pointers = (ctypes.c_void_p * 4)(*(t.data_ptr() for t in results))
+    failed = getattr(library, f"token_chain_{name_of(tokens.dtype)}")(
         *(ctypes.c_void_p(t.data_ptr()) for t in (tokens, gathered, chain.packed)), integers(chain.offsets),
-        integers(sizes), ctypes.c_float(1e-5), *(ctypes.c_void_p(t.data_ptr()) for t in results),
-        int(backwards),
+        integers(sizes), ctypes.c_float(1e-5), pointers, seed,
     )  # fmt: skip
-    assert not failed, "threads waited for others that never came, or wrote beyond their memory"
+    assert not failed, failure(library)
     return Made(*results[:3], *results[3])
 
 
+@dtypes
 @pytest.mark.parametrize("shape", CHAINS, ids=str)
-def test_token_chain_emulated(emulated, shape):
+def test_token_chain_emulated(emulated, shape, dtype):
     errors = {name: Errors() for name in Made._fields}
     for seed in range(4):
-        block, tokens, gathered = make_chain(shape, seed)
+        block, tokens, gathered = (value.to(dtype) for value in make_chain(shape, seed))
         tokens = tokens if seed else tokens[:, :1].expand(tokens.shape)  # as a network's first tokens are
         truth, eager = expect_chain(block, tokens, gathered)
-        given = emulated("token_chain"), block, tokens, gathered
-        first, second = (run_chain(*given, backwards) for backwards in (False, True))
+        run = partial(run_chain, emulated("token_chain"), block, tokens, gathered)
+        made = same_in_any_order(run, seed, dtype)
         for name, error in errors.items():
-            assert torch.equal(getattr(first, name), getattr(second, name))
             error.reference(getattr(eager, name), getattr(truth, name))
-            error.kernel(getattr(first, name), getattr(truth, name))
+            error.kernel(getattr(made, name), getattr(truth, name))
     for name, error in errors.items():
         error.check(f"token_chain {shape}, {name}")
+
+
+# Whether a library's kernel makes the right numbers and has no race.
 
 
 def chain_is_right(library) -> bool:
     given = make_chain(CHAINS[4], 0)
     truth, _ = expect_chain(*given)
-    results = [run_chain(library, *given, backwards) for backwards in (False, True)]
-    pairs = [pair for result in results for pair in zip(result, truth, strict=True)]
+    pairs = zip(run_chain(library, *given, ANY), truth, strict=True)
     return all(torch.allclose(value, expected.float(), atol=1e-4) for value, expected in pairs)
 
 
@@ -253,16 +266,14 @@ def former_is_right(library) -> bool:
     given = {k: None if v is None else v.float() for k, v in sample.tensors.items()}
     others = dict(num_heads=4, form="released", eps=1e-5) | sample.others
     truth = former_block.REFERENCE(**given, **others)
-    results = [run_former(library, given, **others, backwards=order) for order in (0, 1)]
-    return all(torch.allclose(result, truth, atol=1e-4) for result in results)
+    return torch.allclose(run_former(library, given, **others, seed=ANY), truth, atol=1e-4)
 
 
 def bottleneck_is_right(library) -> bool:
     shape, others = dict(B=1, C=130, E=80, O=130, H=9, W=5, T=5), dict(num_heads=2, skip=True)
     given = {k: v.float() for k, v in make_bottleneck(shape, torch.Generator().manual_seed(0)).items()}
     truth = dynamic_bottleneck_reference(**given, **others)
-    results = [run_bottleneck(library, given, **others, layout=same, backwards=order) for order in (0, 1)]
-    return all(torch.allclose(result, truth, atol=1e-3) for result in results)
+    return torch.allclose(run_bottleneck(library, given, **others, layout=same, seed=ANY), truth, atol=1e-3)
 
 
 CHECKS = {
@@ -297,11 +308,12 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("kernel", CHECKS)
 def test_the_emulator_sees_defects(kernel, tmp_path):
-    """Without any one of its barriers, or with other constants, the kernel gives other numbers, or none."""
+    """With other constants the kernel gives other numbers; without any one of its barriers it has a race."""
     text = (ROOT / "csrc" / "cuda" / f"{kernel}.cuh").read_text()
     broken = [text]
     for match in re.finditer(r"__syncthreads\(\);", text):
         broken.append(f"{text[: match.start()]};{text[match.end() :]}")
+    barriers = len(broken) - 1
     for old, new in MUTATIONS[kernel]:
         assert text.count(old) == 1, old
         broken.append(text.replace(old, new))
@@ -309,8 +321,40 @@ def test_the_emulator_sees_defects(kernel, tmp_path):
     shutil.copytree(ROOT / "tests" / "cuda", tmp_path / "tests" / "cuda")
     for index, defect in enumerate(broken):
         (tmp_path / "csrc" / "cuda" / f"{kernel}.cuh").write_text(defect)
-        library = build_emulated(tmp_path / "tests" / "cuda" / f"{kernel}.cpp", tmp_path / f"{index}.so")
-        assert CHECKS[kernel](library) == (index == 0), f"defect {index} of {len(broken) - 1}"
+        source = tmp_path / "tests" / "cuda" / f"{kernel}.cpp"
+        library = build(source, tmp_path / f"{index}.so", "-DMFK_ONE_TYPE")
+        what = f"defect {index} of {len(broken) - 1}"
+        if 0 < index <= barriers:
+            with pytest.raises(AssertionError, match="race in shared memory"):
+                CHECKS[kernel](library)
+        else:
+            assert CHECKS[kernel](library) == (index == 0), what
+
+
+TOYS = {
+    # A kernel of `toys.cpp`, and what is said of it with barriers and without.
+    "shift": ("", "race .* written by thread .* read by thread|race .* read by thread .* written by thread"),
+    "within_warps": ("", "race in shared memory"),
+    "reuse": ("", "race in shared memory"),
+    "agree": ("race .* written .* written",) * 2,
+    "beyond": ("memory beside the shared one was read by thread 63",) * 2,
+    "crooked": ("memory at 4 bytes behind a multiple of 16 was taken as more by thread 0",) * 2,
+    "alone": ("threads waited for others that never came",) * 2,
+}
+
+
+@pytest.mark.parametrize("seed", range(ANY, ANY + 4))
+@pytest.mark.parametrize("name", TOYS)
+def test_the_emulator_sees_defects_of_toys(emulated, name, seed):
+    memory = (ctypes.c_float * 68)()
+    aligned = ctypes.addressof(memory) + -ctypes.addressof(memory) % 16
+    for meets, expected in zip((1, 0), TOYS[name], strict=True):
+        failed = emulated("toys").toy(name.encode(), ctypes.c_void_p(aligned), meets, seed)
+        said = failure(emulated("toys"))
+        assert bool(failed) == bool(said) == bool(expected), said
+        assert re.search(expected, said), said
+        if "race" in said and shutil.which("addr2line"):
+            assert re.search(r"toys\.cpp:\d.*toys\.cpp:\d", said), said
 
 
 @pytest.mark.gpu

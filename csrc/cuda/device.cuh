@@ -25,7 +25,6 @@ __device__ inline void load4(const float* from, float* to) {
   to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
 }
 
-#ifndef MFK_EMULATED
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline float widen(__half value) { return __half2float(value); }
 template <>
@@ -43,7 +42,6 @@ __device__ inline void load4(const T* from, float* to) {
   const T* four = reinterpret_cast<const T*>(&pairs);
   for (int i = 0; i < 4; ++i) to[i] = widen(four[i]);
 }
-#endif
 
 }  // namespace cuda
 }  // namespace mfk

@@ -51,7 +51,8 @@ void multiply_add(float (&c)[4], const Two<T> (&a)[4], const Two<T> (&b)[2]) {
       const auto& left =
           static_cast<const Sent*>(emulator::sent(first + 4 * row + k % 8 / 2))->a[k / 8 * 2 + i / 2];
       const auto& right = static_cast<const Sent*>(emulator::sent(first + 4 * column + k % 8 / 2))->b[k / 8];
-      sums[i] += (k % 2 == 0 ? left.first : left.second) * (k % 2 == 0 ? right.first : right.second);
+      sums[i] +=
+          widen(k % 2 == 0 ? left.first : left.second) * widen(k % 2 == 0 ? right.first : right.second);
     }
   }
   emulator::wait(emulator::kWarp);  // what was sent is read
