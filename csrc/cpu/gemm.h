@@ -7,11 +7,12 @@
 namespace mfk {
 namespace MFK_ISA {
 
-// So many positions by two vectors of outputs fit the registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kPositions = 14;
+// So many positions by so many vectors of outputs fit the registers. Of short vectors a whole panel's, since
+// each is read with one load and each factor with another one.
+#if defined(__aarch64__)
+constexpr int kPositions = 6, kOutputVectors = 4;
 #else
-constexpr int kPositions = 6;
+constexpr int kPositions = MFK_VECTOR_REGISTERS == 32 ? 14 : 6, kOutputVectors = 2;
 #endif
 
 // What maps and weights of a deployed network are stored as.
@@ -284,7 +285,7 @@ struct Tiles {
 template <class T, class Out, class Epilogue>
 MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, Weights w, int64_t rows, Out* out,
                             int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
-  constexpr int n = kLanes<float>;
+  constexpr int n = kLanes<float>, most = kOutputVectors * n;
   const Tiles tiles(positions);
   for (int64_t o = from; o < to;) {
     const float* weights = w.data + (o - from) / kPanel * kPanel * rows + o % kPanel;
@@ -299,7 +300,8 @@ MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, Weights w, int64_t row
       some(tiles.size, tiles.count - tiles.longer, tiles.longer * (tiles.size + 1));
       o += decltype(vectors)::value * n;
     };
-    to - o >= 2 * n ? run(std::integral_constant<int, 2>()) : run(std::integral_constant<int, 1>());
+    const bool many = to - o >= most;
+    many ? run(std::integral_constant<int, kOutputVectors>()) : run(std::integral_constant<int, 1>());
   }
 }
 

@@ -13,11 +13,7 @@ namespace MFK_ISA {
 // factor.
 struct MixedSlopes {
   // How many positions share a read of the slopes.
-#if defined(__AVX512F__) || defined(__aarch64__)
-  static constexpr int kTogether = 8;
-#else
-  static constexpr int kTogether = 4;
-#endif
+  static constexpr int kTogether = MFK_VECTOR_REGISTERS == 32 ? 8 : 4;
   const float* slopes;  // (tokens, 2, channels)
   int64_t tokens, channels;
   const float* weights;  // of the tokens, by position; padded
@@ -150,7 +146,7 @@ struct MapTasks {
   // Of the weights that are read next the share of some rows: what their products fetch meanwhile.
   void fetch_share(int64_t r0, int64_t r1, int64_t rows) {
     const int64_t floats = args.next_end - args.next,
-                  steps = args.products / (2 * kLanes<float> * kPositions);
+                  steps = args.products / (kOutputVectors * kLanes<float> * kPositions);
     const int64_t pace = blocks_of(floats * sizeof(float), steps + 1);
     fetched = {reinterpret_cast<const char*>(at(args.next + floats * r0 / rows)),
                reinterpret_cast<const char*>(at(args.next + floats * r1 / rows)), pace < 64 ? pace : 64};

@@ -6,7 +6,7 @@ namespace mfk {
 namespace MFK_ISA {
 
 void multiply_add_peak(const PeakArgs& args, int64_t begin, int64_t end) {
-  constexpr int kSums = MFK_VECTOR_BYTES == 64 ? 24 : 12, kSteps = 20000;  // as the registers allow
+  constexpr int kSums = MFK_VECTOR_REGISTERS == 32 ? 24 : 12, kSteps = 20000;  // as the registers allow
   vec<float> sums[kSums];
   for (int i = 0; i < kSums; ++i) sums[i] = splat(static_cast<float>(i));
   const vec<float> factor = splat(0.999f), term = splat(1e-3f);

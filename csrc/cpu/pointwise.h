@@ -22,7 +22,7 @@ namespace pointwise {
 // of them has to be copied elsewhere to be read fast. So many values of the map stay in a cache while all
 // rows pass: in the second level's, or, where a block does fewer products with what it reads, in the first
 // level's.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if MFK_VECTOR_REGISTERS == 32
 constexpr int kRows = 8;
 constexpr int64_t kCached = 32768;
 #else

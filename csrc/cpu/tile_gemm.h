@@ -112,7 +112,7 @@ MFK_INLINE void reduce_block(double* out, int64_t out_row, int64_t out_column, c
 }
 
 // As many rows as leave registers for the rest.
-constexpr int kReducedRows = MFK_VECTOR_BYTES == 64 ? 4 : 3, kReducedColumns = 4;
+constexpr int kReducedRows = MFK_VECTOR_REGISTERS == 32 ? 4 : 3, kReducedColumns = 4;
 
 template <class C, int kRows>
 MFK_INLINE void reduce_rows(double* out, int64_t out_row, int64_t out_column, const C* a, int64_t a_stride,

@@ -20,11 +20,18 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define MFK_VECTOR_BYTES 64
+#define MFK_VECTOR_REGISTERS 32
 #elif defined(__AVX2__)
 #include <immintrin.h>
 #define MFK_VECTOR_BYTES 32
+#define MFK_VECTOR_REGISTERS 16
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define MFK_VECTOR_BYTES 16
+#define MFK_VECTOR_REGISTERS 32
 #else
-#define MFK_VECTOR_BYTES 16  // SSE2, NEON
+#define MFK_VECTOR_BYTES 16  // SSE2
+#define MFK_VECTOR_REGISTERS 16
 #endif
 
 #define MFK_INLINE inline __attribute__((always_inline))
@@ -108,6 +115,11 @@ MFK_INLINE vec<float> load(const bf16* p) {
   const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, half);
   return reinterpret_cast<vec<float>>(reinterpret_cast<VectorOf<uint32_t, 16>::type>(wide) << 16);
 }
+#elif defined(__aarch64__)
+// GCC 12 converts vectors of four lane by lane.
+MFK_INLINE vec<float> load(const bf16* p) {
+  return reinterpret_cast<vec<float>>(vshll_n_u16(vld1_u16(&p->bits), 16));
+}
 #else
 MFK_INLINE vec<float> load(const bf16* p) {
   typename VectorOf<uint16_t, kLanes<float>>::type half;
@@ -129,7 +141,11 @@ MFK_INLINE void store(bf16* p, vec<float> v) {
   word bits = reinterpret_cast<word>(v);
   word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   rounded = v != v ? (word{} + 0x7fc0) : rounded;             // a NaN must not round to infinity
+#if defined(__aarch64__)
+  const auto half = vmovn_u32(reinterpret_cast<uint32x4_t>(rounded));
+#else
   auto half = __builtin_convertvector(rounded, typename VectorOf<uint16_t, kLanes<float>>::type);
+#endif
   memcpy(p, &half, sizeof half);
 }
 #endif
@@ -239,6 +255,8 @@ MFK_INLINE vec<double> maximum(vec<double> a, vec<double> b) {
 MFK_INLINE vec<double> widened(VectorOf<float, kLanes<double>>::type v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vec<double>>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(v)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<vec<double>>(vcvt_f64_f32(reinterpret_cast<float32x2_t>(v)));
 #else
   return __builtin_convertvector(v, vec<double>);
 #endif
