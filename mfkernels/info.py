@@ -40,7 +40,8 @@ def report() -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's name, with family and model where the system tells them."""
+    """The CPU's name, with family and model where the system tells them; on Arm, where Linux knows no name, the
+    numbers of its maker and of the part."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -50,6 +51,8 @@ def cpu_name() -> str:
         name, _, value = line.partition(":")
         fields[name.strip()] = value.strip()
     name = fields.get("model name", platform.machine())
+    if "CPU part" in fields:
+        name += f", implementer {fields.get('CPU implementer')} part {fields['CPU part']}"
     family, model = fields.get("cpu family"), fields.get("model")
     return name if family is None else f"{name}, family {family} model {model}"
 
