@@ -40,7 +40,7 @@ def retinanet(backbone: str | FeaturePyramid, *, num_classes: int = 80, **option
     """
     body = pyramid_of("retinanet", backbone, 3, num_classes)
     on_output = isinstance(body.network, MobileFormer)
-    extra = LastLevelP6P7(CHANNELS if on_output else body.feature_info.channels()[-1], CHANNELS)
+    extra = CoarseLevels(CHANNELS if on_output else body.feature_info.channels()[-1], CHANNELS)
     extra.use_P5 = on_output  # torchvision takes the output, too, when a map happens to have its channels
     return RetinaNet(PyramidWithFPN(body, extra), num_classes, **options)
 
@@ -72,6 +72,22 @@ def mask_rcnn(backbone: str | FeaturePyramid, *, num_classes: int = 80, **option
         box_predictor=_BoxPredictor(1024, num_classes), mask_predictor=_MaskPredictor(CHANNELS, num_classes)
     )
     return MaskRCNN(levels, **(predictors | options))
+
+
+class CoarseLevels(LastLevelP6P7):
+    """Make the two coarsest levels of a RetinaNet: torchvision's, but for the ReLU, which may be left out.
+
+    Attributes:
+        relu_before_p7: whether the coarsest is made of the other one's positive part.
+    """
+
+    relu_before_p7 = True
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        if self.relu_before_p7:
+            return super().forward(p, c, names)
+        sixth = self.p6(p[-1] if self.use_P5 else c[-1])
+        return [*p, sixth, self.p7(sixth)], [*names, "p6", "p7"]
 
 
 class _BoxPredictor(FastRCNNPredictor):

@@ -30,7 +30,7 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         ValueError: a name is missing or unknown, or a shape differs; all of them are listed, and the model
             is left as it was. Only `num_batches_tracked`, counters that very old files lack, may be missing.
     """
-    tensors = _find_tensors(state_dict)
+    tensors = find_tensors(state_dict)
     expected = model.state_dict()
     if isinstance(model, IFormer):
         ours = {timm_name(name): name for name in expected}
@@ -62,6 +62,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError: no such file.
         ValueError: see `load_released`; and a file that holds more than tensors and plain data.
     """
+    load_released(model, read_checkpoint(path))
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """Return what `torch.save` wrote into a file; see `load_checkpoint`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no file {path}")
@@ -71,15 +76,16 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"checkpoint: {path} cannot be read with weights_only=True: {error}") from error
-    load_released(model, content)
+    return content
 
 
-def _find_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+def find_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the names and tensors of a checkpoint; see `load_released`."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"load_released: state_dict must be a mapping, got {type(state_dict).__name__}")
     for key in _KEYS:
         if isinstance(state_dict.get(key), Mapping):
-            return _find_tensors(state_dict[key])
+            return find_tensors(state_dict[key])
     others = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if others or not state_dict:
         raise TypeError(
