@@ -6,6 +6,7 @@ It needs an environment with torchvision: `make vision`.
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import mfkernels
 from mfkernels.models import create_model
@@ -38,6 +39,27 @@ def test_parameters(kind, name, backbone, total):
     model = DETECTORS[kind][0](name)
     assert count(model) == total
     assert backbone is None or count(model.backbone.body) == backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        ("mobile_former_151m", 2.56),
+        ("mobile_former_214m", 3.78),
+        ("mobile_former_294m", 5.33),
+        ("mobile_former_508m", 9.66),
+        ("dmf_xxs", 3.17),
+        ("dmf_xs", 4.71),
+        ("dmf_s", 8.92),
+    ],
+)
+def test_multiply_adds_of_the_backbones(name, backbone):
+    """In 10^9, at 800x1333."""
+    with torch.device("meta"):
+        model, image = detection.retinanet(name).backbone.body.eval(), torch.empty(1, 3, 800, 1333)
+    with mfkernels.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        model(image)
+    assert abs(counter.get_total_flops() / 2e9 - backbone) < 0.01
 
 
 @pytest.mark.parametrize(
