@@ -21,10 +21,9 @@ void launch(const Launch& l, const Tensor& x, Tensor& y, const cuda::BottleneckW
   const int bytes = cuda::BottleneckRooms<T>(l.sizes, 16 * kColumns).total;
   const auto kernel = cuda::dynamic_bottleneck_kernel<T, kColumns>;
   cuda::allow_shared(kOp, std::to_string(l.sizes.inputs) + " channels", kernel, bytes, x.get_device_index());
-  kernel<<<static_cast<unsigned>(l.blocks), cuda::kBottleneckThreads, bytes, cuda::stream_of(x)>>>(
-      static_cast<const T*>(x.data_ptr()), strides_of(x), static_cast<T*>(y.data_ptr()), strides_of(y),
-      weights, bridge, l.sizes);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  cuda::launch_kernel(kernel, l.blocks, cuda::kBottleneckThreads, bytes, x,
+                      static_cast<const T*>(x.data_ptr()), strides_of(x), static_cast<T*>(y.data_ptr()),
+                      strides_of(y), weights, bridge, l.sizes);
 }
 
 template <class T>

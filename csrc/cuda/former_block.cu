@@ -31,13 +31,12 @@ void launch(const FormerCall& call, Tensor& y) {
     aligned[i] = cuda::aligned(t);
     *pointers[i] = static_cast<const T*>(aligned[i].data_ptr());
   }
-  const int bytes = cuda::FormerRooms(sizes).total * static_cast<int>(sizeof(float));
+  const int64_t bytes = cuda::FormerRooms(sizes).total * sizeof(float);
   const auto kernel = cuda::former_block_kernel<T>;
   const std::string what = std::to_string(a.tokens) + " tokens of width " + std::to_string(a.width);
   cuda::allow_shared("former_block", what, kernel, bytes, y.get_device_index());
-  kernel<<<static_cast<unsigned>(a.batch), cuda::kThreads, bytes, cuda::stream_of(y)>>>(
-      static_cast<const T*>(a.x), static_cast<T*>(y.data_ptr()), weights, sizes);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  cuda::launch_kernel(kernel, a.batch, cuda::kThreads, bytes, y, static_cast<const T*>(a.x),
+                      static_cast<T*>(y.data_ptr()), weights, sizes);
 }
 
 Tensor forward(const Tensor& tokens, const Tensor& qkv_weight, Given qkv_bias, const Tensor& proj_weight,

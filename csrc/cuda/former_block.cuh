@@ -30,7 +30,8 @@ struct FormerWeights {
 // wide as wanted), and what the tokens give to one another. Rows are whole vectors, and there are as many as
 // are multiplied at a time.
 struct FormerRooms {
-  int row, wide, second, between, weights, total;
+  int row, wide, second, between, weights;
+  int64_t total;
   __host__ __device__ explicit FormerRooms(const FormerSizes& s, int widest = 0) {
     const int rows = (s.tokens + kRows - 1) / kRows * kRows, queries = s.standard ? 3 * s.width : s.width;
     widest = s.hidden > widest ? s.hidden : widest;
@@ -40,7 +41,8 @@ struct FormerRooms {
     second = rows * row;
     between = 2 * second;
     weights = between + rows * wide;
-    total = weights + s.heads * s.tokens * s.tokens;
+    // Of sizes that are too large by far, too.
+    total = int64_t{2} * second + int64_t{rows} * wide + int64_t{s.heads} * s.tokens * s.tokens;
   }
 };
 

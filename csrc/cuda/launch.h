@@ -23,10 +23,22 @@ inline cudaStream_t stream_of(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// kernel(arguments...) by so many blocks and threads, on x's current stream.
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, const Tensor& x,
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream_of(x);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
 // Lets the kernel have as much shared memory as the device has, once; `what` needs so many bytes of it. Were
 // it each launch's own number, another thread could lower it between this call and the launch.
 template <class Kernel>
-void allow_shared(const char* op, const std::string& what, Kernel kernel, int bytes, int device) {
+void allow_shared(const char* op, const std::string& what, Kernel kernel, int64_t bytes, int device) {
   int most = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   STD_TORCH_CHECK(bytes <= most, op, ": ", what, " need ", bytes,

@@ -12,17 +12,17 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 template <class T>
 void launch(const Tensor& tokens, const Tensor& gathered, const Tensor& packed,
             const std::vector<int64_t>& offsets, const cuda::ChainSizes& s, Four& results) {
-  const int bytes = cuda::chain_rooms(s).total * static_cast<int>(sizeof(float));
+  const int64_t bytes = cuda::chain_rooms(s).total * sizeof(float);
   const auto kernel = cuda::token_chain_kernel<T>;
   const std::string what =
       std::to_string(s.former.tokens) + " tokens of width " + std::to_string(s.former.width);
   cuda::allow_shared(kOp, what, kernel, bytes, tokens.get_device_index());
   const auto to = [](Tensor& t) { return static_cast<T*>(t.data_ptr()); };
-  kernel<<<static_cast<unsigned>(s.samples), cuda::kThreads, bytes, cuda::stream_of(tokens)>>>(
-      static_cast<const T*>(tokens.data_ptr()), static_cast<const T*>(gathered.data_ptr()),
-      to(std::get<0>(results)), to(std::get<1>(results)), to(std::get<2>(results)), to(std::get<3>(results)),
-      cuda::chain_weights(static_cast<const T*>(packed.data_ptr()), offsets.data()), s);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  cuda::launch_kernel(kernel, s.samples, cuda::kThreads, bytes, tokens,
+                      static_cast<const T*>(tokens.data_ptr()), static_cast<const T*>(gathered.data_ptr()),
+                      to(std::get<0>(results)), to(std::get<1>(results)), to(std::get<2>(results)),
+                      to(std::get<3>(results)),
+                      cuda::chain_weights(static_cast<const T*>(packed.data_ptr()), offsets.data()), s);
 }
 
 // sizes: of the block, from heads to token as `chain_sizes` takes them.
@@ -39,6 +39,8 @@ Four forward(const Tensor& given, const Tensor& gathered, const Tensor& packed, 
   check_argument(kOp, "packed", packed, tokens, {packed.numel()});
   STD_TORCH_CHECK(heads >= 1 && width % heads == 0 && width < 16384 && sizes[1] < 65536 && count < 4096, kOp,
                   ": tokens must have a width that ", heads, " heads divide, got ", width);
+  STD_TORCH_CHECK(batch < 2147483648 && inputs < 65536 && outputs < 65536, kOp,
+                  ": tokens or channels are too many, got ", batch, " samples of ", inputs, " channels");
   STD_TORCH_CHECK(sizes[7] < count, kOp, ": there is no token ", sizes[7], ", only ", count);
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed.data_ptr()) % 16 == 0, kOp, ": packed must be aligned");
   std::vector<int64_t> all{batch, count, width};

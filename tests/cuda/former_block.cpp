@@ -10,7 +10,7 @@ int run(const void* x, void* y, const void* const* weights, int batch, int token
   FormerWeights<T> w;
   memcpy(&w, weights, sizeof w);
   const FormerSizes s{tokens, width, heads, hidden, standard != 0, w.fc1_weight != nullptr, eps};
-  const int bytes = FormerRooms(s).total * static_cast<int>(sizeof(float));
+  const int bytes = static_cast<int>(FormerRooms(s).total * sizeof(float));
   const auto kernel = [&] { former_block_kernel(static_cast<const T*>(x), static_cast<T*>(y), w, s); };
   return !emulator::launch(batch, kThreads, bytes, seed, kernel).empty();
 }

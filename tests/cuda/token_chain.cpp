@@ -10,7 +10,7 @@ int run(const void* tokens, const void* gathered, const void* packed, const int6
   const ChainSizes s = chain_sizes(sizes, eps);
   const auto w = chain_weights(static_cast<const T*>(packed), offsets);
   const auto to = [&](int i) { return static_cast<T*>(results[i]); };
-  const int bytes = chain_rooms(s).total * static_cast<int>(sizeof(float));
+  const int bytes = static_cast<int>(chain_rooms(s).total * sizeof(float));
   const auto kernel = [&] {
     token_chain_kernel(static_cast<const T*>(tokens), static_cast<const T*>(gathered), to(0), to(1), to(2),
                        to(3), w, s);
