@@ -37,6 +37,14 @@ namespace detail {
 // would many totals.
 MFK_INLINE int64_t chain_of(int64_t depth) { return depth <= 128 ? 8 : 16; }
 
+// A sum of doubles keeps what each addition rounds off.
+template <class C>
+using Sum = std::conditional_t<sizeof(C) == sizeof(double), WideSum<double>, vec<C>>;
+MFK_INLINE void add_product(vec<float>& sum, vec<float> a, vec<float> b) { sum += a * b; }
+MFK_INLINE void add_product(WideSum<double>& sum, vec<double> a, vec<double> b) { sum.add_product(a, b); }
+MFK_INLINE vec<float> folded(vec<float> sum) { return sum; }
+MFK_INLINE vec<double> folded(const WideSum<double>& sum) { return sum.folded(); }
+
 template <class C, int kRows, int kVectors, class Right>
 MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t start_stride, Matrix<C> a,
                              int64_t depth, Right b, int64_t p) {
@@ -45,17 +53,17 @@ MFK_INLINE void pixels_block(C* out, int64_t out_stride, const C* start, int64_t
   vec<C> total[kRows][kVectors] = {};
   for (int64_t begin = 0; begin < depth; begin += chain) {
     const int64_t end = depth - begin < chain ? depth : begin + chain;
-    vec<C> acc[kRows][kVectors] = {};
+    Sum<C> acc[kRows][kVectors] = {};
     for (int64_t j = begin; j < end; ++j) {
       vec<C> column[kVectors];
       for (int v = 0; v < kVectors; ++v) column[v] = load(b.at(j) + p + v * n);
       for (int r = 0; r < kRows; ++r) {
         vec<C> factor = splat(a.data[r * a.row + j * a.column]);
-        for (int v = 0; v < kVectors; ++v) acc[r][v] += factor * column[v];
+        for (int v = 0; v < kVectors; ++v) add_product(acc[r][v], factor, column[v]);
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) total[r][v] += acc[r][v];
+      for (int v = 0; v < kVectors; ++v) total[r][v] += folded(acc[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
