@@ -7,6 +7,37 @@
 namespace mfk {
 namespace MFK_ISA {
 
+namespace detail {
+
+template <class C, size_t... kLane>
+MFK_INLINE vec<C> even_lanes(vec<C> a, vec<C> b, std::index_sequence<kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (2 * kLane)...);
+#else
+  return __builtin_shuffle(a, b, mask<C>{static_cast<typename IntegerOf<C>::type>(2 * kLane)...});
+#endif
+}
+
+}  // namespace detail
+
+// to[j] = from[j * stride] for j < count
+template <class C>
+MFK_INLINE void copy_strided(const C* from, int64_t stride, int64_t count, C* to) {
+  constexpr int64_t n = kLanes<C>;
+  if (stride == 1) {
+    memcpy(to, from, count * sizeof(C));
+  } else if (stride == 2) {
+    for (int64_t j = 0; j < count; j += n) {
+      const int64_t rest = 2 * (count - j) - 1;
+      const vec<C> low = load_upto(from + 2 * j, rest),
+                   high = rest > n ? load_upto(from + 2 * j + n, rest - n) : vec<C>{};
+      store_upto(to + j, detail::even_lanes<C>(low, high, std::make_index_sequence<n>()), count - j);
+    }
+  } else {
+    for (int64_t j = 0; j < count; ++j) to[j] = from[j * stride];
+  }
+}
+
 // How a map lies in working memory so that every tap of every output reads whole vectors. The padded map is
 // split by the remainders of row and column modulo the stride; in each part, output pixel (r, c) is at
 // r * columns + c, and a tap reads at a constant distance from there. Between the rows of the outputs are
@@ -53,13 +84,7 @@ struct Planes {
           load_tile<T>(args.x.as<const T>(), b, c, channels, y * args.width, args.width, row);
       for (int64_t i = 0; i < channels; ++i) {
         for_columns(y - top, [&](int64_t x, int64_t at, int64_t count) {
-          const C* from = tile.data + i * tile.stride + x;
-          C* to = planes + i * channel + at;
-          if (args.stride_w == 1) {
-            memcpy(to, from, count * sizeof(C));
-          } else {
-            for (int64_t j = 0; j < count; ++j) to[j] = from[j * args.stride_w];
-          }
+          copy_strided<C>(tile.data + i * tile.stride + x, args.stride_w, count, planes + i * channel + at);
         });
       }
     }
