@@ -2,11 +2,32 @@
 
 #include <atomic>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mfk {
+
+#if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
+// Linux lets a process use the tiles once it has asked.
+static bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool may = syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+  return may;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
   switch (isa) {
+    case Isa::kAmx:
+      return isa_supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -21,9 +42,10 @@ bool isa_supported(Isa isa) {
 }
 
 static std::atomic<Isa>& chosen() {
-  static std::atomic<Isa> isa{isa_supported(Isa::kAvx512) ? Isa::kAvx512
-                              : isa_supported(Isa::kAvx2) ? Isa::kAvx2
-                                                          : Isa::kGeneric};
+  static std::atomic<Isa> isa{isa_supported(Isa::kAmx)      ? Isa::kAmx
+                              : isa_supported(Isa::kAvx512) ? Isa::kAvx512
+                              : isa_supported(Isa::kAvx2)   ? Isa::kAvx2
+                                                            : Isa::kGeneric};
   return isa;
 }
 
@@ -33,7 +55,7 @@ void set_isa(Isa isa) { chosen().store(isa, std::memory_order_relaxed); }
 
 bool bf16_supported() {
 #if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
-  return isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  return isa() >= Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

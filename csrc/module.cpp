@@ -15,8 +15,10 @@
 
 namespace {
 
-const std::map<std::string, mfk::Isa> kIsas = {
-    {"generic", mfk::Isa::kGeneric}, {"avx2", mfk::Isa::kAvx2}, {"avx512", mfk::Isa::kAvx512}};
+const std::map<std::string, mfk::Isa> kIsas = {{"generic", mfk::Isa::kGeneric},
+                                               {"avx2", mfk::Isa::kAvx2},
+                                               {"avx512", mfk::Isa::kAvx512},
+                                               {"amx", mfk::Isa::kAmx}};
 
 mfk::Isa parse(const std::string& name) {
   auto found = kIsas.find(name);

@@ -27,11 +27,14 @@ elif torch.version.cuda is None:
 else:
     torch.ops.load_library(CUDA_LIBRARY)
 
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "amx")
 
 
 def instruction_set() -> str:
-    """The instruction set whose kernels run: "generic", "avx2" or "avx512"."""
+    """The instruction set whose kernels run: "generic", "avx2", "avx512" or "amx".
+
+    With "amx" products of networks that `deploy` made in bfloat16 run by AMX, all else is that of "avx512".
+    """
     return _C.instruction_set()
 
 

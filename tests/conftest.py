@@ -100,12 +100,24 @@ def float32_is_float32(request, monkeypatch):
             monkeypatch.setattr(setting, "fp32_precision", "ieee")
 
 
-@pytest.fixture(params=mfkernels.native.ISAS)
-def instruction_set(request):
-    """Runs the test once for each instruction set that this machine can run."""
-    if request.param not in mfkernels.native.supported_instruction_sets():
-        pytest.skip(f"this machine cannot run {request.param} kernels")
+def use_instruction_set(name):
+    if name not in mfkernels.native.supported_instruction_sets():
+        pytest.skip(f"this machine cannot run {name} kernels")
     before = mfkernels.native.instruction_set()
-    mfkernels.native.set_instruction_set(request.param)
-    yield request.param
+    mfkernels.native.set_instruction_set(name)
+    yield name
     mfkernels.native.set_instruction_set(before)
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def instruction_set(request):
+    """Runs the test once for each instruction set of the operators that this machine can run."""
+    yield from use_instruction_set(request.param)
+
+
+@pytest.fixture(params=["avx512", "amx"])
+def bf16_instruction_set(request):
+    """Runs the test once for each instruction set of networks in bfloat16 that this machine can run."""
+    if not mfkernels._C.bf16_supported():
+        pytest.skip("this processor does not multiply bfloat16")
+    yield from use_instruction_set(request.param)

@@ -57,9 +57,8 @@ def test_same_numbers(name, instruction_set):
 BF16 = pytest.mark.skipif(not _C.bf16_supported(), reason="this processor does not multiply bfloat16")
 
 
-@BF16
 @pytest.mark.parametrize("name", mobile_former.NAMES)
-def test_bfloat16(name):
+def test_bfloat16(name, bf16_instruction_set):
     """At most twice the error of the plain network in bfloat16."""
     model = make(name, num_classes=101)
     deployed, rounded = mfkernels.deploy(model, dtype=torch.bfloat16), copy.deepcopy(model).bfloat16()
@@ -79,8 +78,7 @@ def test_bfloat16(name):
     assert sum(ours) <= sum(reference) < sum(largest)
 
 
-@BF16
-def test_bfloat16_variants_threads_and_copies():
+def test_bfloat16_variants_threads_and_copies(bf16_instruction_set):
     threads = torch.get_num_threads()
     for options in DEPLOYABLE.values():
         model = small_variant(options)

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from test_deploy import BF16, check_numbers, make, plain, truth
+from test_deploy import check_numbers, make, plain, truth
 from threads import on_threads
 
 import mfkernels
@@ -120,9 +120,8 @@ def test_group_norms_of_maps_far_from_zero(shift):
     check_numbers(model, [(2, 64, 64)] * 8, f"shifted by {shift}")
 
 
-@BF16
 @pytest.mark.parametrize("name", SMALL)
-def test_bfloat16(name):
+def test_bfloat16(name, bf16_instruction_set):
     """At most twice the error of the plain network in bfloat16, over several images."""
     model = make_small(name)
     deployed, rounded = mfkernels.deploy(model, dtype=torch.bfloat16), copy.deepcopy(model).bfloat16()

@@ -1,8 +1,10 @@
 // Products of a run of positions (pixels or tokens; channels in the lanes) with weights; sums in float.
 #pragma once
 
-#include "elementary.h"
-#include "sizes.h"
+#include "gemm_operands.h"
+#if defined(__AVX512BF16__)
+#include "amx.h"
+#endif
 
 namespace mfk {
 namespace MFK_ISA {
@@ -14,24 +16,6 @@ constexpr int kPositions = 6, kOutputVectors = 4;
 #else
 constexpr int kPositions = MFK_VECTOR_REGISTERS == 32 ? 14 : 6, kOutputVectors = 2;
 #endif
-
-// What maps and weights of a deployed network are stored as.
-#if defined(__AVX512BF16__)
-using Stored = bf16;
-#else
-using Stored = float;
-#endif
-
-// The left side: element (p, r * run + c) at data[p * position + r * skip + c], for c < run, r < runs.
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t position, runs, run, skip;
-};
-
-// Inputs of type T that are multiplied in one step.
-template <class T>
-constexpr int64_t kStep = sizeof(float) / sizeof(T);
 
 MFK_INLINE vec<float> multiply_add(const float* a, vec<float> b, vec<float> sum) {
   return sum + splat(*a) * b;
@@ -46,24 +30,6 @@ MFK_INLINE vec<float> multiply_add(const bf16* a, vec<float> b, vec<float> sum) 
                                                        reinterpret_cast<__m512bh>(b)));
 }
 #endif
-
-// Memory that is read later. A tile fetches `pace` bytes of it, at most 64, with each row of its weights.
-struct Fetched {
-  const char *at, *end;
-  int64_t pace;
-};
-
-// The right side, (inputs, outputs) with outputs a multiple of 16, as packed by mfkernels/deploy/packing.py:
-// panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 two inputs of an output
-// share the place of a float; a run of odd length ends with a zero.
-constexpr int64_t kPanel = 16;
-// `fetched`: what is fetched meanwhile, or null.
-struct Weights {
-  const float* data;
-  int64_t outputs;
-  Fetched* fetched = nullptr;
-};
-MFK_INLINE int64_t weight_rows(int64_t inputs) { return blocks_of(inputs, kStep<Stored>); }
 
 // What is done to a sum before it is stored. `at(o)` loads what depends on the output alone: the bias, which
 // is added last (a large one would round every product), and what its operator, called with the whole sum,
@@ -272,21 +238,18 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
   }
 }
 
-// So many positions as tiles of nearly equal size rather than full ones and a small rest: the first `longer`
-// ones have one position more.
-struct Tiles {
-  int64_t count, size, longer;
-  MFK_INLINE explicit Tiles(int64_t positions)
-      : count(blocks_of(positions, kPositions)), size(positions / count), longer(positions % count) {}
-};
-
 // Outputs `from` to `to` - 1, of which the first one's panel is at `w.data`, with so many rows. Weights stay
 // in the first cache while the positions pass.
 template <class T, class Out, class Epilogue>
 MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, Weights w, int64_t rows, Out* out,
                             int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
   constexpr int n = kLanes<float>, most = kOutputVectors * n;
-  const Tiles tiles(positions);
+#if defined(__AVX512BF16__)
+  if (const int64_t pairs = amx::pairs_of_tile(positions, x.run); pairs > 0) {
+    return amx::panels(positions, pairs, x, w, rows, out, out_stride, epilogue, from, to);
+  }
+#endif
+  const Tiles tiles(positions, kPositions);
   for (int64_t o = from; o < to;) {
     const float* weights = w.data + (o - from) / kPanel * kPanel * rows + o % kPanel;
     auto run = [&](auto vectors) __attribute__((always_inline)) {

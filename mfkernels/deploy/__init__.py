@@ -79,7 +79,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         return deployed_on_gpu(model, dtype)
     if dtype == torch.bfloat16 and not _C.bf16_supported():
         raise RuntimeError(
-            "deploy: bfloat16 needs a processor with avx512bf16 and the instruction set avx512, but "
+            "deploy: bfloat16 needs a processor with avx512bf16 and the instruction set avx512 or amx, but "
             f"{native.instruction_set()} is in use and the processor has {', '.join(_C.cpu_features())}"
         )
     if chain is not None:
