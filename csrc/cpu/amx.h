@@ -95,7 +95,7 @@ void tiles(int64_t size, int64_t pairs, Rows<bf16> x, const float* w, int64_t pa
 
 // So many pairs of inputs a tile, equally many in each; 0: vectors do it, since tiles would be mostly empty.
 MFK_INLINE int64_t pairs_of_tile(int64_t positions, int64_t run) {
-  if (positions < 8 || !amx_in_use()) return 0;
+  if (positions < 2 || !amx_in_use()) return 0;
   const int64_t pairs = blocks_of(run, kStep<bf16>);
   int64_t fit = 16;
   while (pairs % fit != 0) --fit;
