@@ -12,6 +12,7 @@ from torch import Tensor
 from .boxes import postprocess
 from .demo import MEAN, STD, open_photo
 from .models import create_model
+from .models.checkpoints import find_tensors, read_checkpoint
 
 SHORT, LONG = 800, 1333  # pixels that the sides of a photo are brought to, at most: the paper's
 
@@ -24,7 +25,8 @@ def run(
     Args:
         name: one of `mfkernels.models.list_detectors()`.
         photo: path of the photo.
-        checkpoint: path of weights; None for random ones, which find nothing that is there.
+        checkpoint: path of weights, of any number of classes and queries; None for random ones, which find
+            nothing that is there.
         threshold: of the scores, in 0..1.
         output: folder of both files; made if missing.
 
@@ -41,7 +43,7 @@ def run(
         raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
     picture = open_photo(photo)
     torch.manual_seed(0)
-    model = create_model(name, checkpoint=checkpoint).eval()
+    model = create_model(name, checkpoint=checkpoint, **_sizes(checkpoint)).eval()
     with torch.inference_mode():
         found = postprocess(model(prepare(picture)), [picture.size[::-1]], threshold)[0]
     results = _as_coco(photo, found)
@@ -62,6 +64,16 @@ def prepare(photo: Image.Image) -> Tensor:
     size = [max(1, round(side * scale)) for side in photo.size]
     pixels = torch.from_numpy(np.array(photo.resize(size, Image.Resampling.BILINEAR)))
     return ((pixels / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None].contiguous()
+
+
+def _sizes(checkpoint: Path | None) -> dict[str, int]:
+    """How many classes and queries the weights are of, where they are a detector's."""
+    if checkpoint is None or not checkpoint.is_file():
+        return {}
+    tensors = find_tensors(read_checkpoint(checkpoint))
+    if not {"classify.bias", "content"} <= set(tensors):
+        return {}
+    return dict(num_classes=len(tensors["classify.bias"]) - 1, queries=len(tensors["content"]))
 
 
 def _as_coco(photo: Path, found: dict[str, Tensor]) -> list[dict[str, Any]]:

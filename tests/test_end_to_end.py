@@ -590,6 +590,11 @@ def test_detect_writes_boxes(tmp_path, capsys, monkeypatch):
         assert len(result["bbox"]) == 4 and min(result["bbox"][2:]) > 0
     drawn = pillow.open(tmp_path / "out" / "detect.png")
     assert drawn.size == (90, 60) and (255, 0, 0) in {color for _, color in drawn.getcolors(1 << 16)}
+    model = create_model("e2e_mobile_former_151m", num_classes=3, queries=7)
+    torch.save({"model": model.state_dict()}, tmp_path / "own.pt")
+    assert cli.main([*arguments, "--threshold", "0", "--checkpoint", str(tmp_path / "own.pt")]) == 0
+    results = json.loads((tmp_path / "out" / "detect.json").read_text())
+    assert len(results) == 7 and {result["category_id"] for result in results} <= {0, 1, 2}
     for wrong, message in ((["--threshold", "2"], "threshold"), (["--checkpoint", "none.pth"], "none.pth")):
         with pytest.raises(SystemExit) as stop:
             cli.main([*arguments, *wrong])
