@@ -3,6 +3,9 @@
 It needs an environment with torchvision: `make vision`.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -181,3 +184,14 @@ def test_semantic_fpn(name):
     assert convolutions == [1, 1, 2, 3]
     with pytest.raises(ValueError, match="semantic_fpn: num_classes must be a positive integer, got 0"):
         segmentation.semantic_fpn(name, num_classes=0)
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "detection.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:  # one after the other, as a reader would
+        exec(block, names)
+    assert names["found"][0]["boxes"].shape == (20, 4)
