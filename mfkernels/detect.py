@@ -66,7 +66,7 @@ def prepare(photo: Image.Image) -> Tensor:
     return ((pixels / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None].contiguous()
 
 
-def _sizes(checkpoint: Path | None) -> dict[str, int]:
+def _sizes(checkpoint: Path | None) -> dict[str, Any]:
     """How many classes and queries the weights are of, where they are a detector's."""
     if checkpoint is None or not checkpoint.is_file():
         return {}

@@ -237,6 +237,7 @@ def test_recipes_are_the_papers(tmp_path):
         assert (recipe.weight_decay, recipe.dropout, recipe.queries) == (1e-4, 0.1, 100)
     recipe = load_detection_recipe("retinanet_dmf_s")
     assert (recipe.optimizer, recipe.lr, recipe.weight_decay) == ("adamw", 1e-4, 1e-4)
+    assert (recipe.frozen_blocks, recipe.freeze_norms) == (4, False)
     save_recipe(recipe, tmp_path / "mine.yaml")
     assert load_detection_recipe(tmp_path / "mine.yaml") == recipe
 
@@ -248,6 +249,7 @@ def test_recipes_are_the_papers(tmp_path):
         ("digits_retinanet", {"model": "resnet50"}, ValueError, "model must be one of .*got 'resnet50'"),
         ("digits_retinanet", {"milestones": [5, 3]}, ValueError, "milestones must be growing epochs"),
         ("digits_retinanet", {"optimizer": "lamb"}, ValueError, "optimizer must be one of adamw, sgd"),
+        ("digits_retinanet", {"frozen_blocks": 4}, ValueError, "frozen_blocks must be 0 for mobile_former"),
         ("digits_retinanet", {"short_side": 0}, ValueError, "short_side must be at least 1, got 0"),
     ],
 )
@@ -375,6 +377,16 @@ def test_norms_of_the_backbone_are_frozen_or_learn(folder, tmp_path):
     assert statistics(True).abs().max() == 0 < statistics(False).abs().max()
 
 
+def test_blocks_are_frozen_as_dmfs_paper_counts():
+    recipe = load_detection_recipe("retinanet_dmf_xxs")
+    with torch.device("meta"):
+        network = detectors.create_detector(recipe, 80).train()
+    learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert learned == 19_350_036 - 1_982_136
+    in_training = [block.norm.training for block in network.backbone.network.blocks]
+    assert in_training == [False] * 4 + [True] * (len(in_training) - 4)
+
+
 def test_the_command(folder, tmp_path, capsys):
     assert command.main(["recipes"]) == 0
     assert {"dmf_s", "e2e_mobile_former_294m"} <= set(capsys.readouterr().out.split())
@@ -386,22 +398,27 @@ def test_the_command(folder, tmp_path, capsys):
     assert command.main(given) == 0
     assert "AP50" in capsys.readouterr().err
     model = mfkernels.detection.retinanet("mobile_former_26m", num_classes=10)
-    mfkernels.models.load_checkpoint(model, tmp_path / "run" / "best.pt")
+    mfkernels.models.load_released(model, torch.load(tmp_path / "run" / "best.pt"))
     assert command.main(["detection", str(tmp_path), "--recipe", "digits_retinanet"]) == 1
     assert "no annotations of the split 'train'" in capsys.readouterr().err
 
 
-def test_two_processes_give_one_evaluation(folder, tmp_path):
+@pytest.mark.parametrize("kind", NAMES)
+def test_two_processes_give_one_evaluation(kind, folder, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mfkernels.train"]
     settings = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--short-side", "64"]
-    given = ["detection", str(folder), "--recipe", "digits_retinanet", "--output", str(tmp_path), *settings]
+    given = ["detection", str(folder), "--recipe", NAMES[kind], "--output", str(tmp_path), *settings]
     root = str(Path(mfkernels.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *launcher, *given], env=environment, check=True, timeout=600)
     header, row = (tmp_path / "history.csv").read_text().splitlines()
-    assert len(header.split(",")) == len(row.split(","))
-    own = training(folder, tmp_path / "again", "retinanet", epochs=1)
-    own.network.detector.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True)["model"])
     values = dict(zip(header.split(","), map(float, row.split(",")), strict=True))
+    assert np.isfinite(list(values.values())).all()
+    # What one process says of the same weights.
+    recipe = load_detection_recipe(tmp_path / "recipe.yaml")
+    own = DetectionTraining(recipe, folder, tmp_path / "again", ALONE)
+    if kind == "end_to_end":
+        own.network.detector = create_model(recipe.model, num_classes=10, queries=recipe.queries)
+    mfkernels.models.load_released(own.network.detector, torch.load(tmp_path / "best.pt"))
     for name, value in own._evaluate().items():
         assert value == pytest.approx(values[name], abs=0.01)

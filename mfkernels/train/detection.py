@@ -123,9 +123,10 @@ class DetectionTraining(Loop):
 
 
 def _optimizer(recipe: DetectionRecipe, network: Any) -> torch.optim.Optimizer:
-    backbone = list(network.backbone.parameters())
-    known = set(backbone)
-    rest = [parameter for parameter in network.parameters() if parameter not in known]
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    of_backbone = set(network.backbone.parameters())
+    backbone = [parameter for parameter in learned if parameter in of_backbone]
+    rest = [parameter for parameter in learned if parameter not in of_backbone]
     groups = [dict(params=rest, lr_scale=1.0), dict(params=backbone, lr_scale=recipe.backbone_lr)]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)

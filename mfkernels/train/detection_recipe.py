@@ -30,6 +30,7 @@ class DetectionRecipe:
     freeze_norms: bool = (
         True  # a RetinaNet's backbone keeps its norms' statistics; an end-to-end one always does
     )
+    frozen_blocks: int = 0  # the first so many of a RetinaNet's DMF, which do not learn
     queries: int = 100  # of an end-to-end detector
     dropout: float = 0.1  # of an end-to-end detector's head
     hflip: float = 0.5  # probability
@@ -48,7 +49,7 @@ class DetectionRecipe:
         """
         for name in ("epochs", "batch_size", "queries", "short_side", "long_side"):
             check_number(name, getattr(self, name), 1)
-        for name in ("lr", "weight_decay", "backbone_lr", "warmup_steps", "workers"):
+        for name in ("lr", "weight_decay", "backbone_lr", "warmup_steps", "frozen_blocks", "workers"):
             check_number(name, getattr(self, name), 0)
         for name in ("hflip", "dropout"):
             check_number(name, getattr(self, name), 0, 1)
@@ -56,6 +57,8 @@ class DetectionRecipe:
             check_number("clip_grad", self.clip_grad, 0)
         if not isinstance(self.milestones, tuple) or list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"recipe: milestones must be growing epochs, got {self.milestones!r}")
+        if self.frozen_blocks and not self.model.startswith("dmf_"):
+            raise ValueError(f"recipe: frozen_blocks must be 0 for {self.model}, got {self.frozen_blocks}")
         for name, known in (
             ("model", (*list_detectors(), *list_models())),
             ("optimizer", ("adamw", "sgd")),

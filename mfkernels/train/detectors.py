@@ -37,6 +37,9 @@ class TrainedRetinaNet(nn.Module):
         # The images have their size already.
         self.detector = retinanet(pyramid, num_classes=num_classes, _skip_resize=True)
         self.freeze_norms = recipe.freeze_norms
+        self.frozen = pyramid.network.blocks[: recipe.frozen_blocks] if recipe.frozen_blocks else None
+        if self.frozen is not None:
+            self.frozen.requires_grad_(False)
 
     @property
     def backbone(self) -> nn.Module:
@@ -48,6 +51,8 @@ class TrainedRetinaNet(nn.Module):
             for module in self.backbone.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
+        if self.frozen is not None:
+            self.frozen.eval()
         return self
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
