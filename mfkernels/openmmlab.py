@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import roi_align
 
 from .models import load_released
 from .models.checkpoints import find_tensors, read_checkpoint
@@ -50,10 +52,10 @@ _SEMANTIC_FPN = [*_NECK, (r"^decode_head\.", "")]
 def load_openmmlab(model: nn.Module, checkpoint: str | Path | Mapping[str, Any]) -> None:
     """Load a checkpoint of mmdetection or mmsegmentation, strictly.
 
-    What differs there beside the names becomes as there: the background is the last of the classes, no ReLU
-    stands before a RetinaNet's coarsest level, and anchors are not rounded and as far apart as the levels'
-    strides are. One thing stays torchvision's: a Mask R-CNN reads its regions half a pixel of a level away
-    (`aligned=False` of `roi_align`), with two samples a bin.
+    What differs there beside the names is seen to: the background, there the last class, becomes the first;
+    and the model from now on has no ReLU before a RetinaNet's coarsest level, anchors that are not rounded
+    and are the levels' strides apart, and reads a Mask R-CNN's regions to the half pixel, with as many
+    samples as there are pixels.
 
     Args:
         model: of `detection.retinanet`, `detection.mask_rcnn` or `segmentation.semantic_fpn`.
@@ -89,6 +91,7 @@ def load_openmmlab(model: nn.Module, checkpoint: str | Path | Mapping[str, Any])
         model.anchor_generator = _Anchors(8, [[4 * scale for scale in scales]] * 5)
     elif isinstance(model, MaskRCNN):
         model.rpn.anchor_generator = _Anchors(4, [[8.0]] * 5)
+        model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool = _Regions(7), _Regions(14)
 
 
 def _renamed(name: str, table: list[tuple[str, str]]) -> str:
@@ -132,3 +135,36 @@ class _Anchors(AnchorGenerator):
             for pair, step in zip(strides, self.strides, strict=True)
         ]
         return super().grid_anchors(grid_sizes, exact)
+
+
+class _Regions(nn.Module):
+    """Read regions from the level of their size, as mmdetection does: from the finest of four those whose
+    mean side is less than 112 pixels, from the next those of less than 224, and so on.
+
+    Args:
+        size: of what is read, in pixels.
+
+    Inputs:
+        the levels by name, the finest first; for each image the regions (n, 4), corners in its pixels; the
+        images' sizes, which are not used.
+
+    Returns:
+        (regions of all images, C, size, size).
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, levels: dict[str, Tensor], regions: list[Tensor], _: Any) -> Tensor:
+        boxes = torch.cat([F.pad(of_image, (1, 0), value=i) for i, of_image in enumerate(regions)])
+        sides = ((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])).sqrt()
+        level_of = torch.log2(sides / 56 + 1e-6).floor().clamp(0, 3)
+        finest = next(iter(levels.values()))
+        out = finest.new_zeros(len(boxes), finest.shape[1], self.size, self.size)
+        for level, x in enumerate(list(levels.values())[:4]):
+            here = level_of == level
+            # No number of samples: as many as a region has pixels.
+            read = roi_align(x, boxes[here], self.size, 1 / (4 * 2**level), aligned=True)
+            out[here] = read.to(out.dtype)
+        return out

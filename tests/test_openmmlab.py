@@ -159,6 +159,15 @@ def test_mask_rcnn():
         x = F.conv2d(x, theirs[f"{module}.weight"], theirs[f"{module}.bias"])
         torch.testing.assert_close(masks[:, 1:], x)
         assert set(model([torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores", "masks"}
+    # Regions of a gradient: each bin has the value of its middle, and of the level for the region's size.
+    ramp = {str(i): (torch.arange(64.0) + 0.5).expand(1, 256, 64, 64) * 2**i * 4 for i in range(4)}
+    boxes = torch.tensor([[10.0, 20, 80, 90], [16, 16, 156, 156]])
+    for level in ("0", "2", "3"):
+        ramp[level] = ramp[level] + 1000 * int(level)
+    read = model.roi_heads.box_roi_pool(ramp, [boxes[:1]], [(256, 256)])
+    torch.testing.assert_close(read[0, 0, 3], 10 + (torch.arange(7) + 0.5) * 10)
+    read = model.roi_heads.box_roi_pool(ramp, [boxes], [(256, 256)])
+    torch.testing.assert_close(read[1, 0, 3], 16 + (torch.arange(7) + 0.5) * 20)
     for level, size in enumerate((32, 64, 128, 256, 512)):
         anchor = model.rpn.anchor_generator.cell_anchors[level][1]
         torch.testing.assert_close(anchor, torch.tensor([-1.0, -1, 1, 1]) * size / 2)
