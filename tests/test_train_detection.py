@@ -330,10 +330,10 @@ def test_a_small_end_to_end_detector_fits_eight_images(folder, tmp_path):
 def test_photos_of_a_pixel_without_objects_and_unreadable(kind, tmp_path, capsys):
     sizes = {
         "pixel.png": (1, 1),
-        "long.png": (200, 1),
-        "empty.png": (40, 30),
         "other.png": (9, 9),
+        "long.png": (200, 1),
         "no.png": (5, 5),
+        "empty.png": (40, 30),
     }
     images = [
         dict(id=i, file_name=name, width=width, height=height)
