@@ -160,7 +160,7 @@ def test_precision_of_known_results(tmp_path):
     assert average_precision(truth, []) == dict.fromkeys(MEASURES, 0.0)
 
 
-def test_digits_on_photos(folder, tmp_path):
+def test_digits_on_photos(folder, tmp_path, monkeypatch):
     for split, count in (("train", 8), ("validation", 4)):
         found = load_annotations(folder, split)
         assert found.names == list("0123456789") and len(found.photos) == count and not found.left_out
@@ -173,6 +173,10 @@ def test_digits_on_photos(folder, tmp_path):
     digits_on_photos.write(tmp_path, 8, 4, 64)
     for path in folder.rglob("*.*"):
         assert path.read_bytes() == (tmp_path / path.relative_to(folder)).read_bytes()
+    # The photographs of scikit-learn, where there is no scikit-image.
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    digits_on_photos.write(tmp_path / "other", 1, 1, 64)
+    assert load_annotations(tmp_path / "other", "train").photos[0].path.is_file()
     with pytest.raises(ValueError, match="side must be at least 32, got 8"):
         digits_on_photos.write(tmp_path, 8, 4, 8)
 

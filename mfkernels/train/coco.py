@@ -11,6 +11,8 @@ import numpy as np
 
 MEASURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
+_SMALLEST = 0.01  # side of a box in pixels; float32 has no room for much smaller ones
+
 
 class Photo(NamedTuple):
     """A photo of a set: its number, path, size in pixels, and objects: corners (n, 4) in pixels within it and
@@ -38,8 +40,8 @@ class Annotations(NamedTuple):
 def load_annotations(root: str | Path, split: str) -> Annotations:
     """Read a set in COCO's format: `annotations/instances_SPLIT.json`, images in `SPLIT/`.
 
-    Boxes are clipped to the photo; those without an area after that, of which COCO has some, are left out and
-    counted. A photo without objects stays.
+    Boxes are clipped to the photo; those with a side of less than 0.01 pixels after that, of which COCO has
+    some, are left out and counted. A photo without objects stays.
 
     Args:
         root: the folder.
@@ -130,7 +132,7 @@ def _check_ids(path: Path, part: str, entries: Any, keys: tuple[str, ...]) -> No
 def _box(
     path: Path, annotation: dict[str, Any], photos: dict[Any, Any], categories: dict[Any, int]
 ) -> list[float] | None:
-    """The corners within the photo; None for a box without an area."""
+    """The corners within the photo; None for a box without an area to speak of."""
     where = f"{path}: annotation {annotation['id']}"
     photo, box = photos.get(annotation["image_id"]), annotation["bbox"]
     if photo is None:
@@ -151,7 +153,8 @@ def _box(
             f"{where} has a bbox outside of its image: {box} in {photo['width']}x{photo['height']} pixels "
             f"of {photo['file_name']}"
         )
-    return clipped if clipped[2] > clipped[0] and clipped[3] > clipped[1] else None
+    sides = (clipped[2] - clipped[0], clipped[3] - clipped[1])
+    return clipped if min(sides) >= _SMALLEST else None
 
 
 def _photo(folder: Path, photo: dict[str, Any], objects: list[tuple[list[float], int]]) -> Photo:
