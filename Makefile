@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test vision train-check lint sanitize fuzz mutate versions versions-quick versions-cuda arm arm-quick wheel rivals figures clean
+.PHONY: demo test vision train-check lint sanitize fuzz mutate versions versions-quick versions-cuda arm arm-quick arm-networks wheel rivals figures clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -113,6 +113,22 @@ arm:
 
 arm-quick:
 	PYTHON="$(PYTHON)" tests/arm/emulate.sh quick
+
+# A deployed network of each family on these processors, without PyTorch: needs g++-aarch64-linux-gnu and
+# qemu-user-static.
+ARM = build/arm/networks
+ARM_NETWORKS = mobile_former_26m dmf_xxs iformer_t
+arm-networks: $(ARM)/networks .venv/installed
+	.venv/bin/python tests/arm/networks.py $(ARM) $(ARM_NETWORKS)
+	for processor in max cortex-a72; do \
+	  QEMU_CPU=$$processor qemu-aarch64-static $(ARM)/networks $(ARM) $(ARM_NETWORKS) || exit 1; done
+
+# With the flags that CMakeLists.txt has.
+$(ARM)/networks: $(wildcard tests/arm/networks.cpp csrc/*.* csrc/*/*.h csrc/cpu/deployed_*.cpp)
+	mkdir -p $(ARM)
+	aarch64-linux-gnu-g++ -std=gnu++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-schedule-insns \
+	  -Wall -Wno-psabi -DMFK_ISA=generic -static -pthread -o $@ tests/arm/networks.cpp csrc/isa.cpp csrc/task_memory.cpp \
+	  $(wildcard csrc/cpu/deployed_*.cpp)
 
 # A source distribution, a wheel built of it against the oldest PyTorch, and that it runs in an empty
 # environment where no compiler is to be found.
