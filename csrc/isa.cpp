@@ -2,7 +2,10 @@
 
 #include <atomic>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -10,8 +13,12 @@
 namespace mfk {
 
 #if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
-// Linux lets a process use the tiles once it has asked.
+// AMX: the processor multiplies bfloat16 in tiles, and the system lets this process use them, once it has
+// asked. Not by __builtin_cpu_supports, which knows of them in newer compilers alone.
 static bool may_use_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
 #if defined(__linux__)
   constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   static const bool may = syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
@@ -26,8 +33,7 @@ bool isa_supported(Isa isa) {
 #if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
   switch (isa) {
     case Isa::kAmx:
-      return isa_supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") &&
-             __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+      return isa_supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") && may_use_tiles();
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

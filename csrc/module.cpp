@@ -55,6 +55,7 @@ std::vector<std::string> cpu_features() {
   MFK_FEATURE("avx512vl");
   MFK_FEATURE("avx512bf16");
 #undef MFK_FEATURE
+  if (mfk::isa_supported(mfk::Isa::kAmx)) features.push_back("amx_bf16");
 #endif
   return features;
 }
