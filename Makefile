@@ -167,7 +167,7 @@ rivals: .venv-rivals/installed
 	.venv-rivals/bin/pip install -q --disable-pip-version-check $(TORCH) setuptools -r .venv-rivals/requirements.txt
 	@touch $@
 
-# Measures all networks in all runtimes and writes the README's tables (more than an hour of one core).
+# Measures all networks in all runtimes and writes the documentation's tables (more than an hour of one core).
 figures: rivals
 	.venv-rivals/bin/python -m mfkernels bench --all
 

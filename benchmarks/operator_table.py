@@ -1,10 +1,10 @@
-"""The table of the times that `python benchmarks/operators.py FILE` left, and the README's paragraph on them:
+"""The table of the times that `python benchmarks/operators.py FILE` left, and a paragraph on them:
 
     python benchmarks/operator_table.py FILE ... > TABLE
 
 For every case microseconds of ours and of the fastest other way, their ratio, the floor and the share of it
 that we reach; for every operator the geometric mean of the ratios and the smallest one. The paragraph of
-README.md between the two comments `operators` is rewritten.
+docs/speed.md between the two comments `operators` is rewritten.
 """
 
 import json
@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 PARAGRAPH = re.compile(r"(<!-- operators -->\n).*?(\n<!-- /operators -->)", re.DOTALL)
 
 
@@ -80,10 +80,10 @@ def paragraph(rows: list[dict]) -> str:
 def main(files: list[str]) -> None:
     rows = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
     table(rows)
-    text = README.read_text()
+    text = PAGE.read_text()
     if not PARAGRAPH.search(text):
-        raise SystemExit(f"{README} has no paragraph between the comments `operators`")
-    README.write_text(PARAGRAPH.sub(lambda found: found[1] + paragraph(rows) + found[2], text))
+        raise SystemExit(f"{PAGE} has no paragraph between the comments `operators`")
+    PAGE.write_text(PARAGRAPH.sub(lambda found: found[1] + paragraph(rows) + found[2], text))
 
 
 if __name__ == "__main__":

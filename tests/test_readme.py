@@ -1,3 +1,5 @@
+"""The pages: their code runs, their links and paths exist."""
+
 import re
 from pathlib import Path
 
@@ -6,23 +8,35 @@ import pytest
 import mfkernels
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+DESIGN = (ROOT / "docs" / "design.md").read_text()
 
 
-def test_the_code_runs(tmp_path, monkeypatch):
+def code_of(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)])
+def test_the_code_runs(page, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
+    if page == "docs/detection.md":
+        pytest.importorskip("pycocotools", reason="detectors need torchvision and pycocotools")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 3
     names: dict = {}
-    for block in blocks:  # one after the other, as a reader would
+    for block in code_of(page):  # one after the other, as a reader would
         exec(block, names)
-    assert names["logits"].shape == (1, 1000)
+    assert {"README.md", "docs/using.md"} <= {page for page in PAGES if len(code_of(page)) >= 3}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), link
 
 
 @pytest.mark.parametrize("name", mfkernels.ops.__all__)
 def test_the_table_of_places_is_true(name):
-    places = re.findall(r"^\| `([^`]*<op>[^`]*)`", README, re.MULTILINE)
+    places = re.findall(r"^\| `([^`]*<op>[^`]*)`", DESIGN, re.MULTILINE)
     assert len(places) == 6
     for place in places:
         for path in (place.replace(".{h,cpp}", ".h"), place.replace(".{h,cpp}", ".cpp")):

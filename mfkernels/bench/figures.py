@@ -1,8 +1,8 @@
-"""The figures of the README: what is measured for them, and how its tables are written from the results."""
+"""The figures of README.md and docs/speed.md: what is measured for them, and how the tables are written."""
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -59,32 +59,33 @@ def measure() -> None:
 
 
 def write() -> None:
-    """Write the tables into README.md, each between its two comments.
+    """Write the tables into README.md and docs/speed.md, each between its two comments.
 
     Raises:
-        ValueError: this is no source tree, or README.md has no place for a table.
+        ValueError: this is no source tree, or a page has no place for a table.
     """
     _source_tree()
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(with_tables(page, path.read_text()))
 
 
-def with_tables(readme: str) -> str:
-    """Return the README's text with the tables of `benchmarks/results`.
+def with_tables(page: str, text: str) -> str:
+    """Return the text of one of `PAGES` with its tables of `benchmarks/results`.
 
     Raises:
         ValueError: it has no place for a table, or the results of a table are of two machines.
     """
-    for name, table in (("networks", _networks), ("sizes", _sizes), ("precision", _precision)):
-        log = RESULTS / name / "results.jsonl"
+    for name, (folder, table) in PAGES[page].items():
+        log = RESULTS / folder / "results.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
         begin, end = f"<!-- bench:{name} -->", "<!-- /bench -->"
-        found = re.search(f"{begin}.*?{end}", readme, re.DOTALL)
+        found = re.search(f"{begin}.*?{end}", text, re.DOTALL)
         if not found:
-            raise ValueError(f"bench: README.md has no {begin} with {end} after it")
+            raise ValueError(f"bench: {page} has no {begin} with {end} after it")
         content = "\n\n".join([begin, table(lines) if lines else "Not measured yet.", end])
-        readme = readme[: found.start()] + content + readme[found.end() :]
-    return readme
+        text = text[: found.start()] + content + text[found.end() :]
+    return text
 
 
 def _source_tree() -> None:
@@ -101,6 +102,19 @@ def _networks(lines: list[dict[str, Any]]) -> str:
         rows.append([network, *(_number(times.get(name)) for name in runtimes), _ratio(times)])
     title = _where(lines) + ", float32, batch 1, 224x224:"
     return "\n\n".join([title, _table(rows), _losses(entries), _forms(entries)])
+
+
+def _summary(lines: list[dict[str, Any]]) -> str:
+    """Ours beside the best of the others, without the forms."""
+    entries = sorted(_entries(lines), key=lambda entry: _NETWORKS.index(entry.network))
+    rows = [["network", "mfkernels", "best other runtime", "best other / ours"]]
+    for network in dict.fromkeys(entry.network for entry in entries):
+        times = {entry.runtime: entry.median_ms for entry in entries if entry.network == network}
+        others = {name: time for name, time in times.items() if name != "mfkernels"}
+        best = min(others, key=lambda name: others[name], default=None)
+        other = "-" if best is None else f"{_number(others[best])} {_TITLES[best]}"
+        rows.append([network, _number(times.get("mfkernels")), other, _ratio(times)])
+    return "\n\n".join([_where(lines) + ", float32, batch 1, 224x224:", _table(rows)])
 
 
 def _losses(entries: list[Entry]) -> str:
@@ -206,3 +220,14 @@ def _number(milliseconds: float | None) -> str:
 def _table(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+# Of each page its tables: the folder of the results, and what makes the table of them.
+PAGES: dict[str, dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]]] = {
+    "README.md": {"summary": ("networks", _summary)},
+    "docs/speed.md": {
+        "networks": ("networks", _networks),
+        "sizes": ("sizes", _sizes),
+        "precision": ("precision", _precision),
+    },
+}
