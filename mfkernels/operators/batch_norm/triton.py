@@ -41,7 +41,7 @@ def moments_kernel(
     tl.store(to + channels, squares, c < channels)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "channels", "pixels"])
 def join_moments_kernel(
     parts, mean, rest, variance, channels, pixels, split, splits, batch, BR: tl.constexpr, BC: tl.constexpr
 ):
@@ -145,7 +145,7 @@ def gradient_sums_kernel(
     tl.store(to + channels, products, c < channels)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "channels", "pixels"])
 def join_gradients_kernel(
     parts, weight, variance, eps, grad_mean, grad_variance,
     numbers, grads, channels, pixels, splits, batch,

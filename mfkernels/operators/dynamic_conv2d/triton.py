@@ -161,7 +161,7 @@ def depthwise_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=STEPS)
+@triton.jit(do_not_specialize=[*NUMBERS, "rows"], do_not_specialize_on_alignment=STEPS)
 def dense_weight_kernel(
     x, g, basis, attention, out, shares, kernels, size, batch, samples,
     rows, inputs, groups, blocks, H, W, GH, GW, kh, kw, sh, sw, ph, pw, dh, dw,

@@ -45,7 +45,7 @@ def sums_kernel(
     tl.store(to + 2 * channels, sums, inside_c)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "channels"])
 def join_kernel(parts, out, channels, splits, BOTH: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
     """out (B, 3, C), float64: the norms, and with BOTH the other two sums of all splits together."""
     block, _, b = place(tl.cdiv(channels, BC), 1)
