@@ -3,12 +3,18 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test vision train-check lint sanitize fuzz mutate versions versions-quick versions-cuda arm arm-quick arm-networks wheel rivals figures clean
+.PHONY: demo test gpu-bed vision train-check lint sanitize fuzz mutate versions versions-quick versions-cuda arm arm-quick arm-networks wheel rivals figures clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# GPU kernels without a GPU, as far as `make test` leaves it out: in all dtypes on the emulator, and the largest
+# tile of each Triton kernel for each GPU and dtype (four minutes).
+gpu-bed: .venv/installed
+	.venv/bin/python -m pytest -m bed -n auto --maxprocesses 8 tests/test_cuda.py tests/test_cuda_host.py
+	cd tests && TRITON_CACHE_DIR=$(CURDIR)/build/gpu-bed ../.venv/bin/python triton_compile.py --rest > /dev/null
 
 # Networks and users of timm, transformers and torchvision, with the newest PyTorch (ten minutes).
 vision: .venv/installed .venv-vision/installed

@@ -85,11 +85,13 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):  # not item.keywords, which have the names of folders, too
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and PyTorch finds none"))
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        # Not item.keywords, which have the names of folders, too.
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and PyTorch finds none"))
+        if item.get_closest_marker("bed") and config.option.markexpr != "bed":
+            item.add_marker(pytest.mark.skip(reason="slow: make gpu-bed runs it"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
-"""How many variants of Triton's kernels the networks' layers ask for: a number that can only fall, since each one
-takes a second or more to compile where a network first runs."""
+"""How many variants of Triton's kernels the networks' layers ask for: a number that can only fall, since each
+one takes a second or more to compile where a network first runs."""
 
 import json
 import os

@@ -1,18 +1,21 @@
 """Compiles every Triton kernel for GPUs that need not be there:
 
-    python triton_compile.py [--all] [OPERATOR ...]
+    python triton_compile.py [--all | --rest] [OPERATOR ...]
 
 for every layer of the released networks: in bfloat16 each variant for sm_90, and one of each tile for gfx942;
 in float32 one of each tile for sm_80; and in float16, whose tiles and registers are those of bfloat16, the
-first of an operator's chosen shapes for sm_100. With --all instead for all chosen shapes in every dtype and
-for every target (an hour).
+first of an operator's chosen shapes for sm_100. With --rest instead each kernel's largest tile for every
+target and dtype that is not among these; with --all for all chosen shapes in every dtype and for every target
+(an hour).
 
 Runs the launchers on CPU tensors and has Triton say what it would compile: numbers that are 1 are constants,
-and those that 16 divides make variants. Prints a line of JSON for each: registers a thread and spills.
+and those that 16 divides make variants. Prints a line of JSON for each: registers a thread, spilled bytes and
+others of local memory, and bytes of shared memory.
 """
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -49,6 +52,7 @@ EACH = TARGETS["sm_90"]  # for which each variant is compiled, for the others on
 PARTS = {torch.float32: ["sm_80"], torch.bfloat16: ["sm_90", "gfx942"], torch.float16: ["sm_100"]}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Variant = tuple[GPUTarget, str]  # and what Triton says of it: kernel, types, constants, options
+MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes
 MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # along the axes of a grid
 
 
@@ -190,13 +194,26 @@ def build(target: str, said: str) -> dict:
         "target": target,
         "types": sorted({t for t in variant["signature"].values() if t.startswith("*")}),
         "constants": constants_of(said) | {"num_warps": variant["options"]["num_warps"]},
+        "shared": made.metadata.shared,
     }
     if target.startswith("sm"):
         return result | _ptxas(made.asm["ptx"], target)
     text = made.asm["amdgcn"]
     # Scalar registers spill into vector registers, not into memory.
     spills = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", text))
-    return result | {"registers": int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0]), "spills": spills}
+    local = sum(int(n) for n in re.findall(r"private_segment_fixed_size:\s*(\d+)", text))
+    registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
+    return result | {"registers": registers, "spills": spills, "local": local}
+
+
+def fits(result: dict) -> bool:
+    """Whether a block can run there, with all that it keeps on the chip."""
+    if result["spills"] or result["local"] or result["shared"] > MOST_SHARED[result["target"]]:
+        return False
+    warps = result["constants"]["num_warps"]
+    if result["target"].startswith("sm"):  # registers are given out to warps by 256
+        return warps * -(-32 * result["registers"] // 256) * 256 <= 65536
+    return -(-warps // 4) * result["registers"] <= 512  # of a thread on each of four units
 
 
 def _ptxas(ptx: str, target: str) -> dict:
@@ -210,7 +227,9 @@ def _ptxas(ptx: str, target: str) -> dict:
         command = [str(ptxas), "-v", f"--gpu-name={chip}", str(file), "-o", str(file) + ".cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
-    return {"registers": int(re.findall(r"Used (\d+) registers", said)[0]), "spills": spills}
+    local = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said))
+    registers = int(re.findall(r"Used (\d+) registers", said)[0])
+    return {"registers": registers, "spills": spills, "local": local}
 
 
 def variants_of_networks(names: Sequence[str]) -> list[Variant]:
@@ -228,6 +247,22 @@ def variants_of_networks(names: Sequence[str]) -> list[Variant]:
         found += [variant for variant in new if variant[0] == EACH]
         found += one_of_each_tile(variant for variant in new if variant[0] != EACH)
     return found
+
+
+def variants_of_the_rest(names: Sequence[str]) -> list[Variant]:
+    """What `variants_of_networks` leaves out: of each kernel the largest tile."""
+    largest: dict[Any, tuple[int, Variant]] = {}
+    for dtype, targets in PARTS.items():
+        with noted(*(target for name, target in TARGETS.items() if name not in targets)) as found:
+            for op in modules():
+                if op.NAME in names:
+                    launch_layers(op, dtype)
+        for target, said in found:
+            tile = [n for k, n in constants_of(said).items() if k.isupper() and isinstance(n, int)]
+            key = (target, dtype, json.loads(said)["name"])
+            new = (math.prod(tile), (target, said))
+            largest[key] = max(largest.get(key, new), new, key=lambda pair: pair[0])
+    return [variant for _, variant in largest.values()]
 
 
 def all_variants(names: Sequence[str]) -> list[Variant]:
@@ -268,14 +303,18 @@ def load_kernels() -> None:
 
 def main() -> None:
     load_kernels()
-    names = [name for name in sys.argv[1:] if name != "--all"]
+    names = [name for name in sys.argv[1:] if not name.startswith("--")]
     names = names or ["activated_depthwise", *(op.NAME for op in modules())]
-    variants = all_variants(names) if "--all" in sys.argv else variants_of_networks(names)
+    choose = {"--all": all_variants, "--rest": variants_of_the_rest}
+    variants = choose.get(sys.argv[1] if len(sys.argv) > 1 else "", variants_of_networks)(names)
     name_of = {target: name for name, target in TARGETS.items()}
     with ProcessPoolExecutor() as pool:
         jobs = [pool.submit(build, name_of[target], said) for target, said in variants]
-        for job in jobs:
-            print(json.dumps(job.result()), flush=True)
+        results = [job.result() for job in jobs]
+    for result in results:
+        print(json.dumps(result), flush=True)
+    if not all(map(fits, results)):
+        sys.exit("these do not fit: " + json.dumps([result for result in results if not fits(result)]))
 
 
 if __name__ == "__main__":
