@@ -381,6 +381,16 @@ def test_norms_of_the_backbone_are_frozen_or_learn(folder, tmp_path):
     assert statistics(True).abs().max() == 0 < statistics(False).abs().max()
 
 
+@pytest.mark.parametrize("kind", NAMES)
+def test_training_in_bfloat16(kind, folder, tmp_path):
+    job = training(folder, tmp_path, kind, epochs=1, batch_size=8, dtype="bfloat16")
+    job.run()
+    whole = training(folder, tmp_path / "whole", kind, epochs=1, batch_size=8)
+    whole.run()
+    assert job.rows[0]["loss"] == pytest.approx(whole.rows[0]["loss"], rel=0.05)
+    assert job.rows[0]["loss"] != whole.rows[0]["loss"]
+
+
 def test_blocks_are_frozen_as_dmfs_paper_counts():
     recipe = load_detection_recipe("retinanet_dmf_xxs")
     with torch.device("meta"):

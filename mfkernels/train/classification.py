@@ -83,7 +83,7 @@ class Training(Loop):
             self.network, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
         )
         self.average: Any = ModelEmaV3(self.network, decay=recipe.ema_decay) if recipe.ema_decay else None
-        self._begin()
+        self._begin(recipe.compile)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(self.recipe, step, self.data.steps_per_epoch)

@@ -38,7 +38,6 @@ class DetectionRecipe:
     long_side: int = 1333  # the longer side to this, if that is less
     seed: int = 0
     dtype: str = "float32"  # "bfloat16" for autocast
-    compile: bool = False
     workers: int = 4  # processes that read images, for each process that trains
 
     def __post_init__(self) -> None:

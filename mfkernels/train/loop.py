@@ -67,7 +67,7 @@ class Loop(ABC):
     def _weights(self) -> dict[str, Any]:
         """The weights that users load."""
 
-    def _begin(self) -> None:
+    def _begin(self, compiled: bool = False) -> None:
         self.epoch, self.step = 0, 0  # steps of this epoch that are done
         self.sums = torch.zeros(3, dtype=torch.float64)  # of this epoch: losses, images, unreadable ones
         self.rows: list[dict[str, float]] = []
@@ -76,7 +76,7 @@ class Loop(ABC):
         self._resume()
         self._stopping = False
         self._saved = time.monotonic()
-        self.parallel: Any = torch.compile(self.network) if self.recipe.compile else self.network
+        self.parallel: Any = torch.compile(self.network) if compiled else self.network
         if self.processes.count > 1:
             device = self.processes.device
             ids = [device.index] if device.type == "cuda" else None
