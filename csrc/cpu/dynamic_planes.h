@@ -21,20 +21,25 @@ MFK_INLINE vec<C> even_lanes(vec<C> a, vec<C> b, std::index_sequence<kLane...>) 
 }  // namespace detail
 
 // to[j] = from[j * stride] for j < count
-template <class C>
-MFK_INLINE void copy_strided(const C* from, int64_t stride, int64_t count, C* to) {
+template <class T>
+MFK_INLINE void copy_strided(const T* from, int64_t stride, int64_t count, compute_t<T>* to) {
+  using C = compute_t<T>;
   constexpr int64_t n = kLanes<C>;
-  if (stride == 1) {
-    memcpy(to, from, count * sizeof(C));
-  } else if (stride == 2) {
-    for (int64_t j = 0; j < count; j += n) {
+  if (stride > 2) {
+    for (int64_t j = 0; j < count; ++j) to[j] = to_compute(from[j * stride]);
+    return;
+  }
+  for (int64_t j = 0; j < count; j += n) {
+    vec<C> some;
+    if (stride == 1) {
+      some = load_upto(from + j, count - j);
+    } else {
       const int64_t rest = 2 * (count - j) - 1;
       const vec<C> low = load_upto(from + 2 * j, rest),
                    high = rest > n ? load_upto(from + 2 * j + n, rest - n) : vec<C>{};
-      store_upto(to + j, detail::even_lanes<C>(low, high, std::make_index_sequence<n>()), count - j);
+      some = detail::even_lanes<C>(low, high, std::make_index_sequence<n>());
     }
-  } else {
-    for (int64_t j = 0; j < count; ++j) to[j] = from[j * stride];
+    store_upto(to + j, some, count - j);
   }
 }
 
@@ -45,7 +50,9 @@ MFK_INLINE void copy_strided(const C* from, int64_t stride, int64_t count, C* to
 struct Planes {
   const DynamicConvArgs& args;
   int64_t rows;  // of the output
-  int64_t columns, part, channel;
+  int64_t columns, part, channel, height;
+  // Of dividing the map's width and its padding by the stride: divisions take as long as short rows.
+  int64_t whole, rest, first_column, first_part;
 
   Planes(const DynamicConvArgs& a, int64_t out_rows)
       : args(a),
@@ -53,15 +60,21 @@ struct Planes {
         columns(blocks_of((a.out_width - 1) * a.stride_w + (a.kernel_w - 1) * a.dilation_w + 1, a.stride_w)),
         part(columns *
              blocks_of((out_rows - 1) * a.stride_h + (a.kernel_h - 1) * a.dilation_h + 1, a.stride_h)),
-        channel(part * a.stride_h * a.stride_w) {}
+        channel(part * a.stride_h * a.stride_w),
+        height(part / columns * a.stride_h),
+        whole(a.width / a.stride_w),
+        rest(a.width % a.stride_w),
+        first_column(a.padding_w / a.stride_w),
+        first_part(a.padding_w % a.stride_w) {}
 
   // From an output pixel to what a tap reads.
   int64_t tap(int64_t ky, int64_t kx) const { return place(ky * args.dilation_h, kx * args.dilation_w); }
   int64_t place(int64_t y, int64_t x) const {  // of the padded map
-    return (y % args.stride_h * args.stride_w + x % args.stride_w) * part + y / args.stride_h * columns +
-           x / args.stride_w;
+    return line(y) + x % args.stride_w * part + x / args.stride_w;
   }
-  int64_t height() const { return part / columns * args.stride_h; }
+  int64_t line(int64_t y) const {
+    return y % args.stride_h * args.stride_w * part + y / args.stride_h * columns;
+  }
   // Outputs with what lies between them, in whole vectors.
   template <class C>
   int64_t run() const {
@@ -79,12 +92,12 @@ struct Planes {
   void fill(int64_t b, int64_t c, int64_t channels, int64_t first, C* planes, C* row) const {
     memset(planes, 0, size<C>(channels) * sizeof(C));
     const int64_t top = first * args.stride_h - args.padding_h;
-    for (int64_t y = top < 0 ? 0 : top; y < args.height && y - top < height(); ++y) {
+    for (int64_t y = top < 0 ? 0 : top; y < args.height && y - top < height; ++y) {
       const Tile<C> tile =
           load_tile<T>(args.x.as<const T>(), b, c, channels, y * args.width, args.width, row);
       for (int64_t i = 0; i < channels; ++i) {
         for_columns(y - top, [&](int64_t x, int64_t at, int64_t count) {
-          copy_strided<C>(tile.data + i * tile.stride + x, args.stride_w, count, planes + i * channel + at);
+          copy_strided(tile.data + i * tile.stride + x, args.stride_w, count, planes + i * channel + at);
         });
       }
     }
@@ -95,7 +108,7 @@ struct Planes {
     const int64_t stride = round_up(args.width, kLanes<C>);
     for (int64_t y = 0; y < args.height; ++y) {
       memset(row, 0, channels * stride * sizeof(C));
-      if (y + args.padding_h < height()) {
+      if (y + args.padding_h < height) {
         for (int64_t i = 0; i < channels; ++i) {
           for_columns(y + args.padding_h, [&](int64_t x, int64_t at, int64_t count) {
             for (int64_t j = 0; j < count; ++j) {
@@ -108,14 +121,18 @@ struct Planes {
     }
   }
 
- private:
   // Calls f(x, at, count) for the runs of a row: pixels x, x + stride, ... lie side by side from `at` on.
   template <class F>
   void for_columns(int64_t padded_y, F f) const {
-    for (int64_t x = 0; x < args.stride_w && x < args.width; ++x) {
-      const int64_t left = (x + args.padding_w) / args.stride_w;
-      const int64_t fit = columns - left, there = blocks_of(args.width - x, args.stride_w);
-      if (fit > 0) f(x, place(padded_y, x + args.padding_w), there < fit ? there : fit);
+    const int64_t start = line(padded_y);
+    int64_t left = first_column, at = start + first_part * part;
+    for (int64_t x = 0; x < args.stride_w && x < args.width; ++x, at += part) {
+      if (x + first_part == args.stride_w) {
+        ++left;
+        at = start;
+      }
+      const int64_t fit = columns - left, there = whole + (x < rest ? 1 : 0);
+      if (fit > 0) f(x, at + left, there < fit ? there : fit);
     }
   }
 };

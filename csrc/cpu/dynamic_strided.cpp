@@ -29,8 +29,14 @@ struct Channel {
     for (int64_t t = 0; t < taps; ++t) places[t] = shape.tap(t / args.kernel_w, t % args.kernel_w);
   }
   template <class T>
-  void fill(int64_t b, int64_t c) {
-    shape.fill<T>(b, c, 1, 0, static_cast<C*>(planes), static_cast<C*>(row));
+  void fill(const T* map) {
+    memset(planes, 0, shape.size<C>(1) * sizeof(C));
+    const int64_t width = shape.args.width, top = shape.args.padding_h;
+    for (int64_t y = 0; y < shape.args.height && y + top < shape.height; ++y) {
+      shape.for_columns(y + top, [&](int64_t x, int64_t at, int64_t count) {
+        copy_strided(map + y * width + x, shape.args.stride_w, count, planes + at);
+      });
+    }
   }
   template <class T>
   void spill(int64_t b, int64_t c) {
@@ -69,7 +75,7 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     const int64_t channels = least(kChannels, args.groups - first);
     mix<1, T>(args, b, 1, first, channels, x.taps, static_cast<C*>(kernel));
     for (int64_t i = 0; i < channels; ++i) {
-      x.template fill<T>(b, first + i);
+      x.fill(args.x.as<const T>().at(b, first + i, 0));
       convolve<C>(x, kernel + i * x.taps, mixed_bias<T, C>(args, b, first + i), out);
       T* y = args.y.as<T>().at(b, first + i, 0);
       for (int64_t r = 0; r < args.out_height; ++r) {
@@ -130,7 +136,7 @@ void backward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
       memset(sums.grad_bias, 0, sums.rows * sizeof(double));
       for (int64_t i = 0; i < channels; ++i) {
         load_outputs<T>(args, x.shape, b, first + i, 1, 0, static_cast<C*>(g), static_cast<C*>(scratch));
-        x.template fill<T>(b, first + i);
+        x.fill(args.x.as<const T>().at(b, first + i, 0));
         correlate<C>(x, g, grad + i * x.taps, sums.grad_bias + i);
         scatter<C>(x, kernel + i * x.taps, g);
         x.template spill<T>(b, first + i);
