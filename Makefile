@@ -13,7 +13,8 @@ test: .venv/installed
 # GPU kernels without a GPU, as far as `make test` leaves it out: in all dtypes on the emulator, and the largest
 # tile of each Triton kernel for each GPU and dtype (four minutes).
 gpu-bed: .venv/installed
-	.venv/bin/python -m pytest -m bed -n auto --maxprocesses 8 tests/test_cuda.py tests/test_cuda_host.py
+	.venv/bin/python -m pytest -m bed -n auto --maxprocesses 8 tests/test_cuda.py tests/test_cuda_host.py \
+	  tests/test_gpu_account.py
 	cd tests && TRITON_CACHE_DIR=$(CURDIR)/build/gpu-bed ../.venv/bin/python triton_compile.py --rest > /dev/null
 
 # Networks and users of timm, transformers and torchvision, with the newest PyTorch (ten minutes).

@@ -20,6 +20,7 @@ print(json.dumps(figures))
 """
 
 
+@pytest.mark.bed
 def test_account():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
