@@ -106,13 +106,11 @@ class Training(Loop):
         return super()._train_step(epoch, count, batches)
 
     def _evaluate(self) -> dict[str, float]:
-        network = self.average.module if self.average else self.network
-        top1, top5, unreadable = accuracy(network, self.evaluation, self.processes, self.recipe.dtype)
+        top1, top5, unreadable = accuracy(self.evaluated, self.evaluation, self.processes, self.recipe.dtype)
         return dict(top1=top1, top5=top5, unreadable=unreadable)
 
     def _weights(self) -> dict[str, Any]:
-        network = self.average.module if self.average else self.network
-        return network.state_dict()
+        return self.evaluated.state_dict()
 
 
 def _classes(readers: list[Any]) -> int:

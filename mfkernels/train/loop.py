@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,6 +59,11 @@ class Loop(ABC):
     @abstractmethod
     def _loss(self, batch: Any) -> Tensor:
         """The sum of the losses of a batch's images."""
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated: the averaged one, if there is one."""
+        return self.average.module if self.average else self.network
 
     @abstractmethod
     def _evaluate(self) -> dict[str, float]:
@@ -152,6 +158,10 @@ class Loop(ABC):
         return bool(stop)
 
     def _end_epoch(self, epoch: int) -> None:
+        if self.processes.count > 1:
+            # Running statistics are the first process's, as DDP has them in a step: what all evaluate is what
+            # is saved.
+            distribute_bn(self.evaluated, self.processes.count, reduce=False)
         measures = self._evaluate()
         losses, count, skipped = self.sums.tolist()
         row = dict(
