@@ -28,7 +28,6 @@ INFERENCE = (
     dict(B=2, C=16, H=40, W=30, O=40, K=2, k=(5, 3), groups=1, padding=(2, 1)),
     dict(B=2, C=32, H=29, W=27, O=32, K=3, k=3, groups=1, padding=2, dilation=2),
     dict(B=1, C=256, H=17, W=19, O=64, K=2, k=3, groups=1, padding=1, biases=True),
-    dict(B=3, C=24, H=40, W=36, O=24, K=4, k=5, groups=24, padding=2, stride=2),
 )
 layout = pytest.mark.parametrize("layout", (same, channels_last), ids=lambda f: f.__name__)
 

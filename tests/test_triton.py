@@ -103,7 +103,7 @@ def test_fits():
     import triton_compile  # imports Triton
 
     assert triton_compile.fits(result)
-    for name, value in dict(registers=129, spills=4, local=8, shared=(163 << 10) + 1).items():
+    for name, value in dict(registers=129, spills=4, local=16, shared=(163 << 10) + 1).items():
         assert not triton_compile.fits(result | {name: value}), name
     assert triton_compile.fits(result | {"target": "sm_90", "shared": 227 << 10})
     assert not triton_compile.fits(result | {"target": "gfx942", "shared": 163 << 10})
