@@ -52,8 +52,10 @@ EACH = TARGETS["sm_90"]  # for which each variant is compiled, for the others on
 PARTS = {torch.float32: ["sm_80"], torch.bfloat16: ["sm_90", "gfx942"], torch.float16: ["sm_100"]}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Variant = tuple[GPUTarget, str]  # and what Triton says of it: kernel, types, constants, options
-# Bytes of a thread's stack. ptxas takes eight where doubles are divided, though nothing spills.
-MOST_LOCAL = 8
+# Bytes of a thread's stack, and of these what spills. ptxas takes eight where doubles are divided, though nothing
+# spills. Of the rest, which networks in bfloat16 on sm_90 do not launch, the largest tiles in float32 spill a few
+# registers with Triton 3.7.
+MOST_LOCAL, MOST_LOCAL_OF_THE_REST, MOST_SPILLED_OF_THE_REST = 8, 36, 12
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes
 MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # along the axes of a grid
 
@@ -208,9 +210,13 @@ def build(target: str, said: str) -> dict:
     return result | {"registers": registers, "spills": spills, "local": local}
 
 
-def fits(result: dict) -> bool:
-    """Whether a block can run there, with all that it keeps on the chip."""
-    if result["spills"] or result["local"] > MOST_LOCAL or result["shared"] > MOST_SHARED[result["target"]]:
+def fits(result: dict, spilled: int = 0, local: int = MOST_LOCAL) -> bool:
+    """Whether a block can run there, with all that it keeps on the chip but for so many bytes."""
+    if (
+        result["spills"] > spilled
+        or result["local"] > local
+        or result["shared"] > MOST_SHARED[result["target"]]
+    ):
         return False
     warps = result["constants"]["num_warps"]
     if result["target"].startswith("sm"):  # registers are given out to warps by 256
@@ -315,8 +321,10 @@ def main() -> None:
         results = [job.result() for job in jobs]
     for result in results:
         print(json.dumps(result), flush=True)
-    if not all(map(fits, results)):
-        sys.exit("these do not fit: " + json.dumps([result for result in results if not fits(result)]))
+    allowed = (MOST_SPILLED_OF_THE_REST, MOST_LOCAL_OF_THE_REST) if "--rest" in sys.argv else ()
+    misfits = [result for result in results if not fits(result, *allowed)]
+    if misfits:
+        sys.exit("these do not fit: " + json.dumps(misfits))
 
 
 if __name__ == "__main__":
