@@ -52,9 +52,9 @@ EACH = TARGETS["sm_90"]  # for which each variant is compiled, for the others on
 PARTS = {torch.float32: ["sm_80"], torch.bfloat16: ["sm_90", "gfx942"], torch.float16: ["sm_100"]}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Variant = tuple[GPUTarget, str]  # and what Triton says of it: kernel, types, constants, options
-# Bytes of a thread's stack, and of these what spills. ptxas takes eight where doubles are divided, though nothing
-# spills. Of the rest, which networks in bfloat16 on sm_90 do not launch, the largest tiles in float32 spill a few
-# registers with Triton 3.7.
+# Bytes of a thread's stack, and of these what spills. ptxas takes eight where doubles are divided, though
+# nothing spills. Of the rest, which networks in bfloat16 on sm_90 do not launch, the largest tiles in float32
+# spill a few registers with Triton 3.7.
 MOST_LOCAL, MOST_LOCAL_OF_THE_REST, MOST_SPILLED_OF_THE_REST = 8, 36, 12
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes
 MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # along the axes of a grid
