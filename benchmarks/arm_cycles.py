@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 # Multiply-adds of 16 bytes that a core begins in a cycle.
 PIPES = {"neoverse-n1": 2, "neoverse-v2": 4}
-LEAST = 8  # multiply-adds of a loop that counts
+LEAST = 8  # multiply-adds of a loop that counts, which calls nothing
 JUMP = re.compile(r"^(b(?:\.\w+)?|cbn?z|tbn?z)\t(?:.*, )?([0-9a-f]+) <")
 
 
@@ -70,7 +70,7 @@ def innermost_loops(name: str, code: list[tuple[int, str]]) -> Iterator[Loop]:
             body = [line.split(" <")[0].split("\t//")[0] for _, line in code[start : i + 1]]
             body[-1] = body[-1].replace(jump[2], "LOOP")
             loop = Loop(kernel_name(name), body)
-            if loop.products >= LEAST:
+            if loop.products >= LEAST and not any(line.startswith(("bl", "adr")) for line in body):
                 yield loop
         since = i + 1
 
