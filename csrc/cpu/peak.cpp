@@ -8,12 +8,13 @@ namespace MFK_ISA {
 void multiply_add_peak(const PeakArgs& args, int64_t begin, int64_t end) {
   constexpr int kSums = MFK_VECTOR_REGISTERS == 32 ? 24 : 12, kSteps = 20000;  // as the registers allow
   vec<float> sums[kSums];
-  for (int i = 0; i < kSums; ++i) sums[i] = splat(static_cast<float>(i));
-  const vec<float> factor = splat(0.999f), term = splat(1e-3f);
+  for (int i = 0; i < kSums; ++i) sums[i] = splat(i + 1.0f);
+  // Arm's instruction adds to what the result is written over: any other term would be copied there first.
+  const vec<float> factor = splat(1e-7f);
   for (int64_t task = begin; task < end; ++task) {
     for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 24
-      for (int i = 0; i < kSums; ++i) sums[i] = sums[i] * factor + term;
+      for (int i = 0; i < kSums; ++i) sums[i] += sums[i] * factor;
     }
   }
   vec<float> all{};
