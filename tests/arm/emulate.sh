@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the library for 64-bit Arm with a cross compiler and runs tests of it in emulation, on a processor
-# that has everything and on one of the oldest. All that it needs is made under build/arm: a folder with
+# that has everything and on one without SVE, which is as old as this PyTorch runs on. All that it needs is made under build/arm: a folder with
 # Debian's Python for arm64, and in it PyTorch, what the tests need and the package.
 #
 #   emulate.sh [quick]   # quick: a part of the tests, in ten minutes
@@ -104,9 +104,10 @@ which=$all
 test "${1-}" != quick || which=$quick
 # Side by side: they take one core each.
 run_tests max "$which" & first=$!
-run_tests cortex-a72 "$which" & second=$!
+# Not cortex-a72: importing PyTorch 2.10.0 itself stops there with an illegal instruction.
+run_tests neoverse-n1 "$which" & second=$!
 status=0
 wait $first || status=1
 wait $second || status=1
-tail -n 15 "$arm/max.log" "$arm/cortex-a72.log"
+tail -n 15 "$arm/max.log" "$arm/neoverse-n1.log"
 exit $status
