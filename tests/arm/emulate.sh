@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the library for 64-bit Arm with a cross compiler and runs tests of it in emulation, on a processor
-# that has everything and on one without SVE, which is as old as this PyTorch runs on. All that it needs is made under build/arm: a folder with
+# that has everything and on one without SVE. All that it needs is made under build/arm: a folder with
 # Debian's Python for arm64, and in it PyTorch, what the tests need and the package.
 #
 #   emulate.sh [quick]   # quick: a part of the tests, in ten minutes
