@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test gpu-bed vision train-check train-check-all lint sanitize fuzz mutate versions versions-quick versions-cuda arm arm-quick arm-networks wheel rivals figures clean
+.PHONY: demo test gpu-bed vision train-check train-check-all lint docs sanitize fuzz mutate versions versions-quick versions-cuda arm arm-quick arm-networks wheel rivals figures clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -40,6 +40,10 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
 	.venv/bin/mypy
+
+# The pages of docs/ as a site in build/site, without network; a link that leads nowhere is an error.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q --strict
 
 # Address and undefined-behaviour sanitizers over the tests of the kernels (an hour or more); thread
 # sanitizer over the threaded parts on plain threads.
@@ -162,7 +166,7 @@ wheel: .venv/installed $(OLDEST)/headers
 	  pip install -q --disable-pip-version-check "$$(echo $(CURDIR)/dist/*.whl)[demo]" && mfkernels demo
 
 clean:
-	rm -rf .venv .venv-vision .venv-rivals build dist demo-output detect-output attention-output *.egg-info mfkernels/*.so
+	rm -rf .venv .venv-vision .venv-rivals .venv-docs build dist demo-output detect-output attention-output *.egg-info mfkernels/*.so
 
 # The newest PyTorch, and the packages whose networks ours take the place of. The package is used where its
 # sources lie.
@@ -173,13 +177,21 @@ TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors 'pillo
 	  $(TESTED_WITH) matplotlib scikit-learn pycocotools setuptools wheel cmake ninja
 	@touch $@
 
+# The packages that the extras of this name, a regular expression, ask for in pyproject.toml.
+requirements = $(PYTHON) -c 'import re; text = open("pyproject.toml").read(); \
+  print(*re.findall("\"(.*?)\"", "".join(re.findall(r"^$(1) = \[(.*?)\]", text, re.M | re.S))), sep="\n")'
+
+.venv-docs/installed: pyproject.toml
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	$(call requirements,docs) > .venv-docs/requirements.txt
+	.venv-docs/bin/pip install -q --disable-pip-version-check -r .venv-docs/requirements.txt
+	@touch $@
+
 # The other runtimes of the benchmark, beside the sources and libraries of .venv/installed.
 rivals: .venv-rivals/installed
 .venv-rivals/installed: pyproject.toml .venv/installed
 	@test -x .venv-rivals/bin/python || $(PYTHON) -m venv .venv-rivals
-	.venv/bin/python -c 'import re; text = open("pyproject.toml").read(); \
-	  print(*re.findall("\"(.*?)\"", "".join(re.findall(r"^bench\S* = \[(.*?)\]", text, re.M | re.S))), sep="\n")' \
-	  > .venv-rivals/requirements.txt
+	$(call requirements,bench\S*) > .venv-rivals/requirements.txt
 	.venv-rivals/bin/pip install -q --disable-pip-version-check $(TORCH) setuptools -r .venv-rivals/requirements.txt
 	@touch $@
 

@@ -1,5 +1,6 @@
 """The pages: their code runs, their links and paths exist."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def test_the_code_runs(page, tmp_path, monkeypatch):
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_every_public_name_is_in_the_reference():
+    named = re.findall(r"^::: ([\w.]+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    for name in mfkernels.__all__:
+        value = getattr(mfkernels, name)
+        path = value.__name__ if inspect.ismodule(value) else f"{value.__module__}.{value.__qualname__}"
+        assert any(known == path or known.startswith(f"{path}.") for known in named), name
 
 
 @pytest.mark.parametrize("name", mfkernels.ops.__all__)
