@@ -12,6 +12,7 @@ def on_files(files, config):
     """Add README.md as the page `index.md`, with its links made relative to docs/."""
     text = re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
     text = re.sub(r"`?docs/([a-z_]+\.md)`?\]", r"\1]", text)
+    text = re.sub(r"\[([A-Z]+\.md)\]\(\1\)", r"`\1`", text)  # files that the site does not have
     files.append(File.generated(config, "index.md", content=text))
     return files
 

@@ -9,7 +9,12 @@ import pytest
 import mfkernels
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+)
 ADDING = (ROOT / "docs" / "adding_an_operator.md").read_text()
 
 
