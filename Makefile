@@ -40,6 +40,7 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
 	.venv/bin/mypy
+	.venv/bin/codespell
 
 # The pages of docs/ as a site in build/site, without network; a link that leads nowhere is an error.
 docs: .venv-docs/installed

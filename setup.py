@@ -25,8 +25,10 @@ def stop(message: str) -> NoReturn:
 
 
 def require_torch() -> SimpleNamespace:
-    """Return the folder and the versions of PyTorch, which is not imported: its headers and libraries do,
-    without the gigabytes that a CUDA build of it needs to run."""
+    """Return the folder and the versions of PyTorch, without importing it.
+
+    Its headers and libraries suffice, without the gigabytes that a CUDA build of it needs to run.
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         stop(
@@ -73,8 +75,10 @@ def with_cuda(torch: SimpleNamespace) -> str:
 
 
 def build_folder(tool: str) -> Path:
-    """Return CMake's folder, one for a build tool, a compiler and a choice of sanitizers. It stays: most
-    objects depend on neither PyTorch nor Python, and serve builds for others of them."""
+    """Return CMake's folder, one for a build tool, a compiler and a choice of sanitizers.
+
+    It stays: most objects depend on neither PyTorch nor Python, and serve builds for others of them.
+    """
     words = ["cmake", tool, os.environ.get("CXX", ""), os.environ.get("MFKERNELS_SANITIZE", "")]
     return ROOT / "build" / "-".join(re.findall(r"[\w+.]+", " ".join(words)))
 

@@ -1,4 +1,4 @@
-"""Training steps and inference of a network of yours before and after `mfkernels.accelerate`, on one core:
+"""Training steps and inference of a network of yours before and after `mfkernels.accelerate`, on one core.
 
     python benchmarks/accelerate.py [--batch 8] [--rounds 5] MODULE:FUNCTION ...
 

@@ -1,4 +1,4 @@
-"""What mfkernels gains on a GPU, and what bounds it:
+"""What mfkernels gains on a GPU, and what bounds it.
 
     python benchmarks/gpu.py OUTDIR [PART ...]
 
@@ -67,7 +67,7 @@ class Bench:
     def add(
         self, part: str, what: str, ours: float, others: dict[str, float], unit: str, goal: float
     ) -> None:
-        """A ratio: how many times better ours is than the best of the others."""
+        """Return a ratio: how many times better ours is than the best of the others."""
         more = unit == "images/s"
         best = (max if more else min)(others, key=others.__getitem__)
         ratio = ours / others[best] if more else others[best] / ours
@@ -109,7 +109,7 @@ class Bench:
 
 
 def split(times: dict[str, float], first: str = "ours") -> tuple[float, dict[str, float]]:
-    """The fastest of our ways, whose names begin so, and all others."""
+    """Return the fastest of our ways, whose names begin so, and all others."""
     others = {name: value for name, value in times.items() if not name.startswith(first)}
     return min(value for name, value in times.items() if name.startswith(first)), others
 
@@ -152,8 +152,10 @@ LATENCY += [("iformer_m", 1, 1.2), ("dmf_s", 64, 1.5), ("iformer_m", 64, 1.2)]
 
 
 def smoke(bench: Bench) -> None:
-    """Compares the smallest network of each family, deployed, and an operator with its gradients to PyTorch's
-    own operators on the CPU."""
+    """Compare the smallest network of each family, deployed, and an operator with PyTorch on the CPU.
+
+    The operator is compared with its gradients.
+    """
     checks: dict[str, Callable[[], float]] = {
         f"{name}, deployed": partial(_network_error, bench, name) for name in SMALL
     }
@@ -244,7 +246,7 @@ def large(bench: Bench) -> None:
 
 
 def streams(bench: Bench) -> None:
-    """A block of mobile_former_214m: both halves alone, one after the other and side by side."""
+    """Time a block of mobile_former_214m: both halves alone, one after the other and side by side."""
     block = (
         mfkernels.nn.MobileFormerBlock(40, 40, expansion=4, token_dim=192, token_num=6)
         .eval()
@@ -352,7 +354,7 @@ def operators(bench: Bench) -> None:
 
 
 def former(bench: Bench) -> None:
-    """The Former of mobile_former_214m by both kinds of kernels: which one should be the default."""
+    """Time the Former of mobile_former_214m by both kinds of kernels, to choose the default."""
     block = mfkernels.nn.Former(192, num_heads=4).eval().to(bench.device, bench.halves[0])
     for batch in (1, 64)[: 1 if bench.quick else None]:
         tokens = torch.randn(6, batch, 192, device=bench.device, dtype=bench.halves[0])
@@ -371,8 +373,10 @@ def former(bench: Bench) -> None:
 
 
 def bottleneck(bench: Bench) -> None:
-    """Mobile of mobile_former_214m's blocks and the bridge to it: in one kernel, in four with its depthwise
-    convolution and the activations around it in one, and in six."""
+    """Time Mobile of mobile_former_214m's blocks, and the bridge to it, in one, four and six kernels.
+
+    Of the four, one has the depthwise convolution and the activations around it.
+    """
     cases = [(1, 40, 160, 28), (64, 40, 160, 28), (64, 112, 672, 14), (1, 40, 160, 256)]
     for batch, C, E, side in cases[: 1 if bench.quick else None]:
         dtype, gpu = bench.halves[0], bench.device.type == "cuda"

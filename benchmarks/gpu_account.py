@@ -1,9 +1,10 @@
-"""Writes an account of networks on an H100, kernel by kernel, computed from compiled code:
+"""Write an account of networks on an H100, kernel by kernel, computed from compiled code.
 
     python benchmarks/gpu_account.py > docs/gpu.md
 
 Nothing is run on a GPU and none is needed: launches are noted on tensors without memory, and Triton compiles
-their kernels for sm_90."""
+their kernels for sm_90.
+"""
 
 import copy
 import importlib
@@ -126,14 +127,14 @@ RUN, SPLITS_OF = JITFunction.run, splits_of
 
 
 def splits_on_an_h100(pixels: int, batches: int, device: torch.device, block: int) -> tuple[int, int]:
-    """What `splits_of` says there."""
+    """Return what `splits_of` says there."""
     properties = mock.Mock(multi_processor_count=PROCESSORS)
     with mock.patch.object(torch.cuda, "get_device_properties", lambda _: properties):
         return SPLITS_OF(pixels, batches, torch.device("cuda"), block)
 
 
 def account_of(name: str, batch: int) -> dict[str, Row]:
-    """What the network launches for so many images."""
+    """Return the network's launches for this number of images."""
     with torch.device("meta"):
         model = create_model(name).eval().requires_grad_(False)
     model = copy.deepcopy(model)

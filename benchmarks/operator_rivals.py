@@ -13,7 +13,7 @@ class Unfit(Exception):
 
 
 def dynamic_conv2d_by_sample(x, weight, basis, attention, bias, basis_bias, *settings):
-    """A convolution for each sample."""
+    """Apply a convolution for each sample."""
     *settings, scale = settings
     mixed = torch.addmm(weight.flatten(), attention, basis.flatten(1), alpha=scale)
     mixed = mixed.view(-1, *weight.shape)
@@ -92,7 +92,10 @@ def batch_norm_by_library(x, weight, bias, mean=None, variance=None, eps=1e-5, a
 
 
 def pointwise_conv_bn_folded(x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none"):
-    """The norm in the convolution's weights; its gradient of gamma is less exact than the definition's."""
+    """Fold the norm into the convolution's weights.
+
+    The gradient of gamma is less exact than the definition's.
+    """
     factor = gamma * (variance + eps).rsqrt()
     y = F.conv2d(x, weight * factor.view(-1, 1, 1, 1), beta - mean * factor)
     return F.gelu(y) if activation == "gelu" else y

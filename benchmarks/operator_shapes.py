@@ -6,7 +6,7 @@ from family_layers import Layer
 
 
 def elsewhere(batch: int) -> Iterator[tuple[str, Layer, bool]]:
-    """The operator, its arguments and whether its maps are channels last."""
+    """Return the operator, its arguments and whether its maps are channels last."""
     for channels, side in ((160, 56), (320, 28), (640, 14), (1280, 7), (384, 56), (768, 28), (1536, 14)):
         # ConvNeXt V2 atto and tiny: maps are channels last. One of them pixel by pixel, too.
         norm = (_tensor(batch, channels, side, side), _tensor(channels), _tensor(channels), "channels", 1e-6)

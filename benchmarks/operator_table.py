@@ -1,4 +1,4 @@
-"""The table of the times that `python benchmarks/operators.py FILE` left, and a paragraph on them:
+"""The table of the times that `python benchmarks/operators.py FILE` left, and a paragraph on them.
 
     python benchmarks/operator_table.py FILE ... > TABLE
 

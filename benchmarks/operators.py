@@ -1,4 +1,4 @@
-"""Times of the operators and modules beside PyTorch's, on one core, forward and with the backward pass:
+"""Times of the operators and modules beside PyTorch's, on one core, forward and with the backward pass.
 
     python benchmarks/operators.py FILE [--compile] [--dtype bfloat16] [--only WORDS] [--losses]
     python benchmarks/operators.py FILE --batches 1 --rounds 3 --what operators       # ten minutes
@@ -109,7 +109,7 @@ def compared(ways: dict[str, Way], rounds: int) -> dict[str, Any]:
 
 
 def check(ways: dict[str, Way]) -> None:
-    """Raises where a way gives other numbers: then it is none."""
+    """Raise where a way gives other numbers: then it is none."""
     ours, *others = ways.values()
     for other in others:
         for mine, theirs in zip(ours.outputs(), other.outputs(), strict=True):
@@ -138,7 +138,7 @@ def floor(way: Way, definition: Way | None) -> float:
 
 
 def operator_cases(dtype: torch.dtype, batches: list[int]) -> Iterator[tuple[dict, Callable]]:
-    """What a case is, and what makes its ways and their arguments."""
+    """Return the name of each case, and the function that makes its ways and their arguments."""
     generator = torch.Generator().manual_seed(0)
     for op in modules():
         for batch in batches:
@@ -169,8 +169,11 @@ def _name(layer: tuple) -> str:
 
 
 def module_cases(dtype: torch.dtype, batches: list[int]) -> Iterator[tuple[dict, Callable]]:
-    """What a case is, and what gives its module and inputs: public modules of the networks, each class with
-    each shape of its parameters and inputs once."""
+    """Return the name of each case, and the function that gives its module and inputs.
+
+    The cases are public modules of the networks, each class once with each shape of its parameters and
+    inputs.
+    """
     public = tuple(t for n in mfkernels.nn.__all__ if isinstance(t := getattr(mfkernels.nn, n), type))
     for batch in (min(batch, 8) for batch in batches):
         for network in NETWORKS:

@@ -1,4 +1,4 @@
-"""What training would need on many GPUs, computed, and a run of many processes, measured here:
+"""What training would need on many GPUs, computed, and a run of many processes, measured here.
 
     python benchmarks/scaling.py [NETWORK ...]               # the tables of docs/scaling.md
     python benchmarks/scaling.py --processes 2 4 8 16        # by so many processes with gloo
@@ -94,8 +94,10 @@ class Network:
         return forward + max(backward, self.all_reduce(gpus, network))
 
     def limit(self, share: float, network: float) -> int:
-        """The most GPUs, a power of two, that train at least half as many times as fast as one; each needs
-        two images for its batch norms."""
+        """Return the most GPUs, a power of two, that train at least half as many times as fast as one.
+
+        Each GPU needs two images for its batch norms.
+        """
         best = gpus = 1
         while 2 * gpus <= self.batch // 2:
             gpus *= 2
@@ -214,8 +216,10 @@ def measure(processes: int) -> list[str]:
 
 
 def work(data: str, output: str, processes: str) -> None:
-    """Be one process of such a training, and leave what memory it took: its own, and the peak with what is
-    shared."""
+    """Be one process of such a training, and leave what memory it took.
+
+    This is its own memory, and the peak with shared memory.
+    """
     from mfkernels.train.__main__ import main as train
 
     torch.set_num_threads(1)

@@ -62,7 +62,7 @@ def attention_maps(model: nn.Module, x: Tensor, *more: Any) -> dict[str, Attenti
         TypeError: `model` has no such part, or `x` is no tensor.
         ValueError: `model` is in train mode; or as of the model, for an input that does not fit.
 
-    Source: Chen et al., Mobile-Former, CVPR 2022, supplement (two-way bridge); Xu et al., Dynamic
+    Source: Chen et al., Mobile-Former, CVPR 2022, supplement (two-way bridge); Yun and Ro, Dynamic
     Mobile-Former, equation 4; Zheng, iFormer, ICLR 2025, section 3.3.
     """
     check_tensor("attention_maps", "x", x, "B C H W")

@@ -85,7 +85,7 @@ def _figures(maps: dict[str, AttentionMap], photo: Tensor) -> dict[str, Figure |
 
 
 def _by_head(maps: dict[str, AttentionMap], kind: str, normal: Callable[[Tensor], Tensor]) -> list[_Row]:
-    """A row for each part and head: the pictures of its tokens."""
+    """Return a row for each part and head: the pictures of its tokens."""
     return [
         _Row(f"{_short(name)}, head {head + 1}", list(normal(weights)))
         for name, found in maps.items()
@@ -95,14 +95,14 @@ def _by_head(maps: dict[str, AttentionMap], kind: str, normal: Callable[[Tensor]
 
 
 def _of_pixels(name: str, weights: Tensor) -> _Row:
-    """What the pixels of `_LOOKING` look at; weights (N, H, W)."""
+    """Return what the pixels of `_LOOKING` look at; weights (N, H, W)."""
     height, width = weights.shape[1:]
     places = [int(down * height) * width + int(right * width) for down, right in _LOOKING]
     return _Row(_short(name), [weights[place] / weights[place].max() for place in places])
 
 
 def _short(name: str) -> str:
-    """The block's name, without that of its part."""
+    """Return the block's name, without that of its part."""
     parts = name.split(".")
     return ".".join(parts[: 1 + max((i for i, part in enumerate(parts) if part.isdigit()), default=0)])
 
@@ -141,7 +141,10 @@ def _table(
 
 
 def _cell(picture: Tensor, under: Tensor | None) -> Tensor:
-    """A picture (H, W) in colours, (_CELL, _CELL, 3), half of it `under` if that is given, with a border."""
+    """Return a picture (H, W) in colours, (_CELL, _CELL, 3), with a border.
+
+    Half of it is `under` where that is given.
+    """
     values = _sized(picture[None], "nearest" if under is None else "bilinear")[0].clamp(0, 1)
     coloured = torch.from_numpy(colormaps["jet"](values.numpy())[..., :3].astype(np.float32))
     if under is not None:

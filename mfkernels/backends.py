@@ -57,7 +57,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The name given to the innermost `use_backend`, "auto" outside of any."""
+    """Return the name given to the innermost `use_backend`, "auto" outside of any."""
     return _backend
 
 
@@ -95,7 +95,7 @@ def why_not(backend: str, x: Tensor) -> str | None:
 
 
 def use_kernels(op: str, x: Tensor) -> bool:
-    """True where `torch.ops.mfkernels.<op>` is to run, False where the reference is."""
+    """Return True where `torch.ops.mfkernels.<op>` is to run, False where the reference is."""
     if _backend == "auto":
         if x.is_cpu:
             return x.dtype in CPU_DTYPES  # what why_not says, in a tenth of the time

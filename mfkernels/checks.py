@@ -58,8 +58,11 @@ def check_argument(
 
 
 def match_autocast(*values: Any) -> tuple[Any, ...]:
-    """The tensors in the widest of their dtypes where autocast is on: it leaves a network with a map in one
-    dtype and coefficients in another. Where it is off, different dtypes are the caller's mistake."""
+    """Return the values, with tensors in the widest of their dtypes where autocast is on.
+
+    Autocast leaves a network with a map in one dtype and coefficients in another. Where it is off, different
+    dtypes are the caller's mistake.
+    """
     if not torch._C._is_any_autocast_enabled():
         return values
     device = values[0].device.type if isinstance(values[0], Tensor) else "meta"
@@ -84,15 +87,18 @@ def check_heads(
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """Those of a result, in order, however tuples and lists hold them."""
+    """Return the tensors of a result in order, however tuples and lists nest them."""
     if isinstance(value, Tensor):
         return [value]
     return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple | list) else []
 
 
 def register_fake(op: str) -> Callable[[Callable[..., Any]], None]:
-    """Register what `torch.ops.mfkernels.<op>` returns to compilers and on the device meta, where results
-    are not written. PyTorch asks for that as soon as one argument is there, so the others must be, too."""
+    """Register the results' shapes of `torch.ops.mfkernels.<op>` for compilers and the device meta.
+
+    PyTorch asks for them as soon as one argument is on that device, so the other arguments must be on it,
+    too.
+    """
 
     def register(function: Callable[..., Any]) -> None:
         def fake(*arguments: Any, **others: Any) -> Any:

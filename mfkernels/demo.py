@@ -27,8 +27,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in t
 
 
 def run(name: str, image: Path | None, checkpoint: Path | None, output: Path) -> list[dict[str, Any]]:
-    """Run a network on a photo in plain PyTorch and as `mfkernels.deploy` makes it, at every size of `SIZES`;
-    print a table, write JSON and PNG.
+    """Run a network on a photo at every size of `SIZES`, in plain PyTorch and deployed.
+
+    Print a table, and write JSON and PNG.
 
     Args:
         name: one of `mfkernels.models.list_models()`.
@@ -81,7 +82,7 @@ def open_photo(image: Path | None) -> Image.Image:
 
 
 def prepare(photo: Image.Image, size: int) -> Tensor:
-    """The photo as the networks take it: (1, 3, size, size), the middle of it, normalised."""
+    """Return the photo as the networks take it: (1, 3, size, size), the middle of it, normalised."""
     scale = size / 0.875 / min(photo.size)
     photo = photo.resize([round(side * scale) for side in photo.size], Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in photo.size)

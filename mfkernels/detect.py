@@ -58,8 +58,10 @@ def run(
 
 
 def prepare(photo: Image.Image) -> Tensor:
-    """The photo as detectors take it, (1, 3, H, W): normalised, the shorter side 800 pixels, or the longer
-    one 1333 if that is less."""
+    """Return the photo as detectors take it, (1, 3, H, W), normalised.
+
+    The shorter side has 800 pixels, or the longer one 1333 if that is less.
+    """
     scale = min(SHORT / min(photo.size), LONG / max(photo.size))
     size = [max(1, round(side * scale)) for side in photo.size]
     pixels = torch.from_numpy(np.array(photo.resize(size, Image.Resampling.BILINEAR)))

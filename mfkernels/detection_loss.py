@@ -18,8 +18,11 @@ Target = Mapping[str, Tensor]
 
 
 class Weights(NamedTuple):
-    """Of the classes, of the distance of boxes (L1) and of their overlap (GIoU), in matching and in the loss;
-    and of queries that found no object, in the mean over queries."""
+    """Weigh the terms of the loss: classes, boxes' distance (L1) and their overlap (GIoU).
+
+    The same weights count in matching. Another weight is that of queries that found no object, in the mean
+    over queries.
+    """
 
     classes: float = 1.0
     l1: float = 5.0
@@ -28,8 +31,10 @@ class Weights(NamedTuple):
 
 
 class DetectionLoss(NamedTuple):
-    """`total`, the weighted sum over all blocks; and of the last block, without weights, `classes`, `l1` and
-    `giou`. All are scalars."""
+    """Hold `total`, the weighted sum over all blocks, and terms of the last block.
+
+    These terms, without weights, are `classes`, `l1` and `giou`. All are scalars.
+    """
 
     total: Tensor
     classes: Tensor

@@ -18,7 +18,7 @@ from .operators.token_hyper.reference import token_hyper_reference
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What our operators are in PyTorch's own: a table for `ExportedProgram.run_decompositions`.
+    """Return our operators as PyTorch's own: a table for `ExportedProgram.run_decompositions`.
 
     The program that this gives has none of our operators, and every tool that takes programs of PyTorch takes
     it, `torch.onnx.export` among them:
@@ -90,8 +90,11 @@ def _dynamic_conv2d(
     groups: int,
     basis_scale: float,
 ) -> Tensor:
-    """A product for every place of the kernel: neither `unfold` nor a convolution with as many groups as the
-    batch has samples can be exported for any batch size."""
+    """Compute a dynamic convolution as one product for every place of the kernel.
+
+    Neither `unfold` nor a convolution with as many groups as the batch has samples can be exported for any
+    batch size.
+    """
     batch = x.shape[0]
     outputs, inputs, rows, columns = weight.shape
     mixed = mix(weight, basis, attention, basis_scale)

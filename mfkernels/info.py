@@ -40,8 +40,10 @@ def report() -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's name, with family and model where the system tells them; on Arm, where Linux knows no name,
-    the numbers of its maker and of the part."""
+    """Return the CPU's name, with family and model where the system tells them.
+
+    On Arm, where Linux knows no name, return the numbers of its maker and of the part.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -31,7 +31,7 @@ ISAS = ("generic", "avx2", "avx512", "amx")
 
 
 def instruction_set() -> str:
-    """The instruction set whose kernels run: "generic", "avx2", "avx512" or "amx".
+    """Return the instruction set whose kernels run: "generic", "avx2", "avx512" or "amx".
 
     With "amx" products of networks that `deploy` made in bfloat16 run by AMX, all else is that of "avx512".
     """

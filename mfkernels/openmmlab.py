@@ -1,5 +1,7 @@
-"""Checkpoints of mmdetection and mmsegmentation in torchvision's detectors and in Semantic FPN; needs
-torchvision."""
+"""Load checkpoints of mmdetection and mmsegmentation into torchvision's detectors and Semantic FPN.
+
+This needs torchvision.
+"""
 
 import re
 from collections.abc import Mapping
@@ -138,8 +140,10 @@ class _Anchors(AnchorGenerator):
 
 
 class _Regions(nn.Module):
-    """Read regions from the level of their size, as mmdetection does: from the finest of four those whose
-    mean side is less than 112 pixels, from the next those of less than 224, and so on.
+    """Read regions from the level of their size, as mmdetection does.
+
+    Regions whose mean side is less than 112 pixels come from the finest of four levels, those of less than
+    224 from the next, and so on.
 
     Args:
         size: of what is read, in pixels.

@@ -4,8 +4,10 @@ import sys
 
 
 def show(text: str, *, keep: bool = False) -> None:
-    """One line on the terminal, overwritten by the next unless it is to be kept; in a log only what is to be
-    kept."""
+    """Print a line on the terminal, overwritten by the next unless `keep` is set.
+
+    A log gets only the lines to keep.
+    """
     if sys.stderr.isatty():
         print(f"\r{text:<70}", end="\n" if keep else "\r", file=sys.stderr, flush=True)
     elif keep:

@@ -1,5 +1,7 @@
-"""What runs beside what on a GPU: the one room that knows of streams. Modules say which of their work needs
-nothing of which other."""
+"""Run work side by side on a GPU's streams; no other module knows of them.
+
+Modules say which of their work does not depend on which other.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,8 +20,9 @@ _enabled = True
 
 @contextmanager
 def use_streams(on: bool) -> Iterator[None]:
-    """Inside the `with` block, whether blocks run their Former beside their Mobile on CUDA devices: True at
-    first. On CPUs, and where `torch.compile` traces, they run one after the other.
+    """Choose, in the `with` block, whether blocks run their Former beside their Mobile on CUDA devices.
+
+    They do so at first. On CPUs, and where `torch.compile` traces, they run one after the other.
 
     Args:
         on: for the whole process.
@@ -77,8 +80,11 @@ class _Cuda:
         return x.is_cuda
 
     def streams(self, x: Tensor) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        """The current one, and one beside it: of each stream its own, so that two networks on two streams do
-        not wait for one another."""
+        """Return the current stream, and one beside it.
+
+        Each stream has one of its own beside it, so that two networks on two streams do not wait for one
+        another.
+        """
         current = torch.cuda.current_stream(x.device)
         key = x.device, current.cuda_stream
         if key not in self._sides:

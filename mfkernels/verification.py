@@ -16,8 +16,11 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class Row:
-    """Largest errors of one block's results against a float64 run, relative to their largest number: of the
-    fast network and of the plain one in the same dtype; and how large the first may be."""
+    """Hold the largest errors of one block's results against a float64 run.
+
+    They are relative to the results' largest number: of the fast network, of the plain one in the same dtype,
+    and how large the first may be.
+    """
 
     block: str
     fast: float
@@ -151,12 +154,12 @@ def _watched(model: nn.Module, points: Sequence[str], results: dict[str, list[Te
 
 
 def _kept(value: object) -> list[Tensor]:
-    """Copies: a network may overwrite what a block returned."""
+    """Copy the tensors, since a network may overwrite what a block returned."""
     return [tensor.clone() for tensor in tensors_in(value)]
 
 
 def _error(values: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest relative error; infinite where shapes differ."""
+    """Return the largest relative error; infinite where shapes differ."""
     if [v.shape for v in values] != [t.shape for t in truth]:
         return float("inf")
     largest = 0.0

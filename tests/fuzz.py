@@ -222,7 +222,7 @@ class Case:
         self.broken += 1
 
     def call(self) -> str:
-        """ "a result", or the kind of the exception.
+        """Either "a result", or the kind of the exception.
 
         Raises:
             AssertionError: a result that should not be.

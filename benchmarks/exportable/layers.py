@@ -9,8 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 
 def folded(layers: Iterable[nn.Module]) -> nn.Sequential:
-    """Return copies of the layers in order, each batch norm folded into the convolution or linear layer
-    before it."""
+    """Return copies of the layers in order, with batch norms folded into the layers before them."""
     result: list[nn.Module] = []
     for layer in layers:
         if isinstance(layer, nn.BatchNorm2d):

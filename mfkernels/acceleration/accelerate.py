@@ -117,8 +117,11 @@ def accelerate(model: nn.Module, *, rules: Sequence[Rule] = ()) -> Report:
 
 
 def as_ours(model: nn.Module) -> nn.Module | None:
-    """A released network or one of timm, accelerated or not, as the same network of `mfkernels.models`, with
-    copies of its weights; None where it is no such network. Raises Unfit if it only looks like one."""
+    """Return a released network or one of timm as the same network of `mfkernels.models`.
+
+    It may be accelerated or not, and its weights are copied. The result is None where it is no such network.
+    Raises Unfit if it only looks like one.
+    """
     plain = copy.deepcopy(model)
     restore(plain)
     for family in (mobile_former, dynamic_mobile_former, iformer, iformer_timm):
@@ -210,7 +213,7 @@ def _replacement(old: nn.Module, rules: Sequence[Rule]) -> nn.Module | None:
 
 @contextmanager
 def _recognising() -> Iterator[None]:
-    """What a rule does not find, or cannot build from, is a module of another structure."""
+    """Report what a rule does not find, or cannot build from, as a module of another structure."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -89,8 +89,11 @@ def _check_layer(expected: nn.Module, layer: nn.Module, path: str) -> None:
 
 
 def check_unchanged(old: nn.Module, new: nn.Module) -> None:
-    """Raises Unfit where `old` has what `new` would not do: hooks, or methods of its own, in a part that has
-    no place in `new`; a `forward` patched on any part, which says nothing of what it computes elsewhere."""
+    """Raise Unfit where `old` has what `new` would not do.
+
+    This is a hook or a method of its own in a part that has no place in `new`, or a `forward` patched on any
+    part, which says nothing of what it computes elsewhere.
+    """
     kept = set(new.modules())
     for path, module in old.named_modules():
         name, facts = path or "itself", vars(module)

@@ -1,5 +1,8 @@
-"""Convolutions with kernels mixed for each sample: DynamicConv of EfficientAT, Dynamic_conv2d of
-Dynamic-convolution-Pytorch, CondConv2d of timm."""
+"""Replace convolutions with kernels mixed for each sample.
+
+The classes are DynamicConv of EfficientAT, Dynamic_conv2d of Dynamic-convolution-Pytorch, and CondConv2d of
+timm.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -79,8 +82,10 @@ class RoutedConv(_Mixed):
 
 
 def _dense(inputs: int, taps: int) -> bool:
-    """Whether PyTorch's grouped convolution, which these classes call, is faster than our kernels: it is for
-    kernels larger than 1x1 of several dozen inputs, though its results are less exact."""
+    """Return whether PyTorch's grouped convolution, which these classes call, is faster than our kernels.
+
+    It is faster for kernels larger than 1x1 of several dozen inputs, though its results are less exact.
+    """
     return taps > 1 and 32 <= inputs < 512
 
 

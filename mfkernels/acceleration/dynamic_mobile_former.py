@@ -133,8 +133,10 @@ def _kernels(conv: Any) -> int:
 
 
 def network(old: Any) -> DynamicMobileFormer | None:
-    """The released network `old`, as it was published, as one of ours with the same layers; None if it is
-    something else. What it computes is not compared: that is left to the caller."""
+    """Return the released network `old`, as it was published, as one of ours with the same layers.
+
+    Return None if it is something else. Whether both compute the same is left to the caller to compare.
+    """
     if type(old).__name__ != "DynamicMobileFormer":
         return None
 

@@ -1,5 +1,7 @@
-"""Dynamic ReLUs with intercepts: DyReLUA and DyReLUB of Islanna's DynamicReLU and its copies, DyReLUB of
-EfficientAT, DyReLU of mmdetection.
+"""Replace dynamic ReLUs with intercepts.
+
+The classes are DyReLUA and DyReLUB of Islanna's DynamicReLU and its copies, DyReLUB of EfficientAT, and
+DyReLU of mmdetection.
 
 Where several functions attain the maximum, the gradient is split among them; theirs give it to one of them.
 """

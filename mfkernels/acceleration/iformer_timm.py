@@ -32,7 +32,7 @@ def modulation_attention(old: Any) -> Found:
 
 
 def conv_norm(old: Any) -> Found:
-    """timm has other classes of this name, with other layers."""
+    """Replace a `ConvNorm` of these layers: timm has other classes of this name."""
     if type(old).__name__ != "ConvNorm" or list(old._modules) != ["c", "bn"]:
         return None
     c = old.c
@@ -51,8 +51,11 @@ def stem(old: Any) -> Found:
 
 
 def network(old: Any) -> IFormer | FeaturePyramid | None:
-    """timm's network `old`, or its pyramid (`features_only=True`), as one of ours with the same parameters;
-    None if it is something else. What it computes is not compared: that is left to the caller."""
+    """Return timm's network `old`, or its pyramid (`features_only=True`), as one of ours.
+
+    The parameters are the same. Return None if it is something else. Whether both compute the same is left to
+    the caller to compare.
+    """
     kind, children = type(old).__name__, old._modules
     if kind == "FeatureListNet" and type(children.get("stem")).__name__ == "Stem":
         stages = [stage for name, stage in children.items() if name.startswith("stages_")]
@@ -118,7 +121,7 @@ def _identity(features: int, like: Tensor) -> nn.Linear:
 
 
 def _conv(layer: Any) -> nn.Conv2d:
-    """The convolution of a `ConvNorm`, which `fuse` leaves alone in its place."""
+    """Return the convolution of a `ConvNorm`, which `fuse` leaves alone in its place."""
     return layer if isinstance(layer, nn.Conv2d) else layer.c
 
 

@@ -158,8 +158,10 @@ def classifier(old: Any) -> Found:
 
 
 def network(old: Any) -> MobileFormer | None:
-    """The released network `old`, as it was published, as one of ours with the same layers; None if it is
-    something else. Its parts are not compared: that is left to the caller, for the whole."""
+    """Return the released network `old`, as it was published, as one of ours with the same layers.
+
+    Return None if it is something else. Whether both compute the same is left to the caller to compare.
+    """
     if type(old).__name__ != "MobileFormer" or len(old.stem) != 3:
         return None
     conv = old.stem[0]

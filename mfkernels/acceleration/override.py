@@ -14,13 +14,13 @@ class Override(nn.Module):
     """A base of classes that have a `forward` alone, for `override`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What is set from outside, a temperature say, is there after `restore`, too."""
+        """Keep what is set from outside, a temperature say, so that it is there after `restore`, too."""
         super().__setattr__(name, value)
         if name in self.__dict__ and ORIGINAL in self.__dict__:
             self.__dict__[ORIGINAL].__dict__[name] = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class was made by `override`, so pickle does not find it by its name."""
+        """Name the bases to pickle, which does not find a class that `override` made by its name."""
         made = super().__reduce_ex__(protocol)
         return _blank, type(self).__bases__, *made[2:]
 

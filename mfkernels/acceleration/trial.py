@@ -15,8 +15,11 @@ from .adopt import Unfit
 
 
 def compare(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
-    """Raise Unfit unless both give the same: results in eval mode; in train mode results, the gradients of
-    inputs and parameters, and buffers afterwards. In float64, with the same random numbers drawn."""
+    """Raise Unfit unless both modules give the same.
+
+    In eval mode results are compared; in train mode also the gradients of inputs and parameters, and buffers
+    afterwards. All runs in float64, and both draw the same random numbers.
+    """
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         values = _random_values(old)
         for training in (False, True):
@@ -24,8 +27,10 @@ def compare(old: nn.Module, new: nn.Module, inputs: tuple) -> None:
 
 
 def compare_networks(old: nn.Module, convert: Callable[[Any], Any], inputs: tuple) -> None:
-    """Raise Unfit unless `convert` makes of a network one with the same results in eval mode. It is given a
-    copy with random weights: in its result parameters may be others, and in another order."""
+    """Raise Unfit unless `convert` makes of a network one with the same results in eval mode.
+
+    It is given a copy with random weights: in its result parameters may be others, and in another order.
+    """
     with torch.random.fork_rng(devices=[]):
         random = _copy(old, _random_values(old))
         _check_same([lambda: random, lambda: convert(random)], inputs, False)
@@ -54,8 +59,10 @@ def _close(one: Tensor | None, other: Tensor | None, training: bool) -> bool:
 
 
 def _run(make: Callable[[], nn.Module], inputs: tuple, training: bool) -> list[Tensor | None]:
-    """Results of the module that is made, and in training gradients and buffers, None where there is no
-    gradient."""
+    """Return results, and in training gradients and buffers, of the module that `make` returns.
+
+    A gradient that does not exist is None.
+    """
     try:
         with torch.set_grad_enabled(training), _SameDraws():
             torch.default_generator.manual_seed(0)
@@ -74,7 +81,7 @@ def _run(make: Callable[[], nn.Module], inputs: tuple, training: bool) -> list[T
 
 
 def _like(inputs: Any, tensors: Any) -> Any:
-    """`inputs` with other tensors in the place of its own."""
+    """Return `inputs` with other tensors in the place of its own."""
     if isinstance(inputs, Tensor):
         return next(tensors)
     return tuple(_like(value, tensors) for value in inputs)
@@ -100,7 +107,10 @@ def _random_values(module: nn.Module) -> dict[int, Tensor]:
 
 
 def _copy(module: nn.Module, values: dict[int, Tensor]) -> nn.Module:
-    """A copy with these parameters and copies of these buffers, without hooks: nobody waits for its calls."""
+    """Return a copy with these parameters and copies of these buffers, without hooks.
+
+    Nobody waits for the copy's calls.
+    """
     memo: dict[int, Any] = dict(values)
     for buffer in module.buffers():
         memo[id(buffer)] = values[id(buffer)].clone()
@@ -112,8 +122,10 @@ def _copy(module: nn.Module, values: dict[int, Tensor]) -> nn.Module:
 
 
 class _SameDraws(TorchDispatchMode):
-    """Draws for dropouts depend on their shape and rate alone, however and in whatever order they are made:
-    two modules that drop in the same places drop the same."""
+    """Make what dropouts draw depend on their shape and rate alone, in whatever order they draw.
+
+    So two modules that drop in the same places drop the same.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -174,7 +174,7 @@ def _entries(lines: list[dict[str, Any]]) -> list[Entry]:
 
 
 def _where(lines: list[dict[str, Any]]) -> str:
-    """The processor, the day and PyTorch's version.
+    """Return the processor, the day and PyTorch's version.
 
     Raises:
         ValueError: the results of a table are of more than one.

@@ -8,8 +8,11 @@ from .run import Entry
 
 
 def table(entries: Sequence[Entry]) -> str:
-    """A line for each network and size, a column for each runtime: median milliseconds; and how our time
-    compares with the best of the others. Then the form that each ran in."""
+    """Return a line for each network and size, with a column for each runtime.
+
+    Columns are median milliseconds, and how our time compares with the best of the others. The form in which
+    each runtime ran comes last.
+    """
     dtypes = {entry.dtype for entry in entries}
 
     def column(entry: Entry) -> str:

@@ -129,7 +129,7 @@ def bench(
 
 
 def rivals() -> dict[str, Any]:
-    """The papers' rivals, from the folder `benchmarks` of a source tree; empty without one."""
+    """Return the papers' rivals, from the folder `benchmarks` of a source tree; empty without one."""
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     if not (folder / "rivals.py").is_file():
         return {}
@@ -144,7 +144,7 @@ def rivals() -> dict[str, Any]:
 
 
 def network(name: str) -> nn.Module:
-    """A network with random weights that are not degenerate, in eval mode."""
+    """Return a network with random weights that are not degenerate, in eval mode."""
     others = rivals()
     if name not in list_models() and name not in others:
         names = ", ".join([*list_models(), *others])
@@ -156,8 +156,11 @@ def network(name: str) -> nn.Module:
 
 
 def randomise(model: nn.Module, images: Tensor | None = None) -> None:
-    """Weights under which every part of a network does something: at the released initialisation the dynamic
-    activations hardly differ from static ones. Batch norms take their statistics from the images."""
+    """Set weights under which every part of a network does something.
+
+    At the released initialisation the dynamic activations hardly differ from static ones. Batch norms take
+    their statistics from the images.
+    """
     generator = torch.Generator().manual_seed(0)
     norms = []
     for module in model.modules():
@@ -181,8 +184,10 @@ def randomise(model: nn.Module, images: Tensor | None = None) -> None:
 
 
 def formulations(model: nn.Module) -> dict[str, nn.Module]:
-    """The network as it is defined and, for ours, as it exports well, from the folder `benchmarks` of a
-    source tree."""
+    """Return the network as it is defined and, for ours, in a form that exports well.
+
+    The second form is in the folder `benchmarks` of a source tree.
+    """
     result = {"definition": model}
     if rivals():
         from exportable import exportable  # type: ignore[import-not-found]
@@ -234,7 +239,7 @@ def _prepared(
 def _forms(
     what: str, runtime: str, job: Job, expected: np.ndarray, wanted: list[str] | None = None
 ) -> list[tuple[float, _Chosen]]:
-    """The forms that run and agree, each with a rough time."""
+    """Return the forms that run and agree, each with a rough time."""
     made = []
     for form, make in RUNTIMES[runtime](job):
         if wanted is not None and form not in wanted:
@@ -366,8 +371,11 @@ _OF_TOKENS = ("local_global", "global_block", "global_local", "hyper", "former",
 
 
 def _part(name: str, parts: Sequence[str]) -> str:
-    """The part, of those that a deployed network names, to which a module belongs: the longest name above its
-    own. Modules that work on tokens belong to the parts with " tokens" behind them, where there are such."""
+    """Return the part of a deployed network to which a module belongs.
+
+    It is the part with the longest name above the module's own. Modules that work on tokens belong to the
+    parts with " tokens" behind them, where there are such parts.
+    """
     words = name.split(".")
     found = [".".join(words[:count]) for count in range(len(words), 0, -1)]
     above = next((part for part in found if part in parts), "")
@@ -393,7 +401,7 @@ def pinned(threads: int) -> Iterator[None]:
 
 
 def peak_flops() -> float:
-    """The float32 operations a second of one pinned thread, measured, in the instruction set in use."""
+    """Measure the float32 operations a second of one pinned thread, in the instruction set in use."""
     with pinned(1):
         return _C.peak_flops()
 

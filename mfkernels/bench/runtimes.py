@@ -1,5 +1,8 @@
-"""The runtimes. Each is a function that gives the forms in which it may run a network: pairs of a name and a
-function that makes a call, itself a function of no arguments that runs the network once on the images."""
+"""The runtimes.
+
+Each is a function that gives the forms in which it may run a network: pairs of a name and a function that
+makes a call, itself a function of no arguments that runs the network once on the images.
+"""
 
 import copy
 import functools
@@ -42,7 +45,7 @@ class Job:
     exported: dict[tuple[str, bool], bytes] = field(default_factory=dict)
 
     def onnx(self, formulation: str, dynamo: bool) -> bytes:
-        """The network in ONNX, by PyTorch's newer exporter or by that of TorchScript."""
+        """Return the network in ONNX, by PyTorch's newer exporter or by that of TorchScript."""
         key = formulation, dynamo
         if key not in self.exported:
             self.exported[key] = _onnx(self.formulations[formulation], self.x, dynamo)
@@ -193,7 +196,7 @@ def _in_openvino(job: Job, network: Any) -> Call:
 
 
 def _quantised(network: Any, x: Tensor) -> Any:
-    """Static quantisation, calibrated with the images and others like them."""
+    """Quantise statically, calibrated with the images and others like them."""
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
@@ -295,11 +298,11 @@ _PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "litert": "ai
 
 
 def version(runtime: str) -> str:
-    """The version of the package that a runtime is of."""
+    """Return the version of the package that a runtime is of."""
     return importlib.metadata.version(_PACKAGES[runtime]) if runtime in _PACKAGES else ""
 
 
 def result_of(call: Call) -> np.ndarray:
-    """What a call returns, in float32."""
+    """Call the network and return its results in float32."""
     out = call()
     return out.float().numpy() if isinstance(out, Tensor) else np.asarray(out)

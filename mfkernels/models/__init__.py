@@ -40,12 +40,12 @@ _FAMILIES = {
 
 
 def list_models() -> list[str]:
-    """The names of networks for classification that `create_model` knows."""
+    """Return the names of networks for classification that `create_model` knows."""
     return [name for names in _FAMILIES for name in names]
 
 
 def list_detectors() -> list[str]:
-    """The names of detectors that `create_model` knows."""
+    """Return the names of detectors that `create_model` knows."""
     return list(end_to_end.NAMES)
 
 
@@ -58,7 +58,7 @@ def create_model(
     out_indices: Sequence[int] | int | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A released network, with random weights or those of a checkpoint.
+    """Return a released network, with random weights or those of a checkpoint.
 
     Args:
         name: one of `list_models()` or `list_detectors()`.

@@ -57,7 +57,7 @@ class DynamicMobileFormer(Network):
     Raises:
         TypeError, ValueError: an argument or input that does not fit, named.
 
-    Source: Xu et al., Dynamic Mobile-Former, section 3 and table 1.
+    Source: Yun and Ro, Dynamic Mobile-Former, section 3 and table 1.
     """
 
     head_modules = ("end_mobile2former", "end_former", "channel_conv", "bn", "head")
@@ -127,8 +127,11 @@ class DynamicMobileFormer(Network):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The released initialisation: convolutions N(0, 2 / (kh kw out)), linear layers N(0, 0.02^2) cut off
-        at 2, tokens N(0, 1); dynamic convolutions as they begin."""
+        """Draw the released initialisation.
+
+        Convolutions are N(0, 2 / (kh kw out)), linear layers N(0, 0.02^2) cut off at 2, tokens N(0, 1);
+        dynamic convolutions keep what their constructor drew.
+        """
         nn.init.normal_(self.tokens)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -139,8 +142,10 @@ class DynamicMobileFormer(Network):
                 nn.init.zeros_(module.bias)
 
     def set_temperature(self, temperature: float) -> None:
-        """Set the temperature of all kernel attentions; released networks were trained with one that falls
-        from 30 to 1, see `annealed_temperature`. It is no part of the state.
+        """Set the temperature of all kernel attentions.
+
+        Released networks were trained with one that falls from 30 to 1, see `annealed_temperature`. The
+        temperature is no part of the state.
 
         Raises:
             ValueError: it is not positive.
@@ -158,7 +163,7 @@ class DynamicMobileFormer(Network):
         return self.head(x, tokens)
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The last map of each size, those of `feature_stages`."""
+        """Return the last map of each size, those of `feature_stages`."""
         return self._blocks(x)[2]
 
     def _blocks(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -189,7 +194,7 @@ class DynamicMobileFormer(Network):
         act: type[nn.Module] = nn.GELU,
         params: Mapping[str, Any] | None = None,
     ) -> "DynamicMobileFormer":
-        """A network from the released constructor's arguments, with its names and its defaults.
+        """Return a network from the released constructor's arguments, with its names and its defaults.
 
         `params` is the released table: "alpha", "stem", "lite_bneck", "block", "channel_conv", "head".
 
@@ -247,8 +252,9 @@ class DynamicMobileFormer(Network):
 
 
 def annealed_temperature(step: int, steps_per_epoch: int, *, epochs: int = 10, start: float = 30.0) -> float:
-    """The temperature of a training step, for `DynamicMobileFormer.set_temperature`: from `start` linearly
-    to 1, which it reaches with the last step of `epochs` and keeps.
+    """Return the temperature of a training step, for `DynamicMobileFormer.set_temperature`.
+
+    It falls linearly from `start` to 1, which it reaches with the last step of `epochs` and keeps.
 
     Args:
         step: steps done before, since the beginning of the training.
@@ -324,5 +330,5 @@ NAMES = tuple(_TABLES)
 
 
 def create_dynamic_mobile_former(name: str, **options: Any) -> DynamicMobileFormer:
-    """A released variant; `options` replace its settings or add to them, see `DynamicMobileFormer`."""
+    """Return a released variant; `options` replace its settings or add to them, see `DynamicMobileFormer`."""
     return DynamicMobileFormer(**(_TABLES[name] | options))

@@ -30,8 +30,9 @@ class Detections(NamedTuple):
 
 
 class EndToEndMobileFormer(nn.Module):
-    """The end-to-end Mobile-Former detector: object queries beside a head of Mobile-Former blocks at several
-    scales, from the coarsest map of a backbone on.
+    """Detect objects end to end, with object queries beside Mobile-Former blocks.
+
+    The head's blocks work at several scales, from the coarsest map of a backbone on.
 
     `create_model` makes the paper's variants. Each block's queries are predicted from by the same layers: a
     linear one for classes, three for boxes. In training the backbone's batch norms keep their statistics. Its
@@ -169,7 +170,7 @@ NAMES = tuple(_TABLE)
 def create_end_to_end(
     name: str, *, spatial: bool = True, scales: int | None = None, **options: Any
 ) -> EndToEndMobileFormer:
-    """A detector of the paper; `options` replace its settings or add to them, see `EndToEndMobileFormer`.
+    """Create a detector of the paper; `options` replace its settings or add to them.
 
     Args:
         name: one of `NAMES`.

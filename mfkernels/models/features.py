@@ -9,7 +9,7 @@ from .network import Network, Stage
 
 
 def last_of_each_size(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The last map of each size, from a quarter of the image's on."""
+    """Return the last map of each size, from a quarter of the image's on."""
     return tuple({s.reduction: s for s in stages if s.reduction >= 4}.values())
 
 

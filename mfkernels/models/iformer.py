@@ -122,7 +122,7 @@ class IFormer(Network):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The released initialisation: convolutions and linear layers N(0, 0.02^2), cut off at 2."""
+        """Draw the released initialisation: convolutions and linear layers N(0, 0.02^2), cut off at 2."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -138,7 +138,7 @@ class IFormer(Network):
         return self.classifier(x)
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The maps that the four stages end with, those of `feature_stages`."""
+        """Return the maps that the four stages end with, those of `feature_stages`."""
         check_tensor("IFormer", "x", x, "B C H W")
         check_channels("IFormer", x, self.in_channels)
         maps = []
@@ -148,8 +148,9 @@ class IFormer(Network):
         return maps
 
     def fuse(self) -> "IFormer":
-        """Folds batch norms into convolutions and linear layers, and the residuals of depthwise convolutions
-        into their kernels, in place. The network computes the same, faster, and cannot be trained any more.
+        """Fold batch norms, and the residuals of depthwise convolutions, into weights, in place.
+
+        The network computes the same, faster, and cannot be trained any more.
 
         Returns:
             The network itself.
@@ -181,7 +182,7 @@ class IFormer(Network):
         act_layer: type[nn.Module] = nn.GELU,
         downsample_kernels: Sequence[int] = (3, 3, 3, 3),
     ) -> "IFormer":
-        """A network from the released constructor's arguments, with its names and its defaults.
+        """Return a network from the released constructor's arguments, with its names and its defaults.
 
         Raises:
             ValueError: a value with which the released constructor or its network fails, named.
@@ -242,8 +243,11 @@ def _fuse(module: nn.Module) -> None:
 
 
 def _block_types(table: str) -> tuple[list[int], list[str]]:
-    """Depths and block strings from "2C4 2C4 9C4+4A2/3+C4 2A4/3": for each stage, kinds and how often: `C4` a
-    ConvBlock of ratio 4; `A2/3` RepCPE, SHMABlock of reduction 2 and FFN2d of ratio 3."""
+    """Return depths and block strings from, for example, "2C4 2C4 9C4+4A2/3+C4 2A4/3".
+
+    Each stage has kinds and how often they come: `C4` is a ConvBlock of ratio 4; `A2/3` is RepCPE, SHMABlock
+    of reduction 2 and FFN2d of ratio 3.
+    """
     depths, types = [], []
     for stage in table.split():
         blocks: list[str] = []
@@ -261,7 +265,7 @@ def _block_types(table: str) -> tuple[list[int], list[str]]:
 
 
 def _in_windows(types: list[str], first: int, end: int, window: int, attended: int) -> list[str]:
-    """The block strings with the first `attended` attentions of entries first to end-1 in windows."""
+    """Return the block strings with the first `attended` attentions of entries first to end-1 in windows."""
     places = [i for i in range(first, end) if types[i].startswith("SHMABlock")][:attended]
     types = list(types)
     types[places[0]] += f"_ws{window}_wsp1"
@@ -291,8 +295,11 @@ WITH_WINDOWS = tuple(name for name, (*_, attended) in _TABLE.items() if attended
 
 
 def create_iformer(name: str, *, window_size: int | None = None, **options: Any) -> IFormer:
-    """A released variant; `options` replace its settings or add to them, see `IFormer`. `window_size` is that
-    of the attentions in the third stage, which the released code for detection and segmentation has at 16."""
+    """Return a released variant; `options` replace its settings or add to them, see `IFormer`.
+
+    `window_size` is that of the attentions in the third stage, which the released code for detection and
+    segmentation has at 16.
+    """
     dims, table, layer_scale, attended = _TABLE[_FASTER.get(name, name)]
     if name in _FASTER and window_size is None:
         window_size = 16

@@ -134,7 +134,7 @@ class MobileFormer(Network):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The released initialisation: convolutions N(0, 2 / (kh kw out)), linear layers N(0, 0.01^2)."""
+        """Draw the released initialisation: convolutions N(0, 2 / (kh kw out)), linear N(0, 0.01^2)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 outputs = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
@@ -151,7 +151,10 @@ class MobileFormer(Network):
         return self.classifier(x, tokens)
 
     def feature_maps(self, x: Tensor, padding: Padding | None = None) -> list[Tensor]:
-        """The last map of each size, those of `feature_stages`, with zeros in the padding if there is any."""
+        """Return the last map of each size, those of `feature_stages`.
+
+        The padding, if there is any, holds zeros.
+        """
         return self._blocks(x, padding)[2]
 
     def _blocks(self, x: Tensor, padding: Padding | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -202,7 +205,7 @@ class MobileFormer(Network):
         attn_num_heads: int = 2,
         remove_proj_local: bool = True,
     ) -> "MobileFormer":
-        """A network from the released constructor's arguments, with its names and its defaults.
+        """Return a network from the released constructor's arguments, with its names and its defaults.
 
         `block_args` are rows (kind, e1, channels, repeat, stride, e2), kind "DnaBlock3" or "DnaBlock".
         `cnn_exp`, `gbr_norm` and `cnn_drop_path_rate` have no effect, as in the released code.
@@ -289,13 +292,13 @@ def _block(
 
 
 def _make_divisible(channels: float, divisor: int) -> int:
-    """The nearest multiple of `divisor`, but not less than 90 % of `channels`."""
+    """Return the nearest multiple of `divisor`, but not less than 90 % of `channels`."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
 def _row(text: str, channels: int, stride: int = 1) -> Row:
-    """A row from "D6", "M4" or "lite2"; all released downsample blocks have e2 = 4."""
+    """Return a row from "D6", "M4" or "lite2"; all released downsample blocks have e2 = 4."""
     kind, e1 = text[:-1], int(text[-1])
     if kind == "lite":
         return ("D", e1, channels, 1, stride, 0)
@@ -343,7 +346,7 @@ NAMES = tuple(_TABLE)
 
 
 def create_mobile_former(name: str, **options: Any) -> MobileFormer:
-    """A released variant; `options` replace its settings or add to them, see `MobileFormer`."""
+    """Return a released variant; `options` replace its settings or add to them, see `MobileFormer`."""
     stem, token_num, token_dim, features, groups, table = _TABLE[name]
     settings: dict[str, Any] = dict(
         stem_channels=stem, token_num=token_num, token_dim=token_dim, features=features, groups=groups

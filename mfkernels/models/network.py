@@ -27,7 +27,7 @@ class Network(nn.Module):
     grad_checkpointing = False
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The last map of each size, those of `feature_stages`."""
+        """Return the last map of each size, those of `feature_stages`."""
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -11,9 +11,11 @@ _SETTINGS = {"in_chans": "in_channels", "drop_rate": "dropout", "drop_path_rate"
 
 
 def register_with_timm() -> None:
-    """Make the networks known to `timm.create_model`, by their names; where timm has a network of that name,
-    as newer ones have of iFormer, with "mfkernels_" before it. It is done when mfkernels is imported after
-    timm; importing timm takes long, so for the other order call this.
+    """Register the networks with `timm.create_model`, by their names.
+
+    Where timm has a network of that name, as newer ones have of iFormer, ours has "mfkernels_" before it.
+    This happens when mfkernels is imported after timm; importing timm takes long, so in the other order call
+    this function.
 
     Raises:
         ModuleNotFoundError: timm is not installed.

@@ -1,5 +1,6 @@
-"""Modules with the released networks' parameter names: drop-in parts of Mobile-Former, Dynamic Mobile-Former
-(DMF) and iFormer.
+"""Modules with the released networks' parameter names.
+
+They are drop-in parts of Mobile-Former, Dynamic Mobile-Former (DMF) and iFormer.
 
 Feature maps are (B, C, H, W). Tokens are (T, B, d) in Mobile-Former, the token first, as in the released
 code; in DMF they are (B, T, d).

@@ -2,8 +2,9 @@ from torch import Tensor, nn
 
 
 class AdaptPosition(nn.Module):
-    """The positional embeddings of a detector's queries, adapted by their features: `pos + g(feat)`, g being
-    two linear layers with ReLU between.
+    """Adapt the positional embeddings of a detector's queries by their features.
+
+    The result is `pos + g(feat)`, where g is two linear layers with ReLU between.
 
     Args:
         token_dim: d.

@@ -8,8 +8,10 @@ from .layer_norm2d import LayerNorm2d
 
 
 class Attention2d(nn.Module):
-    """Attention among all pixels without a gate: the baselines that iFormer's SHMA is compared with,
-    multi-head attention and, with one head, single-head attention.
+    """Attend among all pixels, without a gate.
+
+    These are the baselines that iFormer's SHMA is compared with: multi-head attention and, with one head,
+    single-head attention.
 
     Args:
         channels: C, divisible by `num_heads`.
@@ -44,8 +46,9 @@ class Attention2d(nn.Module):
 
 
 class PreNormModulationAttention(nn.Module):
-    """The form of SHMA with SiLU instead of sigmoid, and a layer norm before instead of batch norms:
-    `proj(silu(gate) * silu(attention(q, k, v)))`.
+    """Attend as SHMA does, with SiLU instead of sigmoid and a layer norm before instead of batch norms.
+
+    The result is `proj(silu(gate) * silu(attention(q, k, v)))`.
 
     Args:
         channels: C.

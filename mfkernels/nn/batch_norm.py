@@ -9,7 +9,7 @@ from .inputs import untouched
 
 
 def normalize(norm: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
-    """A batch norm layer and the activation after it, in one kernel: `gelu(norm(x))`.
+    """Apply a batch norm layer and the activation after it, in one kernel: `gelu(norm(x))`.
 
     It takes the layer's parameters, and in train mode measures and updates its running statistics, as the
     layer itself does. Layers that are no plain `nn.BatchNorm2d` with an affine part, and such with hooks, are

@@ -94,7 +94,7 @@ class BNLinear(nn.Module):
 
 
 def affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The factor and the summand, for each channel, that a batch norm in eval mode amounts to, in float64.
+    """Return, in float64, each channel's factor and summand that a batch norm in eval mode amounts to.
 
     Raises:
         RuntimeError: it is in train mode, where it amounts to no such thing.
@@ -107,8 +107,10 @@ def affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """A convolution with these weights and otherwise the settings of `conv`; its padding keeps the size where
-    the kernel has grown."""
+    """Return a convolution with these weights and otherwise the settings of `conv`.
+
+    Where the kernel has grown, the padding keeps the map's size.
+    """
     grown = (weight.shape[2] - conv.kernel_size[0]) // 2
     assert not isinstance(conv.padding, str)
     fused = nn.utils.skip_init(

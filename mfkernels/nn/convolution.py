@@ -11,9 +11,12 @@ SMALL = 12_000_000  # multiplications of a 1x1 convolution
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """`conv(x)`. In training on a CPU two kinds of convolutions run by our kernels: 1x1 ones, unless they are
-    so small that calls take longer than work, and depthwise ones with a large kernel, the gradient of whose
-    weights takes PyTorch ten times as long. Compilers and exporters get PyTorch's, which they know better."""
+    """`conv(x)`.
+
+    In training on a CPU two kinds of convolutions run by our kernels: 1x1 ones, unless they are so small that
+    calls take longer than work, and depthwise ones with a large kernel, the gradient of whose weights takes
+    PyTorch ten times as long. Compilers and exporters get PyTorch's, which they know better.
+    """
     if not torch.is_grad_enabled() or not is_eager() or not _trains_faster(conv, x):
         return conv(x)
     if not takes_plain(conv, x) or not conv.weight.requires_grad:

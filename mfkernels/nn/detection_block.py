@@ -11,8 +11,9 @@ from .token_hyper import HyperNetwork
 
 
 class DetectionBlock(nn.Module):
-    """A block of the end-to-end detector's head: a lite bottleneck (Mobile), object queries (Former), and two
-    bridges.
+    """Run one block of the end-to-end detector's head.
+
+    It has a lite bottleneck (Mobile), object queries (Former), and two bridges.
 
     Map and queries have C channels. The queries' positions are added for the queries of Mobile -> Former, and
     for queries and keys of Former. Mobile is a depthwise convolution to `expansion` times the channels, a

@@ -17,8 +17,9 @@ from .replacement import Replacement
 
 
 class DynamicMobile(Replacement):
-    """The Mobile of a DMF block: an inverted bottleneck whose convolutions are dynamic; with stride 2 after a
-    depthwise convolution that halves the map. No residual.
+    """Run the Mobile of a DMF block, an inverted bottleneck of dynamic convolutions.
+
+    With stride 2 a depthwise convolution before it halves the map. It has no residual.
 
     Args:
         in_channels, hidden_channels, out_channels: of the convolutions.
@@ -39,7 +40,7 @@ class DynamicMobile(Replacement):
         TypeError, ValueError: an argument or input that does not fit, named.
 
     State: the released `DY_Mobile`.
-    Source: Xu et al., Dynamic Mobile-Former, section 3.2 and figure 3.
+    Source: Yun and Ro, Dynamic Mobile-Former, section 3.2 and figure 3.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class DynamicMobile(Replacement):
         return self.finish(*self.begin(x), token)
 
     def begin(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What needs nothing of the token: the halved map and, for the kernels' attention, its mean."""
+        """Compute what does not depend on the token: the halved map, and its mean for the kernels."""
         check_tensor("DynamicMobile", "x", x, "B C H W")
         check_channels("DynamicMobile", x, self.in_channels)
         if hasattr(self, "downsample"):
@@ -94,7 +95,7 @@ class DynamicMobile(Replacement):
         return x, (x.mean((2, 3), keepdim=True),) if takes else ()
 
     def finish(self, x: Tensor, mean: tuple[Tensor, ...], token: Tensor) -> Tensor:
-        """The rest."""
+        """Compute the rest of the block, from the token on."""
         check_tensor("DynamicMobile", "token", token, "B d")
         check_shape("DynamicMobile", "token", token, "B d", (x.shape[0], self.token_dim))
 
@@ -133,7 +134,7 @@ class DMFBlock(nn.Module):
         TypeError, ValueError: an argument or input that does not fit, named.
 
     State: the released `Block`.
-    Source: Xu et al., Dynamic Mobile-Former, section 3.2 and figure 2.
+    Source: Yun and Ro, Dynamic Mobile-Former, section 3.2 and figure 2.
     """
 
     def __init__(

@@ -13,8 +13,9 @@ from .replacement import Replacement
 
 
 class DMFMobileToFormer(Replacement):
-    """Mobile -> Former of DMF: the tokens, normalised, attend to the pixels; the residual adds the normalised
-    tokens, too.
+    """Let DMF's tokens, normalised, attend to the pixels (Mobile -> Former).
+
+    The residual adds the normalised tokens, too.
 
     Args:
         channels: C, of the map; divisible by `num_heads`.
@@ -33,7 +34,7 @@ class DMFMobileToFormer(Replacement):
         TypeError, ValueError: an argument or input that does not fit, named.
 
     State: the released `Mobile2Former`.
-    Source: Xu et al., Dynamic Mobile-Former, section 3.2; the residual from the released code.
+    Source: Yun and Ro, Dynamic Mobile-Former, section 3.2; the residual from the released code.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class DMFFormer(Replacement):
         TypeError, ValueError: an argument or input that does not fit, named.
 
     State: the released `Former`.
-    Source: Xu et al., Dynamic Mobile-Former, section 3.2.
+    Source: Yun and Ro, Dynamic Mobile-Former, section 3.2.
     """
 
     def __init__(self, token_dim: int, *, dropout: float = 0.0, drop_path: float = 0.0) -> None:

@@ -22,7 +22,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def scale(self, x: Tensor) -> Tensor | None:
-        """The factors, (len(x), 1, ...), or None where nothing is dropped."""
+        """Return the factors, (len(x), 1, ...), or None where nothing is dropped."""
         if self.rate == 0.0 or not self.training:
             return None
         keep = 1.0 - self.rate
@@ -38,6 +38,8 @@ class DropPath(nn.Module):
 
 
 def growing_rates(rate: float, count: int) -> list[float]:
-    """Rates of `count` blocks, from 0 linearly to `rate`. Not by `torch.linspace`: networks are also made on
-    the meta device."""
+    """Rates of `count` blocks, from 0 linearly to `rate`.
+
+    Not by `torch.linspace`: networks are also made on the meta device.
+    """
     return [rate * i / max(count - 1, 1) for i in range(count)]

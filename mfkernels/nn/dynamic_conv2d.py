@@ -9,8 +9,9 @@ from .replacement import Replacement
 
 
 class DynamicResidualConv2d(Replacement):
-    """A convolution whose kernel is a static one plus a tenth of a mix of K others, chosen by a token and the
-    map itself.
+    """Convolve with a static kernel plus a tenth of a mix of K others.
+
+    A token and the map itself choose the mix.
 
     Args:
         in_channels, out_channels: C and O, divisible by `groups`.
@@ -32,7 +33,7 @@ class DynamicResidualConv2d(Replacement):
 
     State: the released `Dynamic_Residual_Conv2d`. Where the K kernels begin as zeros, they alone, and not
     their attention, learn in the first step.
-    Source: Xu et al., Dynamic Mobile-Former, equations 3 and 4; the tenth from the released code.
+    Source: Yun and Ro, Dynamic Mobile-Former, equations 3 and 4; the tenth from the released code.
     """
 
     def __init__(

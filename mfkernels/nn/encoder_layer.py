@@ -4,8 +4,9 @@ from ..checks import check_heads
 
 
 class EncoderLayer(nn.Module):
-    """Multi-head self-attention and a feed-forward network (d -> 2d -> d, GELU), each with a residual and a
-    norm after.
+    """Run multi-head self-attention and a feed-forward network (d -> 2d -> d, GELU).
+
+    Each has a residual, and a norm after it.
 
     Args:
         dim: d, divisible by `num_heads`.

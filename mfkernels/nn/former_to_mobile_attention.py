@@ -86,7 +86,7 @@ class FormerToMobile(Replacement):
         return ops.former_to_mobile_attention(x, self.k(tokens).transpose(0, 1), v, self.num_heads)
 
     def _taken(self, x: Tensor, tokens: Tensor, v: Tensor) -> Tensor:
-        """What the map takes from the tokens, which is added to it."""
+        """Return what the map takes from the tokens, which is added to it."""
         parts = []
         if hasattr(self, "k"):
             q = self.q(x) if hasattr(self, "q") else x

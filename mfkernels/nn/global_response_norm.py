@@ -23,7 +23,7 @@ class GlobalResponseNorm(Replacement):
         TypeError, ValueError: an argument or input that does not fit, named.
 
     State: the released `GRN`: gamma and beta, (1, C, 1, 1), zeros at the beginning.
-    Source: Woo et al., ConvNeXt V2, CVPR 2023; Xu et al., Dynamic Mobile-Former, equation 5.
+    Source: Woo et al., ConvNeXt V2, CVPR 2023; Yun and Ro, Dynamic Mobile-Former, equation 5.
     """
 
     def __init__(self, channels: int, *, mean: str = "released", eps: float = 1e-6) -> None:

@@ -97,8 +97,9 @@ class FFN2d(nn.Module):
 
 
 class RepCPE(nn.Module):
-    """Conditional positional encoding: a depthwise convolution with batch norm; residual, never dropped or
-    scaled.
+    """Add a conditional positional encoding: a depthwise convolution with batch norm.
+
+    The residual is never dropped or scaled.
 
     Args:
         channels: C.
@@ -205,9 +206,11 @@ class IFormerBlock(nn.Module):
 
 
 class IFormerStage(nn.Sequential):
-    """Blocks one after the other. From a block with `wsp1` to the next one with `wre1` the map is cut into
-    windows, which the blocks see as maps of their own: convolutions find zeros at their borders, too. Maps
-    that windows do not divide are padded with zeros at the right and the bottom.
+    """Blocks one after the other.
+
+    From a block with `wsp1` to the next one with `wre1` the map is cut into windows, which the blocks see as
+    maps of their own: convolutions find zeros at their borders, too. Maps that windows do not divide are
+    padded with zeros at the right and the bottom.
 
     Args:
         channels: C.
@@ -267,7 +270,7 @@ def split_windows(x: Tensor, window: int) -> Tensor:
 
 
 def join_windows(x: Tensor, height: int, width: int) -> Tensor:
-    """What `split_windows` made of a map of this size, as it was."""
+    """Return what `split_windows` made of a map of this size, as it was."""
     window = x.shape[2]
     rows, columns = -(-height // window), -(-width // window)
     x = x.unflatten(0, (x.shape[0] // (rows * columns), rows, columns)).permute(0, 3, 1, 4, 2, 5)

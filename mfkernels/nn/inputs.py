@@ -42,7 +42,7 @@ def check_channels(module: str, x: Tensor, channels: int) -> None:
 
 
 def check_positions(module: str, height: int, width: int, positions: int) -> None:
-    """The position-mixing layers are linear over the pixels, so they fix the size of the map."""
+    """Check the map's size, which the position-mixing layers fix: they are linear over the pixels."""
     if height * width != positions:
         raise ValueError(
             f"{module}: built with position mixing for maps of {positions} pixels, got {height} x {width}; "
@@ -51,8 +51,10 @@ def check_positions(module: str, height: int, width: int, positions: int) -> Non
 
 
 def parameters_of(*layers: nn.Module) -> list[Tensor | None] | None:
-    """Weights and biases of layers in order, for an operator that does the work of them all; None where one
-    of them must be called: see `untouched`."""
+    """Return weights and biases of layers in order, for an operator that does the work of them all.
+
+    Return None where one of them must be called: see `untouched`.
+    """
     if not all(untouched(layer, nn.Linear, nn.LayerNorm) and layer.weight is not None for layer in layers):
         return None
     return [value for layer in layers for value in (layer.weight, layer.bias)]  # type: ignore[misc]
@@ -70,21 +72,27 @@ def check_mixing(module: str, mixing: str) -> None:
 
 
 def needed(module: str, mixing: str, name: str, value: int | None) -> int:
-    """The argument `name`, which `mixing` cannot do without."""
+    """Return the argument `name`, which `mixing` cannot do without."""
     if value is None:
         raise ValueError(f"{module}: mixing {mixing!r} needs {name}, got None")
     return value
 
 
 def untouched(part: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether something else may do the work of `part`: it is of one of these very classes (no adapter around
-    it, no subclass), runs the `forward` of its class, and nobody waits for its calls."""
+    """Return whether something else may do the work of `part`.
+
+    It must be of one of these very classes (no adapter around it, no subclass) and run the `forward` of its
+    class, and nobody may wait for its calls.
+    """
     return type(part) in kinds and "forward" not in part.__dict__ and not has_hooks(part)
 
 
 def has_hooks(part: nn.Module) -> bool:
-    """Whether somebody waits for its calls. PyTorch's global hooks do not count: who counts operations or
-    takes times registers them, and shall see what runs without them."""
+    """Whether somebody waits for its calls.
+
+    PyTorch's global hooks do not count: who counts operations or takes times registers them, and shall see
+    what runs without them.
+    """
     facts = part.__dict__
     return bool(
         facts["_forward_hooks"]

@@ -7,8 +7,9 @@ from .replacement import Replacement
 
 
 class InvertedBottleneck(Replacement):
-    """Pointwise, depthwise and pointwise convolution, each with a batch norm, GELU between; no residual. The
-    first block of DMF.
+    """Pointwise, depthwise and pointwise convolution, each with a batch norm, GELU between; no residual.
+
+    The first block of DMF.
 
     Args:
         in_channels, hidden_channels, out_channels: of the convolutions.
@@ -25,7 +26,7 @@ class InvertedBottleneck(Replacement):
         TypeError, ValueError: an argument or input that does not fit, named.
 
     State: the released `BottleNeck`.
-    Source: Xu et al., Dynamic Mobile-Former, table 1, where it is called bneck-lite.
+    Source: Yun and Ro, Dynamic Mobile-Former, table 1, where it is called bneck-lite.
     """
 
     def __init__(

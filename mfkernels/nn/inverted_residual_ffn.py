@@ -9,8 +9,10 @@ from .replacement import Replacement
 
 
 class InvertedResidualFFN(Replacement):
-    """The feed-forward part of a DMF block: pointwise, batch norm, GELU, depthwise 3x3 with a shortcut,
-    global response norm, GELU, pointwise, batch norm. The block adds its input.
+    """Run the feed-forward part of a DMF block.
+
+    Its layers are pointwise, batch norm, GELU, depthwise 3x3 with a shortcut, global response norm, GELU,
+    pointwise and batch norm. The block adds its input.
 
     Args:
         channels: C.
@@ -27,7 +29,7 @@ class InvertedResidualFFN(Replacement):
         TypeError, ValueError: an argument or input that does not fit, named.
 
     State: the released `ffn`.
-    Source: Xu et al., Dynamic Mobile-Former, section 3.3 and figure 4.
+    Source: Yun and Ro, Dynamic Mobile-Former, section 3.3 and figure 4.
     """
 
     def __init__(self, channels: int, hidden: float, *, mean: str = "released") -> None:

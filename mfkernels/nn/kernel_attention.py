@@ -28,7 +28,7 @@ class KernelAttention(nn.Module):
             norm, for a batch of one.
 
     State: the released `Kernel_Attention`.
-    Source: Xu et al., Dynamic Mobile-Former, equation 4 and figure 3; the softmax is its ablation.
+    Source: Yun and Ro, Dynamic Mobile-Former, equation 4 and figure 3; the softmax is its ablation.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ class _TokenBlock(Replacement, ABC):
 
     @abstractmethod
     def _generators(self) -> tuple[tuple[DynamicReLU, nn.Module], tuple[DynamicReLU, nn.Module]]:
-        """The activations of the hidden maps, and what makes their coefficients."""
+        """Return the activations of the hidden maps, and what makes their coefficients."""
 
     @abstractmethod
     def _mobile(
@@ -106,8 +106,10 @@ class _TokenBlock(Replacement, ABC):
         back: Callable[[Tensor], Tensor],
         padding: Padding | None,
     ) -> Tensor:
-        """The output map, from the first convolution's, the updated tokens and what was made of them; `back`
-        is the bridge from these tokens."""
+        """Return the output map, from the first convolution's map and the updated tokens.
+
+        `back` is the bridge from these tokens.
+        """
 
     def forward(self, x: Tensor | Pair, tokens: Tensor | None = None, padding: Padding | None = None) -> Pair:
         x, tokens = map_and_tokens(type(self).__name__, x, tokens, self.token_dim)
@@ -148,7 +150,7 @@ class _TokenBlock(Replacement, ABC):
     def _attention(
         self, logits: Tensor | None, size: Sequence[int], padding: Padding | None
     ) -> Tensor | None:
-        """The weights (B, T, H', W') that mix the tokens' coefficients, for a map of `size`."""
+        """Return the weights (B, T, H', W') that mix the tokens' coefficients, for a map of `size`."""
         if logits is None:
             return None
         logits = logits.mean(dim=1)
@@ -160,7 +162,10 @@ class _TokenBlock(Replacement, ABC):
 
 
 def _layers_of(act: nn.Module, hyper: Any) -> list[nn.Module]:
-    """The two layers of a hyper network; none where something of it or the activation has to be called."""
+    """Return the two layers of a hyper network.
+
+    Return none where a hook or the like means that a part of it, or the activation, has to be called.
+    """
     if not (untouched(act, DynamicReLU) and untouched(hyper, HyperNetwork)):
         return []
     if not untouched(hyper.hyper, nn.Sequential):

@@ -117,7 +117,7 @@ class MobileToFormer(Replacement):
         return torch.cat(out.unbind(1), dim=-1), logits.unflatten(-1, (height, width))
 
     def _attend_inside(self, x: Tensor, q: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
-        """The logits are those of all pixels, and finite."""
+        """Keep the logits of all pixels, and finite ones."""
         pixels = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, h, c, N)
         queries = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, h, T, c)
         logits = queries @ pixels * pixels.shape[2] ** -0.5

@@ -48,8 +48,10 @@ class Padding:
         return x.masked_fill(~self.inside(x), 0.0)
 
     def halve(self, x: Tensor) -> Tensor:
-        """Each image's part of `x` pooled to half its size, rounded up, as by `F.adaptive_avg_pool2d`, whose
-        bins depend on the size. Zeros elsewhere."""
+        """Pool each image's part of `x` to half its size, rounded up, as `F.adaptive_avg_pool2d` does.
+
+        The bins depend on the size. The rest of the result is zero.
+        """
         height, width = x.shape[2:]
         sizes = self._sizes[height, width]
         rows, columns = _bins(sizes[:, 0], height, x), _bins(sizes[:, 1], width, x)
@@ -73,7 +75,10 @@ def normalize_inside(norm: nn.Module, x: Tensor, padding: Padding | None) -> Ten
 
 
 def _halved(height: int, width: int, sizes: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """The size of the batch and the images' sizes, then those of half of it, and so on down to one pixel."""
+    """Return the size of the batch and the images' sizes, level by level.
+
+    Each level is half of the one before, down to one pixel.
+    """
     while True:
         yield height, width, sizes
         if max(height, width) <= 1:
@@ -89,7 +94,10 @@ def _inside(sizes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _bins(sizes: Tensor, inputs: int, like: Tensor) -> Tensor:
-    """The weights (B, ceil(inputs / 2), inputs) with which an axis of `sizes` (B) is pooled to half of it."""
+    """Return the weights with which an axis of `sizes` (B) is pooled to half of it.
+
+    Their shape is (B, ceil(inputs / 2), inputs).
+    """
     sizes, halves = sizes[:, None, None], (sizes[:, None, None] + 1) // 2
     into = torch.arange((inputs + 1) // 2, device=sizes.device)[:, None]
     out_of = torch.arange(inputs, device=sizes.device)

@@ -10,7 +10,7 @@ from .convolution import convolve, is_pointwise, takes_plain
 
 
 def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
-    """A convolution, the batch norm and the activation after it: `gelu(norm(conv(x)))`.
+    """Apply a convolution, the batch norm and the activation after it: `gelu(norm(conv(x)))`.
 
     In inference on a CPU a 1x1 convolution does all this in one kernel. Otherwise they are `normalize` and,
     in training, our kernels where they are faster. Layers of other kinds, and such with hooks, are called.

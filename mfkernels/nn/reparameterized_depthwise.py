@@ -7,8 +7,10 @@ from .conv_bn import ConvBN, affine, conv_like
 
 
 class ReparameterizedDepthwise(nn.Module):
-    """A depthwise convolution trained as a sum: 7x7 and 3x3 with batch norms, 1x1 with bias, and the input;
-    then a batch norm. `fuse` makes one 7x7 convolution of it all.
+    """Convolve depthwise, trained as a sum of branches.
+
+    The branches are 7x7 and 3x3 with batch norms, 1x1 with bias, and the input; a batch norm follows. `fuse`
+    turns all of them into one 7x7 convolution.
 
     Args:
         channels: C.

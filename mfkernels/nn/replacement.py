@@ -45,7 +45,7 @@ class _Watched:
 
 
 def _settings(part: nn.Module) -> list[str]:
-    """The names of its attributes that are numbers, flags or words."""
+    """Return the names of the module's attributes that are numbers, flags or words."""
     plain = (bool, int, float, str, type(None))
     return [
         k for k, v in vars(part).items() if type(v) in plain and k != "training" and not k.startswith("_")

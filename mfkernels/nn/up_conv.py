@@ -6,8 +6,10 @@ from .padding import Padding, hide, normalize_inside
 
 
 class UpConv(nn.Module):
-    """Bring a map to twice its size: bilinear, a finer map of the backbone added, depthwise 3x3 and 1x1
-    convolution, each with a batch norm.
+    """Bring a map to twice its size.
+
+    It is up-sampled bilinearly, and a finer map of the backbone is added; a depthwise 3x3 and a 1x1
+    convolution follow, each with a batch norm.
 
     The paper does not say how the channels come to agree (here: a 1x1 convolution with bias of the finer
     map), how corners are aligned (not), and of norms and activations (two batch norms, none).

@@ -1,2 +1,5 @@
-"""One folder an operator: `reference.py` (plain PyTorch, written for reading), `operator.py` (what users
-call, its checks, its fake implementation and its autograd)."""
+"""The operators, one folder each.
+
+`reference.py` is plain PyTorch, written for reading; `operator.py` has the public function, its checks, its
+fake implementation and its autograd.
+"""

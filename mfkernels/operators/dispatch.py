@@ -21,8 +21,10 @@ def triton_interpreted() -> bool:
 
 
 def register_triton(op: str) -> None:
-    """For CUDA tensors run the functions `forward` and `backward` of `operators/<op>/triton.py`. That is
-    imported when it is first called: importing Triton takes its time, and it may not be there."""
+    """For CUDA tensors run the functions `forward` and `backward` of `operators/<op>/triton.py`.
+
+    That is imported when it is first called: importing Triton takes its time, and it may not be there.
+    """
     for name, function in _functions(op):
         torch.library.impl(f"mfkernels::{name}", "cuda")(function)
 

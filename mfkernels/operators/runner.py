@@ -81,7 +81,7 @@ class Runner:
         return self._run(args) if eager else self._public(self._kernel(*args), args)
 
     def backward(self, *args: Any) -> Any:
-        """The backward operator."""
+        """Call the backward operator."""
         if torch.is_grad_enabled() or not is_eager():
             return self._backward_kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -105,7 +105,7 @@ class Runner:
         return outputs if self._result is None else self._result(outputs, *args)
 
     def _no_second_gradient(self, ctx: Any, *grads: Tensor) -> None:
-        """There is none, and saying so beats a silent zero."""
+        """Refuse gradients of gradients: an error is better than a silent zero."""
         raise RuntimeError(
             f"{self._op}: gradients of gradients are not implemented in the kernels; "
             'use mfkernels.use_backend("reference") for them'
@@ -132,7 +132,7 @@ def _tracked(args: tuple[Any, ...]) -> bool:
 
 
 def _kernels_check(args: tuple[Any, ...]) -> bool:
-    """Those for CPUs do, except that they take True for one."""
+    """Return whether the kernels check these arguments: those for CPUs do, but take True for 1."""
     x = args[0]
     if not (isinstance(x, Tensor) and x.is_cpu and x.dtype in backends.CPU_DTYPES):
         return False

@@ -18,7 +18,7 @@ class Map(NamedTuple):
 
 
 def as_map(x: Tensor) -> Map:
-    """The tensor itself, or a copy where its rows do not follow one another."""
+    """Return the tensor itself, or a copy where its rows do not follow one another."""
     _, channels, height, width = x.shape
     one_run = height <= 1 or width <= 1 or x.stride(2) == width * x.stride(3)
     if not one_run:
@@ -34,8 +34,10 @@ COUNTS = ["batch", "functions", "groups", "heads", "kernels", "splits", "tokens"
 
 @triton.jit
 def place(first, second):
-    """Where this program is along three axes of `first`, `second` and any number of programs. They are folded
-    into one, since a GPU takes no more than 65535 programs along the others of its own."""
+    """Where this program is along three axes of `first`, `second` and any number of programs.
+
+    They are folded into one, since a GPU takes no more than 65535 programs along the others of its own.
+    """
     at = tl.program_id(0)
     return at % first, at // first % second, (at // first // second).to(tl.int64)
 
@@ -56,13 +58,15 @@ def store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p):
 
 @triton.jit
 def load_vector(vector, c, channels, other):
-    """Numbers of channels c in float64; `other` beyond the last. The interpreter converts bfloat16 to float32
-    alone."""
+    """Numbers of channels c in float64; `other` beyond the last.
+
+    The interpreter converts bfloat16 to float32 alone.
+    """
     return tl.load(vector + c, c < channels, other).to(tl.float32).to(tl.float64)
 
 
 def power(n: int, least: int = 1, most: int = 1 << 20) -> int:
-    """The next power of two, within these bounds."""
+    """Return the next power of two, within these bounds."""
     return min(max(triton.next_power_of_2(max(n, 1)), least), most)
 
 
@@ -72,7 +76,10 @@ INTERPRETED = tl.constexpr(triton_interpreted())
 
 @triton.jit
 def dot(a, b):
-    """a b in float32, a rounded to b's dtype: where that is of half precision, tensor cores do it."""
+    """Multiply a b in float32, with a rounded to b's dtype.
+
+    Where that is half precision, tensor cores do it.
+    """
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a.to(b.dtype), b, input_precision="ieee")
@@ -80,7 +87,7 @@ def dot(a, b):
 
 @triton.jit
 def rounded(x, like):
-    """x in the dtype of `like`, for such a product."""
+    """Return x in the dtype of `like`, for such a product."""
     if INTERPRETED:
         return x
     return x.to(like.dtype)
@@ -88,10 +95,12 @@ def rounded(x, like):
 
 @triton.jit
 def add_to_mean(weights, grads, largest, pivot, weight_sum, sums, BP: tl.constexpr):
-    """Adds (rows, BP) weights and their gradients to what a softmax's backward keeps of each row: the largest
-    weight, its gradient (the pivot), the sum of the weights and that of weights * (gradients - pivot). Where
-    one weight is nearly one, the mean of the gradients is nearly its own, and without the pivot their
-    difference would lose its digits."""
+    """Add (rows, BP) weights and their gradients to what a softmax's backward keeps of each row.
+
+    It keeps the largest weight, its gradient (the pivot), the sum of the weights and that of weights *
+    (gradients - pivot). Where one weight is nearly one, the mean of the gradients is nearly its own, and
+    without the pivot their difference would lose its digits.
+    """
     here = tl.max(weights, 1)
     first = tl.min(tl.where(weights == here[:, None], tl.arange(0, BP)[None, :], BP), 1)
     own = tl.sum(tl.where(tl.arange(0, BP)[None, :] == first[:, None], grads, 0.0), 1)
@@ -106,8 +115,10 @@ def head_sizes(x: Tensor, tokens: Tensor, num_heads: int) -> tuple[int, int, int
 
 
 def head_blocks(tokens: int, depth: int) -> dict[str, int]:
-    """Tiles of the products, at least 16 a side, that stay in registers: fewer pixels where heads are deep or
-    tokens many, and more threads."""
+    """Return sizes of the products' tiles, at least 16 a side, that stay in registers.
+
+    Where heads are deep or tokens many, tiles have fewer pixels and more threads.
+    """
     block_m, block_d = power(tokens, 16), power(depth, 16)
     pixels, warps = {16: (64, 4), 32: (32, 4), 64: (32, 8)}.get(max(block_m, block_d), (16, 8))
     return dict(BM=block_m, BD=block_d, BP=pixels, num_warps=warps)
@@ -119,7 +130,7 @@ def tile_sizes(x: Map) -> tuple[int, int]:
 
 
 def map_grid(x: Map) -> tuple[int]:
-    """A program for each tile of a map."""
+    """Return a grid with a program for each tile of a map."""
     batch, channels, height, width = x.tensor.shape
     block_c, block_p = tile_sizes(x)
     return (triton.cdiv(height * width, block_p) * triton.cdiv(channels, block_c) * batch,)

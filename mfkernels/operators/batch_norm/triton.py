@@ -23,7 +23,7 @@ from ..triton_maps import (
 def moments_kernel(
     x, out, channels, pixels, split, splits, x_b, x_c, x_p, BC: tl.constexpr, BP: tl.constexpr
 ):
-    """out (B, splits, 2, C): over a split's pixels the mean, and the sum of squared distances from it."""
+    """Store the mean of a split's pixels and the sum of squared distances from it: out (B, splits, 2, C)."""
     part, block, b = place(splits, tl.cdiv(channels, BC))
     c = block * BC + tl.arange(0, BC)
     first, last = part * split, tl.minimum((part + 1) * split, pixels)
@@ -45,8 +45,10 @@ def moments_kernel(
 def join_moments_kernel(
     parts, mean, rest, variance, channels, pixels, split, splits, batch, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """Mean and variance (C) of the parts (B, splits, 2, C) together. The mean is a float32, and the rest that
-    its rounding leaves off."""
+    """Mean and variance (C) of the parts (B, splits, 2, C) together.
+
+    The mean is a float32, and the rest that its rounding leaves off.
+    """
     c, count = tl.program_id(0) * BC + tl.arange(0, BC), batch * splits
     total = tl.zeros([BC], tl.float64)
     for start in range(0, count, BR):
@@ -81,7 +83,7 @@ def apply_kernel(
     x, out, weight, bias, mean, rest, variance, eps, channels, pixels, x_b, x_c, x_p, out_b, out_c, out_p,
     GELU: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """out = (x - mean) / sqrt(variance + eps) * weight + bias and its activation."""
+    """Compute out = (x - mean) / sqrt(variance + eps) * weight + bias and its activation."""
     tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(channels, BC))
     p = tile * BP + tl.arange(0, BP)
     c = block * BC + tl.arange(0, BC)
@@ -101,7 +103,7 @@ def factors(weight, variance, eps, c, channels):
 
 @triton.jit
 def normal(value, weight, bias, mean, rest, variance, eps, c, channels):
-    """The distances from the mean, and what is before the activation; `rest` is what the mean lacks."""
+    """Return the distances from the mean, and the activation's input; `rest` is what the mean lacks."""
     inside = c < channels
     scale = factors(weight, variance, eps, c, channels)[1]
     shift = load_vector(bias, c, channels, 0.0)
@@ -113,7 +115,7 @@ def normal(value, weight, bias, mean, rest, variance, eps, c, channels):
 
 @triton.jit
 def before_activation(grad, before, GELU: tl.constexpr):
-    """The gradient before the activation."""
+    """Return the gradient before the activation."""
     if GELU:
         below = 0.5 * (1 + tl.erf(before * 0.7071067811865476))
         grad = grad * (below + before * tl.exp(-0.5 * before * before) * 0.3989422804014327)
@@ -125,8 +127,10 @@ def gradient_sums_kernel(
     x, g, out, weight, bias, mean, variance, eps, channels, pixels, split, splits,
     x_b, x_c, x_p, g_b, g_c, g_p, GELU: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """out (B, splits, 2, C): sums over a split's pixels of d, the gradient before the activation, and of
-    d (x - mean)."""
+    """Sum d, the gradient before the activation, and d (x - mean) over a split's pixels.
+
+    The result is out (B, splits, 2, C).
+    """
     part, block, b = place(splits, tl.cdiv(channels, BC))
     c = block * BC + tl.arange(0, BC)
     sums = tl.zeros([BC], tl.float32)
@@ -151,9 +155,11 @@ def join_gradients_kernel(
     numbers, grads, channels, pixels, splits, batch,
     MEASURED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of the parts (B, splits, 2, C) the gradients (4, C) of everything but x, and, where the
-    statistics were measured, what their gradients add to that of x: `numbers` (2, C) times the distances from
-    the mean, and as it is."""
+    """Join the sums of the parts (B, splits, 2, C) into the gradients (4, C) of everything but x.
+
+    Where the statistics were measured, also store what their gradients add to that of x: the first of
+    `numbers` (2, C) times the distance from the mean, and the second as it is.
+    """
     c, count = tl.program_id(0) * BC + tl.arange(0, BC), batch * splits
     sums = tl.zeros([BC], tl.float64)
     products = tl.zeros([BC], tl.float64)
@@ -185,7 +191,7 @@ def gradient_kernel(
     x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
     GELU: tl.constexpr, MEASURED: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """out = d * scale, and with MEASURED + (x - mean) * numbers[0] + numbers[1]; numbers (2, C)."""
+    """Compute out = d * scale, and with MEASURED + (x - mean) * numbers[0] + numbers[1]; numbers (2, C)."""
     tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(channels, BC))
     p = tile * BP + tl.arange(0, BP)
     c = block * BC + tl.arange(0, BC)

@@ -10,7 +10,10 @@ CHAIN = 300
 
 
 def parts_of(inputs: int, taps: int) -> int:
-    """The number of equal parts of the inputs that are convolved separately, so that their sums are short."""
+    """Return the number of equal parts of the inputs that are convolved separately.
+
+    So their sums are short.
+    """
     return next((n for n in range(1, inputs) if inputs % n == 0 and inputs // n * taps <= CHAIN), inputs)
 
 
@@ -27,8 +30,11 @@ def dynamic_conv2d_by_library(
     groups: int,
     basis_scale: float,
 ) -> Tensor:
-    """`mfkernels.ops.dynamic_conv2d` by PyTorch's own operators: the kernels mixed by a matrix product, then
-    products of matrices, or one convolution of which the samples, and parts of their inputs, are groups."""
+    """Compute `mfkernels.ops.dynamic_conv2d` by PyTorch's own operators.
+
+    A matrix product mixes the kernels. Then come products of matrices, or one convolution whose groups are
+    the samples, and parts of their inputs.
+    """
     batch, _, height, width = x.shape
     outputs, inputs, *kernel = weight.shape
     mixed = torch.addmm(weight.flatten(), attention, basis.flatten(1), alpha=basis_scale)

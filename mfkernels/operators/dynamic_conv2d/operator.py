@@ -60,7 +60,7 @@ def dynamic_conv2d(
             no int or pair of ints.
         ValueError: a shape, a device or a setting does not fit, or the result would have no pixel.
 
-    Source: Xu et al., Dynamic Mobile-Former, equations 3 and 4; the factor 0.1 from its released code.
+    Source: Yun and Ro, Dynamic Mobile-Former, equations 3 and 4; the factor 0.1 from its released code.
     """
     strides = _setting("stride", stride, 1)
     paddings = _setting("padding", padding, 0)

@@ -36,7 +36,7 @@ def dynamic_conv2d_reference(
 
 
 def mix(weight: Tensor, basis: Tensor, attention: Tensor, basis_scale: float) -> Tensor:
-    """The kernels (B, O, C / groups, kh, kw) of the samples."""
+    """Return the kernels (B, O, C / groups, kh, kw) of the samples."""
     others = (attention @ basis.flatten(1)).view(attention.shape[0], *weight.shape)
     return weight + basis_scale * others
 

@@ -1,8 +1,10 @@
 """Convolutions as products with tiles of the kernels, mixed in registers: mixed ones are never in memory.
+
 Where a group has one input channel (depthwise), sums along the taps instead of products.
 
 The gradient of x is the same with the roles of input and output channels exchanged, TRANSPOSED: both take a
-`source` map and give a `result` map, whose channels of a group are called rows."""
+`source` map and give a `result` map, whose channels of a group are called rows.
+"""
 
 from typing import Any
 
@@ -36,7 +38,7 @@ def pixel_at(p, tap_y, tap_x, RW, sh, sw, ph, pw, dh, dw, SH, SW, TRANSPOSED: tl
 
 @triton.jit
 def mixed(weight, basis, attention, at, inside, kernels, size, scale):
-    """The entries `at` of a sample's kernel."""
+    """Return the entries `at` of a sample's kernel."""
     value = tl.load(weight + at, inside, 0.0).to(tl.float32)
     others = value * 0
     for k in range(kernels):
@@ -50,7 +52,7 @@ def store_result(
     sums, o, inside_o, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias, attention, kernels,
     outputs,
 ):  # fmt: skip
-    """Outputs o at pixels p of a sample, with the sample's biases."""
+    """Return outputs o at pixels p of a sample, with the sample's biases."""
     if bias is not None:
         sums += tl.load(bias + o, inside_o, 0.0).to(tl.float32)[:, None]
     if basis_bias is not None:
@@ -67,7 +69,7 @@ def add_sample(
     total, others, sums, b, tile, batch, at, inside, basis, attention, shares, kernels, size,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """Adds a sample's gradient of a tile's kernels to the sums over samples, and stores <gradient, basis>."""
+    """Add a sample's gradient of a tile's kernels to the sums over samples, and stores <gradient, basis>."""
     k = tl.arange(0, BK)
     share = tl.load(attention + b * kernels + k, k < kernels, 0.0).to(tl.float32)
     for i in range(kernels):
@@ -92,7 +94,10 @@ def dense_kernel(
     s_b, s_c, s_y, s_x, r_b, r_c, r_y, r_x,
     TRANSPOSED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """rows and sources: channels of a group of the result and of the source; blocks: of rows, in a group."""
+    """Convolve densely, or transposed.
+
+    `rows` and `sources` are the channels of a group in the result and in the source; `blocks` are of rows.
+    """
     tile, block, b = place(tl.cdiv(RH * RW, BP), groups * blocks)
     p = tile * BP + tl.arange(0, BP)
     group, block = block // blocks, block % blocks
@@ -168,8 +173,11 @@ def dense_weight_kernel(
     x_b, x_c, x_y, x_x, g_b, g_c, g_y, g_x,
     BO: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out (splits, 1 + K, size): over a split of the samples the sum of their kernels' gradients, and the
-    sums weighted with their attention; shares (tiles, B, K): a tile's part of <gradient, basis>."""
+    """Sum the kernels' gradients over a split of the samples: out (splits, 1 + K, size).
+
+    The first is the plain sum, the others are weighted with the samples' attention; shares (tiles, B, K) hold
+    a tile's part of <gradient, basis>.
+    """
     taps = kh * kw
     depth = inputs * taps
     columns = tl.cdiv(depth, BD)
@@ -246,7 +254,7 @@ def _convolve(
     source: Tensor, result: Tensor, tensors: tuple, settings: tuple, groups: int, scale: float,
     transposed: bool,
 ) -> None:  # fmt: skip
-    """Writes `result`, the convolution of `source` or, transposed, its gradient's."""
+    """Write `result`, the convolution of `source` or, transposed, its gradient's."""
     weight, basis, *_ = tensors
     if result.numel() == 0:
         return
@@ -276,7 +284,10 @@ def _convolve(
 def _weight_gradients(
     x: Tensor, g: Tensor, weight: Tensor, basis: Tensor, attention: Tensor, settings: tuple, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the samples of their kernels' gradients G: of G, and of attention_k G; and <G, basis_k>."""
+    """Return sums over the samples of their kernels' gradients G.
+
+    These are the sums of G and of attention_k G, and <G, basis_k>.
+    """
     batch, kernels = attention.shape
     outputs, inputs, *kernel = weight.shape
     taps, rows = kernel[0] * kernel[1], outputs // groups

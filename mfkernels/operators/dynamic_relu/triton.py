@@ -12,8 +12,10 @@ def coefficient(
     values, attention, b, k, c, p, inside_c, inside_p, channels, pixels, tokens, functions,
     MIXED: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """The coefficients of function k, (BC, BP). `values` are (B, K, C); mixed (B, M, K, C), with `attention`
-    (B, M, P)."""
+    """Return the coefficients of function k, (BC, BP).
+
+    `values` are (B, K, C); mixed (B, M, K, C), with `attention` (B, M, P).
+    """
     mix = tl.zeros([BC, BP], tl.float32)
     if MIXED:
         for m in range(tokens):
@@ -31,7 +33,7 @@ def function(
     x, slopes, intercepts, attention, b, k, c, p, inside_c, inside_p, channels, pixels, tokens, functions,
     SHIFTED: tl.constexpr, MIXED: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Function k of x, and its slope."""
+    """Return function k of x, and its slope."""
     slope = coefficient(
         slopes, attention, b, k, c, p, inside_c, inside_p, channels, pixels, tokens, functions, MIXED, BC, BP
     )
@@ -72,7 +74,7 @@ def shared_gradient(
     x, g, slopes, intercepts, attention, b, c, p, inside_c, inside_p, channels, pixels, tokens, functions,
     SHIFTED: tl.constexpr, MIXED: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """The maximum of the functions, and the gradient that each of those that attain it gets."""
+    """Return the maximum of the functions, and the gradient that each of those that attain it gets."""
     best = tl.full([BC, BP], float("-inf"), tl.float32)
     for k in range(functions):
         value, _ = function(
@@ -96,7 +98,7 @@ def backward_map_kernel(
     x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
     SHIFTED: tl.constexpr, MIXED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of x and of the attention: a program has all channels of its pixels."""
+    """Compute the gradients of x and of the attention; a program has all channels of its pixels."""
     tile, _, b = place(tl.cdiv(pixels, BP), 1)
     p = tile * BP + tl.arange(0, BP)
     inside_p = p < pixels
@@ -145,8 +147,10 @@ def backward_coefficients_kernel(
     x_b, x_c, x_p, g_b, g_c, g_p,
     SHIFTED: tl.constexpr, MIXED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """out (2, B, splits, K, BM, C): the gradients of slopes and intercepts over a split's pixels; BM is 1
-    where nothing is mixed. A program has one function."""
+    """Sum the gradients of slopes and intercepts over a split's pixels: out (2, B, splits, K, BM, C).
+
+    BM is 1 where nothing is mixed. A program has one function.
+    """
     blocks = tl.cdiv(channels, BC)
     part, block, both = place(splits, blocks)
     b, k = both // functions, both % functions

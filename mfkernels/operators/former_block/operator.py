@@ -34,7 +34,9 @@ def former_block(
     form: str = "released",
     eps: float = 1e-5,
 ) -> Tensor:
-    """The Former of a block, for a few tokens: self-attention, feed-forward network, residuals and norms.
+    """Update a few tokens as the Former of a block does.
+
+    It has self-attention, a feed-forward network, residuals and norms.
 
     "released" is Mobile-Former's, with norms after the sums; keys and values are the tokens themselves:
     `z = norm1(x + proj(attention(q(x), x, x)))`, `y = norm2(z + fc2(gelu(fc1(z))))`.
@@ -64,7 +66,7 @@ def former_block(
         TypeError: an argument is no floating-point tensor, or its dtype is not that of `tokens`.
         ValueError: a shape, a device, `num_heads` or `form` does not fit.
 
-    Source: Chen et al., Mobile-Former, CVPR 2022, section 3.2; Xu et al., Dynamic Mobile-Former, section 3.2.
+    Source: Chen et al., Mobile-Former, CVPR 2022, and Yun and Ro, Dynamic Mobile-Former, section 3.2 of both.
     """
     parameters = (
         *(qkv_weight, qkv_bias, proj_weight, proj_bias, norm1_weight, norm1_bias),

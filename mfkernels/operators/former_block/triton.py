@@ -1,6 +1,8 @@
-"""One program does the Former of one sample: its few tokens stay in the nearest cache, and the weights stream
-by. Every step takes rows (T, ...) in float32 and leaves rows; all of them lie side by side in one tensor, so
-that they have one stride, `size`."""
+"""Run the Former of one sample in one program.
+
+Its few tokens stay in the nearest cache, and the weights stream by. Every step takes rows (T, ...) in float32
+and leaves rows; all of them lie side by side in one tensor, so that they have one stride, `size`.
+"""
 
 from typing import Any
 
@@ -31,7 +33,7 @@ def copy(x, x_t, x_d, out, out_t, out_d, tokens, width, BN: tl.constexpr):
 def linear(
     x, x_t, x_k, w, w_out, w_k, bias, add, out, size, tokens, inputs, outputs, BN: tl.constexpr
 ):  # fmt: skip
-    """out = x w^T + bias + add; bias and add may be None."""
+    """Compute out = x w^T + bias + add; bias and add may be None."""
     for first in range(0, tokens, 16):
         t = first + tl.arange(0, 16)
         for start in range(0, outputs, BN):
@@ -49,7 +51,7 @@ def linear(
 
 @triton.jit
 def gelu(x, out, grad, size, tokens, width, BN: tl.constexpr):
-    """out = gelu(x); with grad, of gelu(x), instead out = that of x."""
+    """Compute out = gelu(x); with grad, of gelu(x), instead out = that of x."""
     for first in range(0, tokens, 16):
         t = first + tl.arange(0, 16)
         for start in range(0, width, BN):
@@ -69,8 +71,10 @@ def gelu(x, out, grad, size, tokens, width, BN: tl.constexpr):
 
 @triton.jit
 def norm(x, weight, bias, grad, add, products, out, size, tokens, width, eps, BD: tl.constexpr):
-    """out = layer norm of x; with grad, of the norm, instead out = that of x + add, and products: the rows
-    whose sum is the gradient of the weight."""
+    """Store the layer norm of x in out, or with grad the gradient of x + add, and products.
+
+    The sum of the rows of products is the gradient of the weight.
+    """
     d = tl.arange(0, BD)
     factors = tl.load(weight + d, d < width, 0.0).to(tl.float32)[None, :]
     for first in range(0, tokens, 16):
@@ -97,7 +101,7 @@ def norm(x, weight, bias, grad, add, products, out, size, tokens, width, eps, BD
 
 @triton.jit
 def attend(q, k, v, weights, out, size, tokens, heads, depth, scale, BT: tl.constexpr):
-    """out = softmax(scale q k^T) v by heads; weights (T, heads T) keeps the softmax."""
+    """Compute out = softmax(scale q k^T) v by heads; weights (T, heads T) keeps the softmax."""
     key = tl.arange(0, BT)
     for head in range(heads):
         c = head * depth
@@ -279,8 +283,10 @@ class _Call:
         self.rows = dict(zip(sizes, rows.split(list(sizes.values()), 2), strict=True))
 
     def launch(self, kernel: Any, *first: Any, names: str, outputs: int) -> Tensor:
-        """`kernel` with `first`, the result, and the parameters and rows of these names; at most so many
-        outputs of a layer at once as stay in registers."""
+        """Launch `kernel` with `first`, the result, and the parameters and rows of these names.
+
+        A program computes at most as many outputs of a layer at once as stay in registers.
+        """
         result = torch.empty(self.tokens.shape, dtype=self.tokens.dtype, device=self.tokens.device)
         if result.numel() == 0:
             return result

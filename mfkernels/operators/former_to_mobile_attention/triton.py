@@ -43,7 +43,7 @@ def backward_kernel(
     x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
     BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """sums (2, B, splits, M, C): the gradients of k and v over a split's pixels."""
+    """Sum the gradients of k and v over a split's pixels: sums (2, B, splits, M, C)."""
     part, head, b = place(splits, heads)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)

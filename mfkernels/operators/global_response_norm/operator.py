@@ -35,7 +35,7 @@ def global_response_norm(
         TypeError: an argument is no floating-point tensor, or its dtype is not that of `x`.
         ValueError: a shape, a device or `mean` does not fit.
 
-    Source: Woo et al., ConvNeXt V2, CVPR 2023, section 3; Xu et al., Dynamic Mobile-Former, equation 5, and
+    Source: Woo et al., ConvNeXt V2, CVPR 2023, section 3; Yun and Ro, Dynamic Mobile-Former, equation 5, and
     its released code.
     """
     return _run(x, gamma, beta, mean, eps)

@@ -24,7 +24,7 @@ def sums_kernel(
     x, g, out, channels, pixels, split, splits,
     x_b, x_c, x_p, g_b, g_c, g_p, BOTH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """out (B, splits, 3, C): sums over a split's pixels of x^2, x g and g; without BOTH only the first."""
+    """Sum x^2, x g and g over a split's pixels: out (B, splits, 3, C); without BOTH only the first."""
     part, block, b = place(splits, tl.cdiv(channels, BC))
     c = block * BC + tl.arange(0, BC)
     inside_c = c < channels
@@ -47,7 +47,7 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=[*COUNTS, "channels"])
 def join_kernel(parts, out, channels, splits, BOTH: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
-    """out (B, 3, C), float64: the norms, and with BOTH the other two sums of all splits together."""
+    """Store out (B, 3, C), float64: the norms, and with BOTH the other two sums of all splits together."""
     block, _, b = place(tl.cdiv(channels, BC), 1)
     c = block * BC + tl.arange(0, BC)
     to = out + b * 3 * channels + c
@@ -74,8 +74,11 @@ def apply_kernel(
     x, out, gamma, beta, sums, eps, channels, pixels, x_b, x_c, x_p, out_b, out_c, out_p,
     MEAN: tl.constexpr, BALL: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """out = x (1 + gamma norm / (mean + eps)) + beta, where MEAN is over the BALL or fewer channels, or the
-    norm itself; sums (B, 3, C) begin with the norms."""
+    """Compute out = x (1 + gamma norm / (mean + eps)) + beta.
+
+    With MEAN the mean is over the BALL or fewer channels, else it is the norm itself; sums (B, 3, C) begin
+    with the norms.
+    """
     tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(channels, BC))
     p = tile * BP + tl.arange(0, BP)
     c = block * BC + tl.arange(0, BC)
@@ -98,7 +101,10 @@ def gradient_kernel(
     x_b, x_c, x_p, g_b, g_c, g_p, out_b, out_c, out_p,
     MEAN: tl.constexpr, BALL: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, and each sample's shares of those of gamma and beta, grads (B, 2, C) in float64."""
+    """Compute the gradient of x, and each sample's shares of those of gamma and beta.
+
+    The shares are grads (B, 2, C) in float64.
+    """
     tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(channels, BC))
     p = tile * BP + tl.arange(0, BP)
     c = block * BC + tl.arange(0, BC)

@@ -22,8 +22,10 @@ def forward_kernel(
     x, q, out, stats, logits, scale, pixels, tokens, heads, depth, split, splits, x_b, x_c, x_p,
     KEEP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Over a split's pixels: out (B, splits, M, C), sums of pixels weighted with exp(logit - top); stats
-    (B, splits, heads, M, 2), the largest logit and the sum of the weights."""
+    """Sum a split's pixels weighted with exp(logit - top): out (B, splits, M, C).
+
+    Stats (B, splits, heads, M, 2) are the largest logit and the sum of the weights.
+    """
     part, head, b = place(splits, heads)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)
@@ -57,8 +59,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(sums, stats, out, kept, splits, tokens, heads, depth, BS: tl.constexpr, BD: tl.constexpr):
-    """The splits of `forward_kernel` put together for a token and a head: out (B, M, C) and kept
-    (B, heads, M, 2)."""
+    """Join the splits of `forward_kernel` for a token and a head.
+
+    The results are out (B, M, C) and kept (B, heads, M, 2).
+    """
     m, head, b = place(tokens, heads)
     d = tl.arange(0, BD)
     top = tl.full([1], float("-inf"), tl.float32)
@@ -89,9 +93,12 @@ def means_kernel(
     x, q, g, stats, out, scale, pixels, tokens, heads, depth, split, splits, x_b, x_c, x_p,
     BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """With w the weights and dP their gradients, over a split's pixels: out (B, splits, heads, M, 4), the
-    largest w, its dP (the pivot), the sum of w, and that of w (dP - pivot). Where one weight is nearly one,
-    the mean of dP is nearly its dP, and without the pivot their difference would lose its digits."""
+    """Compute what a token's mean of the weights' gradients needs, over a split's pixels.
+
+    With w the weights and dP their gradients, out (B, splits, heads, M, 4) is the largest w, its dP (the
+    pivot), the sum of w, and that of w (dP - pivot). Where one weight is nearly one, the mean of dP is nearly
+    its dP, and without the pivot their difference would lose its digits.
+    """
     part, head, b = place(splits, heads)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)
@@ -129,8 +136,10 @@ def backward_kernel(
     x_b, x_c, x_p, out_b, out_c, out_p,
     ATTENDED: tl.constexpr, KEPT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """sums (B, splits, M, C): the gradient of q over a split's pixels. `means` (B, heads, M, 2): the pivot,
-    and the mean of the weights' gradients less the pivot."""
+    """Sum the gradient of q over a split's pixels: sums (B, splits, M, C).
+
+    `means` (B, heads, M, 2) are the pivot, and the mean of the weights' gradients less the pivot.
+    """
     part, head, b = place(splits, heads)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)

@@ -37,7 +37,7 @@ def to_windows(x: Tensor, size: int) -> Tensor:
 
 
 def from_windows(x: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """The inverse of `to_windows`."""
+    """Return the inverse of `to_windows`."""
     channels, size = x.shape[1], x.shape[2]
     x = x.reshape(batch, height // size, width // size, channels, size, size)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)

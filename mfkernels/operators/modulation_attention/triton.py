@@ -1,6 +1,8 @@
-"""Flash attention over the pixels of a window: logits are made tile by tile, forward and backward. Channels
-are done in blocks, so that any head size fits the registers. In half precision tiles are multiplied by tensor
-cores, and sums are float32."""
+"""Flash attention over the pixels of a window: logits are made tile by tile, forward and backward.
+
+Channels are done in blocks, so that any head size fits the registers. In half precision tiles are multiplied
+by tensor cores, and sums are float32.
+"""
 
 import torch
 import triton
@@ -59,8 +61,11 @@ def forward_kernel(
     q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p, o_b, o_c, o_p,
     SIGMOID: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
-    """out (B, C, H, W), one block of channels: the result, or without a gate the context v P^T; stats
-    (B, 2, H W): largest logit and sum. One of them may be None."""
+    """Compute a block of channels of out (B, C, H, W).
+
+    It is the result, or without a gate the context v P^T; stats (B, 2, H W) are the largest logit and the
+    sum. One of them may be None.
+    """
     pixels = WH * WW
     tile, block, both = place(tl.cdiv(pixels, BQ), 1 if out is None else tl.cdiv(channels, BC))
     j = tile * BQ + tl.arange(0, BQ)
@@ -111,8 +116,11 @@ def means_kernel(
     q_b, q_c, q_p, k_b, k_c, k_p, v_b, v_c, v_p, g_b, g_c, g_p,
     SIGMOID: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
-    """With w the weights of a query and dP their gradients: means (B, 2, H W), the dP of the largest w (the
-    pivot), and the sum of w (dP - pivot). As for mobile_to_former_attention."""
+    """Compute what a query's mean of the weights' gradients needs.
+
+    With w the weights of a query and dP their gradients, means (B, 2, H W) are the dP of the largest w (the
+    pivot), and the sum of w (dP - pivot), as for mobile_to_former_attention.
+    """
     pixels = WH * WW
     tile, _, both = place(tl.cdiv(pixels, BQ), 1)
     j = tile * BQ + tl.arange(0, BQ)
@@ -152,8 +160,10 @@ def backward_kernel(
     OF: tl.constexpr, SIGMOID: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q, k or v, as OF says, for a block of its pixels (BO) and of its channels (BD or BC),
-    summed over all pixels (BI at a time) that it meets. g (B, C, H, W): the gradient of v P^T."""
+    """Compute the gradient of q, k or v, as OF says, for a block of pixels (BO) and channels (BD or BC).
+
+    It is summed over all pixels that the block meets, BI at a time. g (B, C, H, W) is the gradient of v P^T.
+    """
     pixels = WH * WW
     BOWN: tl.constexpr = BC if OF == "v" else BD
     tile, block, both = place(tl.cdiv(pixels, BO), tl.cdiv(channels if OF == "v" else depth, BOWN))
@@ -251,7 +261,7 @@ class _Call:
         return out
 
     def context(self) -> Tensor | None:
-        """Makes `stats`, which gradients need; in the paper's form v P^T, too, (B, C, H, W) in float32."""
+        """Make `stats`, which gradients need; in the paper's form v P^T, too, (B, C, H, W) in float32."""
         shape, device = self.v.tensor.shape, self.v.tensor.device
         self.stats = torch.empty(shape[0], 2, shape[2] * shape[3], device=device)
         out = None if self.sigmoid else torch.empty(shape, device=device)

@@ -24,7 +24,7 @@ def pointwise_conv_bn(
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
-    """A 1x1 convolution, batch normalisation by given statistics, and the activation, in one pass.
+    """Apply a 1x1 convolution, batch normalisation by given statistics, and the activation, in one pass.
 
     `y = activation((W x - mean) / sqrt(variance + eps) * gamma + beta)`: what a network does in eval mode.
     `mfkernels.nn.conv_norm` calls it for an `nn.Conv2d` and its `nn.BatchNorm2d`.
@@ -101,8 +101,11 @@ def _(grad_y, x, weight, gamma, beta, mean, variance, eps=1e-5, activation="none
 
 
 def backward_by(convolve: Callable[..., Tensor], gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward pass by the operator for the norm, and a convolution: `convolve(x, weight)` makes again
-    what is between them, `gradients(grad, x, weight)` are those of x and of the weight."""
+    """Return the gradients by the norm's operator and a convolution.
+
+    `convolve(x, weight)` computes again the map between them, `gradients(grad, x, weight)` the gradients of x
+    and of the weight.
+    """
 
     def backward(
         grad_y: Tensor,

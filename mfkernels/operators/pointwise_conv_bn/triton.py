@@ -16,7 +16,7 @@ def product_kernel(
     x_b, x_c, x_p, out_b, out_c, out_p,
     GELU: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """The convolution, the norm of its results, and the activation."""
+    """Apply the convolution, the norm of its results, and the activation."""
     tile, block, b = place(tl.cdiv(pixels, BP), tl.cdiv(outputs, BO))
     p = tile * BP + tl.arange(0, BP)
     o = block * BO + tl.arange(0, BO)

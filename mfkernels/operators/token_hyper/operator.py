@@ -24,7 +24,7 @@ def token_hyper(
     other_bias2: Tensor | None = None,
     num_functions: int = 2,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The slopes of a block's dynamic ReLUs from a token, with one hyper network or with two in one call.
+    """Compute the slopes of a block's dynamic ReLUs from a token, by one hyper network or by two at once.
 
     `theta = hardsigmoid(W2 relu(W1 token + b1) + b2)`, in [0, 1]; the slopes are `2 theta` for the first
     function, in [0, 2], and `2 theta - 1` for the second, in [-1, 1].

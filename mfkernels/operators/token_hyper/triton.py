@@ -18,8 +18,11 @@ def outputs_kernel(
     other_outputs,
     TWO: tl.constexpr, BACKWARD: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """The slopes, of the other network where the last axis is 1. With BACKWARD instead the gradients
-    of the second layer's outputs, from those of the slopes (g), and the hidden units (B, units)."""
+    """Compute the slopes, those of the other network where the last axis is 1.
+
+    With BACKWARD instead the gradients of the second layer's outputs, from those of the slopes (g), and the
+    hidden units (B, units).
+    """
     block, row, network = place(tl.cdiv(tl.maximum(outputs, other_outputs), BO), tl.cdiv(batch, BB))
     if network == 1:
         weight1, bias1, weight2, bias2, g, out, hidden, units, outputs = (
