@@ -1,7 +1,7 @@
 """What training would need on many GPUs, computed, and a run of many processes, measured here.
 
     python benchmarks/scaling.py [NETWORK ...]               # the tables of docs/scaling.md
-    python benchmarks/scaling.py --processes 2 4 8 16        # by so many processes with gloo
+    python benchmarks/scaling.py --processes 2 4 8 16        # by this number of processes with gloo
 
 Computed means: PyTorch's counter counts the operations of the plain definitions at the recipe's sizes,
 nothing is run, and the speeds below, which nobody measured here, turn bytes and operations into times. A

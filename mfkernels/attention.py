@@ -1,4 +1,4 @@
-"""What a network looks at: attention of bridges and of iFormer's blocks, and scores of DMF's kernels."""
+"""Show what a network looks at: attention of bridges and of iFormer's blocks, and scores of DMF's kernels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Checks of arguments. Each message names the operator, the argument, what came and what was expected."""
+"""Check arguments. Each message names the operator, the argument, what came and what was expected."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def check_tensor(op: str, name: str, value: object, axes: str) -> Tensor:
-    """`value` is a floating-point tensor with as many axes as there are words in `axes`."""
+    """Check that `value` is a floating-point tensor with as many axes as `axes` has words."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -25,14 +25,14 @@ def check_tensor(op: str, name: str, value: object, axes: str) -> Tensor:
 
 
 def check_like(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    """`value` has the dtype and the device of `like`."""
+    """Check that `value` has the dtype and the device of `like`."""
     if value.dtype != like.dtype:
         raise TypeError(f"{op}: {name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}")
     check_device(op, name, value, like_name, like)
 
 
 def check_device(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    """`value` is on the device of `like`."""
+    """Check that `value` is on the device of `like`."""
     if value.device != like.device:
         raise ValueError(
             f"{op}: {name} must be on the device of {like_name}, {like.device}, got {value.device}"
@@ -40,7 +40,7 @@ def check_device(op: str, name: str, value: Tensor, like_name: str, like: Tensor
 
 
 def check_shape(op: str, name: str, value: Tensor, axes: str, shape: Sequence[int]) -> None:
-    """`value` has exactly this shape; `axes` says in words what it means."""
+    """Check that `value` has exactly this shape; `axes` names its axes."""
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
             f"{op}: {name} must have shape ({axes.replace(' ', ', ')}) = {tuple(shape)}, "
@@ -51,7 +51,7 @@ def check_shape(op: str, name: str, value: Tensor, axes: str, shape: Sequence[in
 def check_argument(
     op: str, name: str, value: object, axes: str, shape: Sequence[int], like_name: str, like: Tensor
 ) -> None:
-    """All of these at once."""
+    """Check the kind, the axes, the dtype, the device and the shape of an argument."""
     tensor = check_tensor(op, name, value, axes)
     check_like(op, name, tensor, like_name, like)
     check_shape(op, name, tensor, axes, shape)

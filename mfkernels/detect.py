@@ -69,7 +69,7 @@ def prepare(photo: Image.Image) -> Tensor:
 
 
 def _sizes(checkpoint: Path | None) -> dict[str, Any]:
-    """How many classes and queries the weights are of, where they are a detector's."""
+    """Return the numbers of classes and queries that a detector's weights are for."""
     if checkpoint is None or not checkpoint.is_file():
         return {}
     tensors = find_tensors(read_checkpoint(checkpoint))

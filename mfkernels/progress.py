@@ -1,4 +1,4 @@
-"""What a long job shows while it works."""
+"""Show the progress of a long job."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Whether a fast network computes what a plain one does, block by block."""
+"""Compare a fast network with a plain one, block by block."""
 
 import copy
 from collections.abc import Iterator, Sequence

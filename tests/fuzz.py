@@ -137,7 +137,7 @@ def broken(rng: random.Random, value: object) -> object:
 
 
 def backward_arguments(rng: random.Random, name: str, arguments: list, outputs: list[Tensor]) -> list:
-    """Those of the backward operator, by the names in both schemas."""
+    """The arguments of the backward operator, by the names in both schemas."""
     forward = getattr(OPERATORS, name).default._schema
     given = {a.name: a.default_value if a.has_default_value() else None for a in forward.arguments}
     given |= dict(zip(given, arguments, strict=False))

@@ -25,7 +25,7 @@ def linear(name: str, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
 
 
 def backbone_and_neck(name: str, maps: int, extra: int = 0) -> dict[str, torch.Tensor]:
-    """Those of their FPN; a network's names are the released ones."""
+    """The names of their FPN; a network's names are the released ones."""
     pyramid = create_model(name, features_only=True, out_indices=maps)
     state = {f"backbone.{key}": value for key, value in pyramid.network.state_dict().items()}
     channels = pyramid.feature_info.channels()

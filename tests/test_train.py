@@ -38,7 +38,7 @@ SMALL = dict(
 
 
 def write_two_classes(root: Path, train: int, validation: int) -> Path:
-    """The digits 0 and 1, so many of each."""
+    """The digits 0 and 1, `count` of each."""
     digits.write(root)
     for split, count in (("train", train), ("validation", validation)):
         for name in map(str, range(10)):

@@ -61,7 +61,7 @@ class Left:
 
 @dataclass
 class Report:
-    """What `accelerate` did. As a string, a table of it."""
+    """Say what `accelerate` did. As a string, this is a table."""
 
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""How a module of ours takes the place of another one: with the very layers and parameters of that one."""
+"""Put a module of ours in the place of another one, with the very layers and parameters of that one."""
 
 from collections.abc import Sequence
 

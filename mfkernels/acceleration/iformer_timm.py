@@ -107,7 +107,7 @@ def _network(stem: Any, stages: list[Any], head: Any, state: dict[str, Tensor]) 
 
 
 def _classes(head: Any) -> int:
-    """How many; 0 where there is no head."""
+    """Return the number of classes; 0 where there is no head."""
     layer = getattr(head, "head", head)
     layer = getattr(layer, "l", layer)
     return layer.out_features if isinstance(layer, nn.Linear) else 0

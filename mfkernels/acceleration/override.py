@@ -1,4 +1,4 @@
-"""How a forward of ours takes the place of another class's, and nothing else changes."""
+"""Put a forward of ours in the place of another class's, and change nothing else."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""What the rules share: their result, and how they read modules whose code is not ours."""
+"""Define the result of the rules, and read modules whose code is not ours."""
 
 from collections.abc import Callable
 

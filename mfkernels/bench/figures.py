@@ -118,7 +118,7 @@ def _summary(lines: list[dict[str, Any]]) -> str:
 
 
 def _losses(entries: list[Entry]) -> str:
-    """Where another runtime is faster."""
+    """Tell where another runtime is faster."""
     words = []
     for network in dict.fromkeys(entry.network for entry in entries):
         own = [entry for entry in entries if entry.network == network]

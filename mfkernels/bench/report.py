@@ -121,7 +121,7 @@ def plot_family(entries: Sequence[Entry], path: Path) -> None:
 
 
 def plot_parts(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Where the time of one network goes."""
+    """Tell where the time of one network goes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.6 + 0.2 * len(rows)), layout="constrained")

@@ -1,4 +1,4 @@
-"""What is measured, and how."""
+"""Measure networks in all runtimes."""
 
 import datetime
 import functools
@@ -33,7 +33,7 @@ UNTIMED, TIMED = 2, 4  # calls of a network in each round
 # The largest difference from eager float32, relative to the largest output, that a form may have. Networks of
 # random weights hardly survive static quantisation: what it costs them is told beside its time.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.int8: math.inf}
-# On the next network of a family: the best forms, at most so many, none slower than the best by this factor.
+# On a family's next network: the best forms, at most this number, none slower than the best by this factor.
 TRIED, CLOSE = 2, 1.15
 
 Key = tuple[str, str, torch.dtype]
@@ -310,7 +310,7 @@ def _measure(chosen: dict[Key, _Chosen], x: Tensor, threads: int, seconds: float
 
 
 def profile(name: str, size: int, rounds: int = 50) -> list[dict[str, Any]]:
-    """Where the time of a deployed network goes, on one thread, batch 1.
+    """Tell where the time of a deployed network goes, on one thread, batch 1.
 
     Returns for each part: microseconds (median), floating-point operations of its convolutions and linear
     layers (two a multiply-add, padding not counted), and the bytes of its weights and of the maps that it
@@ -386,7 +386,7 @@ def _part(name: str, parts: Sequence[str]) -> str:
 
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """So many threads on so many cores."""
+    """Run in the block with this number of threads, on as many cores."""
     before, count = None, torch.get_num_threads()
     if hasattr(os, "sched_getaffinity"):
         before = os.sched_getaffinity(0)
@@ -407,7 +407,7 @@ def peak_flops() -> float:
 
 
 def machine() -> dict[str, str]:
-    """Where and when: what every line of results begins with."""
+    """Return where and when this runs, with which every line of results begins."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),

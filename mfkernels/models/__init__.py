@@ -67,7 +67,7 @@ def create_model(
         checkpoint: path of released weights, see `load_released` for what it may hold. Read with
             `torch.load(weights_only=True)`.
         features_only: a backbone, which returns the last map of each size: a `FeaturePyramid`.
-        out_indices: which of these maps; a number: the last so many.
+        out_indices: which of these maps; a number n takes the last n.
         **options: settings that replace those of the released model; see `MobileFormer`,
             `DynamicMobileFormer` and `IFormer`, for example `token_id=-1` (spatial-aware dynamic ReLU),
             `token_num`, `token_dim`, `ffn=False`, `mixing="mlp"`, `kernel_size=(5, 5)`, `image_size`,

@@ -17,7 +17,7 @@ from .mobile_former import MobileFormer, create_mobile_former
 
 
 class Detections(NamedTuple):
-    """What the queries of a detector found.
+    """Hold what the queries of a detector found.
 
     `logits`: (B, Q, num_classes + 1), the last that there is no object. `boxes`: (B, Q, 4), of the image
     without its padding, in 0..1: x and y of the centre, width and height. `auxiliary`: the same of the blocks
@@ -174,8 +174,8 @@ def create_end_to_end(
 
     Args:
         name: one of `NAMES`.
-        spatial: spatial-aware dynamic ReLUs in the backbone; ablation: those of its first token.
-        scales: ablation: the blocks of the coarsest so many scales alone; None for all.
+        spatial: spatial-aware dynamic ReLUs in the backbone; ablation: ReLUs of its first token.
+        scales: ablation: how many scales have blocks, the coarsest first; None for all.
 
     Raises:
         ValueError: `scales` is not among those of the network; a setting that does not fit.

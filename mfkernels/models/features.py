@@ -14,7 +14,7 @@ def last_of_each_size(stages: Sequence[Stage]) -> tuple[Stage, ...]:
 
 
 class FeatureInfo:
-    """What the maps of a network are, asked as of timm's backbones.
+    """Describe the maps of a network, with the methods of timm's backbones.
 
     All questions but `get_dicts` answer for one map where they are given its index, for several where they
     are given a list, and for those of `out_indices` where they are given nothing; `get_dicts` answers so with
@@ -62,7 +62,7 @@ class FeatureInfo:
         return self.info[index]
 
     def __len__(self) -> int:
-        """How many maps the network has, returned or not."""
+        """Return how many maps the network has, returned or not."""
         return len(self.info)
 
 
@@ -72,7 +72,7 @@ class FeaturePyramid(nn.Module):
     Args:
         network: of `create_model`. Its head is removed.
         out_indices: which of the maps, the finest being 0; negative ones count from the end. A number: the
-            last so many. None for all.
+            last n. None for all.
 
     Attributes:
         feature_info: a `FeatureInfo` of the maps.

@@ -1,4 +1,4 @@
-"""What the networks of all families have."""
+"""The base of the networks of all families."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

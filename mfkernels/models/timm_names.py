@@ -1,4 +1,4 @@
-"""How timm calls the parts of an iFormer."""
+"""Translate timm's names of the parts of an iFormer."""
 
 import re
 

@@ -56,7 +56,7 @@ def _is_small(layer: nn.Module, x: Tensor, activation: str) -> bool:
 
 
 def is_plain_norm(layer: Any, x: Tensor) -> bool:
-    """Whether kernels can do for `x` what this layer does."""
+    """Return whether kernels can do for `x` what this layer does."""
     return (
         untouched(layer, nn.BatchNorm2d)
         and layer.affine

@@ -54,7 +54,7 @@ def _is_large_depthwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def takes_plain(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether our kernels may do a call. In half precision PyTorch's own are faster."""
+    """Return whether our kernels may do a call. In half precision PyTorch's own are faster."""
     return (
         backends.current_backend() in ("auto", "cpu")
         and not x.is_cuda

@@ -44,7 +44,7 @@ class DMFHead(nn.Module):
         channels: C, of the map.
         token_dim: d.
         hidden: outputs of the first linear layer.
-        num_classes: those of the second.
+        num_classes: outputs of the second layer.
         dropout: before the second.
 
     Inputs:

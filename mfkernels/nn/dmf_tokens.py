@@ -1,4 +1,4 @@
-"""What happens to the tokens of Dynamic Mobile-Former, (B, T, d), under the names of its released code."""
+"""Update the tokens of Dynamic Mobile-Former, (B, T, d), under the names of its released code."""
 
 from typing import Any
 
@@ -162,7 +162,7 @@ class DMFFormer(Replacement):
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
     def _layers(self) -> list[nn.Module]:
-        """Those of the operator, in its order; none where something is dropped or has to be called."""
+        """Return the operator's parameters in its order; none where a part is dropped or has to be called."""
         if self.training and (self.dropout > 0 or self.drop_path.rate > 0):
             return []
         attention, mlp = self.token_attention, self.mlp

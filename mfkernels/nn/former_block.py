@@ -100,7 +100,7 @@ class Former(Replacement):
         return tokens
 
     def _layers(self) -> list[nn.Module]:
-        """Those of the operator, in its order; none where something is dropped or has to be called."""
+        """Return the operator's parameters in its order; none where a part is dropped or has to be called."""
         ablation = not hasattr(self, "q") or hasattr(self, "token_mlp") or hasattr(self, "alpha")
         if ablation or not untouched(self.drop_path, DropPath) or (self.training and self.drop_path.rate > 0):
             return []

@@ -1,4 +1,4 @@
-"""What the modules share: how they take a feature map and tokens."""
+"""Take a feature map and tokens as the modules do."""
 
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ def parameters_of(*layers: nn.Module) -> list[Tensor | None] | None:
 
 
 def same_epsilon(*norms: nn.Module) -> bool:
-    """Whether they add the same to the variance; not, where one stands in a norm's place without an `eps`."""
+    """Return whether both add the same to the variance; a part without an `eps` does not."""
     values = {getattr(norm, "eps", None) for norm in norms}
     return len(values) == 1 and None not in values
 
@@ -88,7 +88,7 @@ def untouched(part: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def has_hooks(part: nn.Module) -> bool:
-    """Whether somebody waits for its calls.
+    """Return whether somebody waits for calls of `part`.
 
     PyTorch's global hooks do not count: who counts operations or takes times registers them, and shall see
     what runs without them.

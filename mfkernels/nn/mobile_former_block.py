@@ -24,7 +24,7 @@ from .token_hyper import HyperNetwork
 
 
 class _TokenBlock(Replacement, ABC):
-    """What the two blocks with tokens share; `MobileFormerBlock` explains the arguments."""
+    """Share what the two blocks with tokens have in common; `MobileFormerBlock` explains the arguments."""
 
     conv1: nn.Module
 
@@ -137,7 +137,7 @@ class _TokenBlock(Replacement, ABC):
         return HyperNetwork(self.token_dim, channels * functions, **self._hyper_options)
 
     def _slopes(self, tokens: Tensor) -> Sequence[Tensor | None]:
-        """Those of the two generators, for dynamic ReLUs of one token, in one call; None for others."""
+        """Return both generators' slopes in one call, for dynamic ReLUs of one token; None for others."""
         if self.token_id < 0 or self.se_flag[0] != 2 or self.se_flag[2] != 2:
             return (None, None)
         layers = [layer for act, hyper in self._generators() for layer in _layers_of(act, hyper)]

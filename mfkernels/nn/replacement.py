@@ -1,4 +1,4 @@
-"""What stands in the place of somebody else's module: how it looks after the original."""
+"""Stand in the place of somebody else's module, and look after the original."""
 
 import functools
 import warnings

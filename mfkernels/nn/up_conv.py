@@ -45,5 +45,5 @@ class UpConv(nn.Module):
 
 
 def _twice(x: Tensor) -> Tensor:
-    """Not to the size of another map: the weights of the mean would depend on how the batch is padded."""
+    """Double the size; with another map's size the mean's weights would depend on the batch's padding."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)

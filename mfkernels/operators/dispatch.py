@@ -16,7 +16,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, one after the other: TRITON_INTERPRET=1, for tests."""
+    """Return whether Triton interprets its kernels on the CPU: TRITON_INTERPRET=1, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

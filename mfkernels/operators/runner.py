@@ -49,7 +49,7 @@ class Runner:
         self._kernel = getattr(torch.ops.mfkernels, op).default
         self._backward_kernel = getattr(torch.ops.mfkernels, f"{op}_backward").default
 
-        # Not with a setup_context: apply would inspect the signature of forward each time.
+        # Without a setup_context, with which apply would inspect the signature of forward each time.
         def forward(ctx: Any, *args: Any) -> Any:
             outputs = self._below_autograd(*args)
             setup_context(ctx, args, outputs)
@@ -113,7 +113,7 @@ class Runner:
 
 
 def is_eager() -> bool:
-    """Whether no compiler, tracer, function transform or forward-mode differentiation is watching."""
+    """Return whether no compiler, tracer, function transform or forward-mode differentiation is watching."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: how they see feature maps, and which block sizes they take."""
+"""Share among Triton kernels how they see feature maps, and which block sizes they take."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ COUNTS = ["batch", "functions", "groups", "heads", "kernels", "splits", "tokens"
 
 @triton.jit
 def place(first, second):
-    """Where this program is along three axes of `first`, `second` and any number of programs.
+    """Return where this program is along three axes of `first`, `second` and any number of programs.
 
     They are folded into one, since a GPU takes no more than 65535 programs along the others of its own.
     """
@@ -137,7 +137,7 @@ def map_grid(x: Map) -> tuple[int]:
 
 
 def splits_of(pixels: int, batches: int, device: torch.device, block: int) -> tuple[int, int]:
-    """How many parts the pixels are summed in, and pixels of a part: enough programs for the device."""
+    """Return the number of parts in which pixels are summed, enough for the device, and a part's pixels."""
     wanted = 1
     if device.type == "cuda":
         programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the tokens' operators share: products of a few rows."""
+"""Multiply a few rows, in the Triton kernels of the tokens' operators."""
 
 import triton
 import triton.language as tl

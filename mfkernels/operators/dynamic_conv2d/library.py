@@ -4,9 +4,9 @@ from torch.nn import functional as F
 
 from .reference import Pair
 
-# PyTorch's convolution adds all products of an output one after the other: of so many the rounding error is
+# PyTorch's convolution adds all products of an output one after the other: of many the rounding error is
 # like that of a product of matrices, which is what the definition has.
-CHAIN = 300
+LONGEST_SUM = 300
 
 
 def parts_of(inputs: int, taps: int) -> int:
@@ -14,7 +14,9 @@ def parts_of(inputs: int, taps: int) -> int:
 
     So their sums are short.
     """
-    return next((n for n in range(1, inputs) if inputs % n == 0 and inputs // n * taps <= CHAIN), inputs)
+    return next(
+        (n for n in range(1, inputs) if inputs % n == 0 and inputs // n * taps <= LONGEST_SUM), inputs
+    )
 
 
 def dynamic_conv2d_by_library(

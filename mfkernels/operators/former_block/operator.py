@@ -10,9 +10,9 @@ from .library import former_block_by_library
 from .reference import former_block_reference
 
 OP = "former_block"
-# Where PyTorch's operators were measured to be faster: in training from so many multiplications by one (d, d)
-# matrix on, since the kernel's backward pass computes everything again; otherwise from so many tokens of a
-# batch on, but not in float32.
+# From these numbers on PyTorch's operators were measured to be faster. With gradients the number counts
+# multiplications by one (d, d) matrix, since the kernel's backward pass computes everything again; without
+# gradients it counts a batch's tokens, and float32 tokens are left to the kernel.
 _TRAINED, _INFERRED = 1_600_000, 96
 
 

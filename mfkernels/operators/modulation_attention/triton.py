@@ -18,7 +18,7 @@ WINDOWS = ["WH", "columns", "windows"]
 
 @triton.jit
 def pixels_of(j, window, width, WH, WW, columns):
-    """Where pixel j of a window is in its map."""
+    """Return where pixel j of a window is in its map."""
     row = (window // columns) * WH + j // WW
     return (row * width + (window % columns) * WW + j % WW).to(tl.int64)
 
