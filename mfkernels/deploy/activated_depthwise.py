@@ -15,8 +15,10 @@ from .folding import folded
 def activated_depthwise_reference(
     x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor, behind: Tensor
 ) -> Tensor:
-    """Plain-PyTorch definition of the Triton kernel: dynamic ReLU, 3x3 depthwise convolution of stride 1 with
-    zeros around the map, dynamic ReLU. Output e of E is of channel floor(e * C / E).
+    """Define the Triton kernel in plain PyTorch.
+
+    It is dynamic ReLU, 3x3 depthwise convolution of stride 1 with zeros around the map, and dynamic ReLU.
+    Output e of E comes from channel floor(e * C / E).
 
     Args:
         x: (B, C, H, W).
@@ -47,8 +49,7 @@ def activated_depthwise(*arguments: Any) -> Tensor:
 
 
 def activated_depthwise_of(block: Any) -> nn.Conv2d | None:
-    """The convolution of a block for which the kernel can stand: in a released block, with its batch norms
-    folded."""
+    """Return the convolution for which the kernel can stand, of a released block with folded batch norms."""
     normal = isinstance(block, MobileFormerBlock)
     if (normal and block.before_skip) or (block.act3 if normal else block.act4).num_functions != -1:
         return None

@@ -45,8 +45,9 @@ class Deployed(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) images on the CPU to (B, classes), in the dtype of the images: float32, or that of the
-        network.
+        """Run (B, C, H, W) images on the CPU and return (B, classes), in the dtype of the images.
+
+        The dtype is float32, or that of the network.
 
         Raises:
             TypeError, ValueError: an input that does not fit, named.
@@ -56,8 +57,10 @@ class Deployed(nn.Module):
         return run(x.float(), self.weights, self.plan, self.classes).to(x.dtype)
 
     def times(self, x: Tensor) -> dict[str, float]:
-        """Seconds that each part takes for one image, (1, C, H, W): the parts of the network by name, those
-        of the tokens with " tokens" behind it."""
+        """Return the seconds that each part takes for one image, (1, C, H, W).
+
+        Keys are the names of the network's parts; those of the tokens have " tokens" behind the name.
+        """
         self._check(x)
         run: Any = torch.ops.mfkernels.deployed_times
         times = dict.fromkeys(self._parts, 0.0)
@@ -126,7 +129,7 @@ class Deployed(nn.Module):
         return type(self.plan) is Tensor and self.plan.device.type == "cpu"
 
     def extra_repr(self) -> str:
-        """What it is, and then its plan: a line a step, see `mfkernels.deploy.description`."""
+        """Return what it is, and then its plan: a line a step, see `mfkernels.deploy.description`."""
         text = f"{self._results()}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
         if not self._plan_is_there():
             return text

@@ -18,9 +18,11 @@ class _Shape(NamedTuple):
 
 
 def description(plan: list[int], parts: list[str], side: int) -> str:
-    """Return a line for each step of a plan: its part of the network, its kind, what it makes, how many bytes
-    of weights it reads, and how many floating-point operations it does for an image of side x side, those on
-    the padding of channels among them."""
+    """Return a line for each step of a plan.
+
+    It has the step's part of the network, its kind, its result, the bytes of weights that it reads, and its
+    floating-point operations for an image of side x side, with those on the padding of channels.
+    """
     words = iter(plan)
     header = steps.read(steps.Header, words)
     layers = [steps.read(steps.Layer, words) for _ in range(header.linears)]
@@ -50,7 +52,7 @@ def description(plan: list[int], parts: list[str], side: int) -> str:
 
 
 def _made(kind: str, fields: Any, maps: dict[int, _Shape], whole: _Shape) -> _Shape:
-    """The map that a step writes, or reads where it writes none."""
+    """Return the map that a step writes, or reads where it writes none."""
     if kind == "join":
         return whole
     shape = maps[getattr(fields, "input", -1)]

@@ -30,8 +30,10 @@ def dynamic_bottleneck_reference(
     num_heads: int,
     skip: bool,
 ) -> Tensor:
-    """Plain-PyTorch definition of `torch.ops.mfkernels_cuda.dynamic_bottleneck`: 1x1 convolution, dynamic
-    ReLU, 3x3 depthwise convolution, dynamic ReLU, 1x1 convolution, and the bridge from the tokens.
+    """Define `torch.ops.mfkernels_cuda.dynamic_bottleneck` in plain PyTorch.
+
+    It is 1x1 convolution, dynamic ReLU, 3x3 depthwise convolution, dynamic ReLU, 1x1 convolution, and the
+    bridge from the tokens.
 
     Args:
         x: (B, C, H, W).
@@ -65,8 +67,11 @@ def dynamic_bottleneck(*arguments: Any) -> Tensor:
 
 
 def occupies_device(x: Tensor) -> bool:
-    """Whether a map has tiles for at least half of the multiprocessors: each tile is made by one, which all
-    hidden channels of fewer would keep longer than the library's convolutions take."""
+    """Return whether a map has tiles for at least half of the multiprocessors.
+
+    Each multiprocessor computes a tile. If there are fewer tiles, all hidden channels keep them busy for
+    longer than the library's convolutions take.
+    """
     if not x.is_cuda:
         return True
     tiles = x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE)

@@ -41,7 +41,7 @@ _KNOWN = (
 def deployed_dynamic_mobile_former(
     model: DynamicMobileFormer, dtype: torch.dtype, wanted: Wanted | None = None
 ) -> Deployed:
-    """What `deploy` makes of a `DynamicMobileFormer`, or of these maps of it."""
+    """Return what `deploy` makes of a `DynamicMobileFormer`, or of these maps of it."""
     plan = _Plan(model, dtype, wanted)
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
@@ -125,7 +125,7 @@ class _Plan(Plan):
     # --- tokens ------------------------------------------------------------------------------------------
 
     def token_step(self, bridge: Any, former: Any, following: Any) -> None:
-        """What `bridge` and `former` do to the tokens, and the queries of the next bridge."""
+        """Add what `bridge` and `former` do to the tokens, and the queries of the next bridge."""
         linear, count, width = self.pack.linear, self.count, padded(self.dim)
         if bridge is None:
             self.copy_weights(padded_rows(self.model.tokens[0]), self.at)
@@ -194,7 +194,7 @@ class _Plan(Plan):
         return self.replaced(x, out)
 
     def static(self, x: Map, conv: nn.Conv2d, norm: nn.BatchNorm2d, **options: Any) -> Map:
-        """A convolution of one kernel, and its batch norm."""
+        """Add a convolution of one kernel, and its batch norm."""
         weight, bias = fold(conv, norm)
         if conv.kernel_size == (1, 1):
             linear = self.pack.linear(weight.flatten(1), bias, groups=conv.groups)
@@ -203,7 +203,7 @@ class _Plan(Plan):
         return self.depthwise(x, *places, stride=conv.stride[0], **options)
 
     def shortcut(self, x: Map, conv: nn.Conv2d) -> Map:
-        """A depthwise convolution of its input and that input itself."""
+        """Add a depthwise convolution whose result has its input added to it."""
         weight = conv.weight.detach().double().clone()
         size = conv.kernel_size[0]
         weight[:, :, size // 2, size // 2] += 1
@@ -211,7 +211,10 @@ class _Plan(Plan):
         return self.depthwise(x, *places, sums=2)
 
     def convolve(self, x: Map, conv: Any, norm: nn.BatchNorm2d, **options: Any) -> Map:
-        """A convolution of a block, dynamic or not, and its batch norm; the last step left the sums of x."""
+        """Add a convolution of a block, dynamic or not, and its batch norm.
+
+        The last step left the sums of x.
+        """
         if isinstance(conv, nn.Conv2d):
             return self.static(x, conv, norm, **options)
         kernels = self.kernel_weights(conv.Kernel_Attention)
@@ -237,7 +240,7 @@ class _Plan(Plan):
         return self.pointwise(x, outputs, linear, groups=conv.groups, mixed=True, **options)
 
     def kernel_weights(self, attention: KernelAttention) -> int:
-        """The weights of a dynamic convolution's kernels; how many there are."""
+        """Return the weights of a dynamic convolution's kernels; how many there are."""
         first, last = attention.net1.weight.flatten(1), attention.net2.weight.flatten(1)
         self.need(len(last) <= 16, attention, "up to 16 kernels")
         scale, shift = affine(attention.bn)

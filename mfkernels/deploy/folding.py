@@ -21,7 +21,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 
 
 def folded(layers: Iterable[nn.Module]) -> nn.Conv2d | None:
-    """The convolution that an `nn.Sequential` is when its batch norm is folded; None where it is more."""
+    """Return an `nn.Sequential`'s convolution with its batch norm folded; None where it has other parts."""
     conv, *rest = layers
     if not isinstance(conv, nn.Conv2d) or any(type(layer) is not nn.Identity for layer in rest):
         return None

@@ -20,9 +20,11 @@ from .token_chain import Made, TokenChain, is_chain, token_chain_reference
 
 
 class FusedBlock(nn.Module):
-    """A block of a Mobile-Former: all that is done with tokens alone is one kernel, beside Mobile's first
-    convolution, and a depthwise convolution with the dynamic ReLUs around it is another one; or, where maps
-    are large, all of Mobile is one, and wide maps stay on the chip.
+    """Run a block of a Mobile-Former in few kernels.
+
+    One kernel does all that concerns tokens alone, beside Mobile's first convolution; another is a depthwise
+    convolution with the dynamic ReLUs around it. Where maps are large, all of Mobile is one kernel, and wide
+    maps stay on the chip.
 
     Args:
         block: one that `is_chain`.
@@ -83,7 +85,7 @@ class FusedBlock(nn.Module):
 
 
 def with_fused_blocks(model: nn.Module, whole: bool) -> nn.Module | None:
-    """The network with `FusedBlock`s, on the same parameters; None where no block can be one.
+    """Return the network with `FusedBlock`s, on the same parameters; None where no block can be one.
 
     Args:
         model: its batch norms are folded.
@@ -100,8 +102,10 @@ def with_fused_blocks(model: nn.Module, whole: bool) -> nn.Module | None:
 
 
 def forms(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
-    """The network as it is, and with fused blocks where there are kernels: which one is the fastest is to be
-    found where it runs."""
+    """Return the network as it is, and with fused blocks where there are kernels.
+
+    The caller finds out which form is the fastest where it runs.
+    """
     kernels = CUDA_LACKS is None
     if not isinstance(model, MobileFormer) or not (kernels or TRITON_INSTALLED):
         return [model]

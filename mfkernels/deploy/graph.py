@@ -25,7 +25,10 @@ MOST_SHAPES = 8
 
 
 def deployed_on_gpu(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model`, with its batch norms folded where a convolution is before them, as a `Captured`."""
+    """Return a copy of `model` as a `Captured`.
+
+    Its batch norms are folded where a convolution is before them.
+    """
     model = copy.deepcopy(model).requires_grad_(False)
     network = model.network if isinstance(model, FeaturePyramid) else model
     folded = network.fuse() if isinstance(network, IFormer) else fold_batch_norms(network)
@@ -153,15 +156,17 @@ class Captured(nn.Module):
         self._reset()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Captured":
-        """Moved or cast, its parameters are others than the graphs know."""
+        """Forget the graphs: moved or cast, the network has parameters that they do not know."""
         self._reset()
         return super()._apply(fn, recurse)  # type: ignore[return-value]
 
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Have libraries compute float32 in float32: by default cuDNN rounds a convolution's inputs to the 10
-    bits of TF32. Compilers are left to their own settings."""
+    """Have libraries compute float32 in float32.
+
+    By default cuDNN rounds a convolution's inputs to the 10 bits of TF32. Compilers keep their own settings.
+    """
     if not is_eager():
         yield
         return
@@ -206,9 +211,12 @@ class _Cuda:
         event.synchronize()
 
     def record(self, run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
-        """What `run` returns, and what does its work again. It runs three times before: libraries choose
-        their kernels and get their memory then, which they cannot while they are recorded. One thread at a
-        time: all networks are recorded on the same stream of a device."""
+        """Return what `run` returns, and a function that does its work again.
+
+        It runs three times before: libraries choose their kernels and get their memory then, which they
+        cannot while they are recorded. One thread at a time: all networks are recorded on the same stream of
+        a device.
+        """
         with self._recording:
             return self._record(run, pool)
 

@@ -42,7 +42,7 @@ _KNOWN = (
 
 
 def deployed_iformer(model: IFormer, dtype: torch.dtype, wanted: Wanted | None = None) -> Deployed:
-    """What `deploy` makes of an `IFormer`, or of these maps of it."""
+    """Return what `deploy` makes of an `IFormer`, or of these maps of it."""
     Plan(model, dtype).check_parts(_KNOWN)
     plan = _Plan(copy.deepcopy(model).double().fuse(), dtype)
     return plan.run() if wanted is None else plan.pyramid(wanted)
@@ -83,7 +83,7 @@ class _Plan(Plan):
         return self.finished_pyramid(wanted, self.model.in_channels)
 
     def stage(self, x: Map | None, i: int, sums: int = 0) -> Map:
-        """The i-th, and what halves the map before it; `sums` of its last block."""
+        """Add the i-th stage, and what halves the map before it; `sums` are of its last block."""
         halving: Any = self.model.downsample_layers[i]
         blocks: Any = self.model.stages[i]
         with self.named(f"downsample_layers.{i}"):
@@ -168,8 +168,10 @@ class _Plan(Plan):
         return out if window is None else self.replaced(out, self.join(out, window, sums))
 
     def attended(self, x: Map, mixer: Any, weight: Tensor, bias: Tensor) -> tuple[Map, Linear]:
-        """The attention's result, and the matrix for it of the weight for its channels; queries, keys, values
-        and gates come from one product."""
+        """Return the attention's result, and the matrix for it of the weight for its channels.
+
+        Queries, keys, values and gates come from one product.
+        """
         heads, gating = getattr(mixer, "num_heads", 1), "sigmoid_gate"
         if isinstance(mixer, Attention2d):
             value: Any = mixer.v_gate

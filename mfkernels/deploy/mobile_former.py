@@ -59,7 +59,7 @@ _KNOWN = (
 
 
 def deployed_mobile_former(model: MobileFormer, dtype: torch.dtype, wanted: Wanted | None = None) -> Deployed:
-    """What `deploy` makes of a `MobileFormer`, or of these maps of it."""
+    """Return what `deploy` makes of a `MobileFormer`, or of these maps of it."""
     plan = _Plan(model, dtype)
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
@@ -96,7 +96,7 @@ class _Plan(Plan):
     # --- passes ------------------------------------------------------------------------------------------
 
     def passes(self, blocks: dict[str, Any], last: Any, handed_out: Any = ()) -> Map:
-        """The stem and these blocks, the map after which is read by the bridge `last`."""
+        """Add the stem and these blocks; the bridge `last` reads the map after them."""
         for block in blocks.values():
             if type(block) not in _BLOCKS:
                 raise self.refuse(block, "unknown to deploy")
@@ -130,8 +130,10 @@ class _Plan(Plan):
     # --- tokens ------------------------------------------------------------------------------------------
 
     def token_step(self, x: Any, block: Any, bridge: Any, places: ExitStack) -> Made:
-        """What `block`, of the map x, does to the tokens, and what these make for it and for the bridge that
-        reads its map; in `places`."""
+        """Add what `block`, of the map x, does to the tokens.
+
+        Return, in `places`, what the tokens give to the block and to the bridge that reads its map.
+        """
         made: list[tuple[nn.Linear, float]] = []
         slopes: list[Slopes] = []
         attention = None
@@ -175,8 +177,10 @@ class _Plan(Plan):
         return Made(self.bridges, slopes, attention)
 
     def attention_of(self, x: Map, block: Any) -> Map | None:
-        """The weights that mix the slopes of all tokens at each position, where the block's activations want
-        it; the tokens' queries are those before they changed."""
+        """Return the weights that mix the slopes of all tokens at each position, where the block wants it.
+
+        The tokens' queries are those before they changed.
+        """
         if block.token_id >= 0 or not any(one.act.num_functions > 0 for one in activations(block)):
             return None
         one_size = block.stride == 1 or not isinstance(block, MobileFormerBlock)
@@ -185,7 +189,7 @@ class _Plan(Plan):
         return self.weigh(x, block.stride, self.bridges)
 
     def from_mobile(self, bridge: Any) -> None:
-        """What Mobile -> Former does to the tokens, from what the last map's step gathered."""
+        """Add what Mobile -> Former does to the tokens, from what the last map's step gathered."""
         count, channels = self.tokens, bridge.channels
         with self.places(count * padded(channels)) as (gathered,):
             self.combine(count, channels, bridge.num_heads, gathered)
@@ -222,8 +226,10 @@ class _Plan(Plan):
     def generated(
         self, each: list[Activated], places: ExitStack, attention: Map | None = None
     ) -> list[Slopes]:
-        """The slopes of each activation; all are of the same token, or of all tokens where `attention` mixes
-        them."""
+        """Return the slopes of each activation.
+
+        All are of the same token, or of all tokens where `attention` mixes them.
+        """
         dynamic = [one for one in each if one.act.num_functions > 0]
         if not dynamic:
             return [NO_SLOPES] * len(each)
@@ -244,7 +250,7 @@ class _Plan(Plan):
         return slopes
 
     def slopes_of(self, layer: Any, functions: int, slots: list[int]) -> Linear:
-        """The second layer of a hyper network, its outputs those of `slots` for each function."""
+        """Return the second layer of a hyper network, its outputs those of `slots` for each function."""
         weight, bias = padded_rows(layer.weight).double(), layer.bias.double()
         size = layer.out_features // functions
         rows = [-1 if slot < 0 else slot + f * size for f in range(functions) for slot in slots]
@@ -268,7 +274,7 @@ class _Plan(Plan):
     # --- head --------------------------------------------------------------------------------------------
 
     def head(self, x: Map, head: Any) -> tuple[int, list[tuple[Linear, str | None]]]:
-        """The place of the classifier's inputs, and its linear layers."""
+        """Return the place of the classifier's inputs, and its linear layers."""
         shuffle, conv, norm = head.conv
         weight, bias = fold(conv, norm)
         order = shuffled(shuffle, conv.in_channels)

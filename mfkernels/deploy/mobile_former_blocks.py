@@ -19,8 +19,11 @@ _ACTIVATIONS = {2: "dynamic_relu", 1: "scaled_relu6", 0: "relu6", -1: None}
 
 
 class Made(NamedTuple):
-    """What the tokens make for a pass: its map's bridges, the slopes of its activations, and the map by which
-    those are mixed, if they are."""
+    """Hold what the tokens give to a block's steps.
+
+    This is its map's bridges, the slopes of its activations, and the map by which the slopes are mixed, if
+    they are.
+    """
 
     bridges: Bridges | None
     slopes: list[Slopes]
@@ -55,8 +58,10 @@ def activations(block: Any) -> list[Activated]:
 
 
 class _Depthwise(NamedTuple):
-    """Depthwise convolutions with their batch norms, one after the other, or side by side where `maximum`
-    takes the larger of both; and the shuffle of what they make."""
+    """Hold depthwise convolutions with their batch norms, and the shuffle of their results.
+
+    They run one after the other, or side by side where `maximum` takes the larger of both.
+    """
 
     layers: list[tuple[nn.Conv2d, nn.BatchNorm2d]]
     maximum: bool
@@ -77,7 +82,7 @@ class _Depthwise(NamedTuple):
 
 
 def _parts(block: Any) -> list[_Depthwise]:
-    """The depthwise convolutions of a block."""
+    """Add the depthwise convolutions of a block."""
     return [_part(layers, shuffle) for layers, shuffle in _depthwise_layers(block)]
 
 
@@ -111,8 +116,11 @@ def _part(layers: list[Any], shuffle: nn.Module) -> _Depthwise:
 
 
 def _multiplied(slots: Sequence[int], conv: nn.Conv2d) -> list[int]:
-    """Of a depthwise convolution that may make several channels of each: where its inputs are `slots`, which
-    channels its outputs in memory are: the first that each input makes, then the second, ..."""
+    """Return which channels a depthwise convolution's outputs in memory are.
+
+    It may give several channels for each of its inputs, which are `slots`: the first output of each input
+    comes first, then the second, ...
+    """
     times = conv.out_channels // conv.in_channels
     if times == 1:
         return list(slots)
@@ -242,7 +250,7 @@ def _sum(
     bridges: Bridges | None,
     options: dict[str, Any],
 ) -> Map:
-    """A 1x1 convolution, its activation, and another map."""
+    """Add a 1x1 convolution, its activation, and another map."""
     if options["activation"] is None:
         return _pointwise(plan, x, conv, norm, slots, added=added, bridges=bridges, **options)
     out = _pointwise(plan, x, conv, norm, slots, **options)
@@ -264,8 +272,10 @@ def _names(block: Any) -> list[str | None]:
 def _depthwise(
     plan: Plan, x: Map, part: _Depthwise, activation: str | None, slopes: Slopes = NO_SLOPES
 ) -> tuple[Map, list[int]]:
-    """Depthwise convolutions that may multiply channels; and which channel, after the shuffle, each of their
-    outputs in memory is."""
+    """Add depthwise convolutions that may multiply channels.
+
+    Return also which channel, after the shuffle, each of their outputs in memory is.
+    """
     numbers, last = list(range(x.channels)), dict[str, Any](activation=activation, slopes=slopes)
     if part.maximum:
         one, other = (_square(plan, x, numbers, *layer, _stride(plan, layer[0])) for layer in part.layers)
@@ -300,7 +310,10 @@ def _square(
     stride: int,
     **options: Any,
 ) -> Map:
-    """A depthwise convolution, as one of a square kernel, of a map whose channels in memory are `slots`."""
+    """Return a depthwise convolution as one of a square kernel.
+
+    The channels of its map in memory are `slots`.
+    """
     height, width = conv.kernel_size
     size = max(height, width)
     fits = size in (3, 5) and {height, width} <= {1, size} and conv.groups == conv.in_channels
@@ -319,7 +332,7 @@ def _square(
 
 
 def _activated(plan: Plan, x: Map, options: dict[str, Any]) -> Map:
-    """An activation alone: that of a convolution which changes nothing."""
+    """Add an activation alone: that of a convolution which changes nothing."""
     weight: Tensor = torch.zeros(x.channels, 1, 3, 3)
     weight[:, :, 1, 1] = 1
     taps = plan.pack.depthwise(weight, torch.zeros(x.channels), padded_slots(x.channels))
@@ -329,8 +342,11 @@ def _activated(plan: Plan, x: Map, options: dict[str, Any]) -> Map:
 def _multiplying(
     plan: Plan, conv: nn.Conv2d, norm: nn.BatchNorm2d, shuffle: nn.Module
 ) -> tuple[int, int, list[int]]:
-    """Of a depthwise convolution that may make several channels of each: where its taps are, its padded
-    channels, and the numbers, after the shuffle, of its outputs in the order of memory."""
+    """Pack a depthwise convolution that may give several channels for each input.
+
+    Return the place of its taps, its padded channels, and the numbers, after the shuffle, of its outputs in
+    the order of memory.
+    """
     fits = conv.groups == conv.in_channels and conv.stride in ((1, 1), (2, 2)) and conv.padding == (1, 1)
     plan.need(fits, conv, "depthwise convolutions of 3x3 and 5x5, of stride 1 and 2")
     inputs, times = conv.in_channels, conv.out_channels // conv.in_channels
@@ -348,7 +364,7 @@ def _pointwise(
     shuffle: nn.Module | None = None,
     **options: Any,
 ) -> Map:
-    """A 1x1 convolution of a map whose channels are those of `slots`; its outputs are shuffled."""
+    """Add a 1x1 convolution of a map whose channels are those of `slots`; its outputs are shuffled."""
     linear = _folded(plan, conv, norm, slots, shuffle or nn.Identity())
     return plan.pointwise(x, conv.out_channels, linear, **options)
 
@@ -356,8 +372,11 @@ def _pointwise(
 def _folded(
     plan: Plan, conv: nn.Conv2d, norm: nn.BatchNorm2d, slots: Sequence[int], shuffle: nn.Module, runs: int = 1
 ) -> Linear:
-    """The matrix of a 1x1 convolution; its inputs lie in memory in the order of `slots`, -1 for none, in so
-    many runs; its outputs are shuffled."""
+    """Return the matrix of a 1x1 convolution.
+
+    Its inputs lie in memory in the order of `slots`, -1 for none, in this number of runs; its outputs are
+    shuffled.
+    """
     weight, bias = fold(conv, norm)
     rows = shuffled(shuffle, conv.out_channels)
     matrix = spread(dense(weight, conv.groups)[rows].t(), slots).t()
@@ -365,13 +384,15 @@ def _folded(
 
 
 def _in_memory(conv: nn.Conv2d) -> list[int]:
-    """The outputs of a depthwise convolution in the order of memory: the first that each input makes, then
-    the second, ..."""
+    """Return the outputs of a depthwise convolution in the order of memory.
+
+    The first output of each input comes first, then the second, ...
+    """
     times = conv.out_channels // conv.in_channels
     return [i * times + j for j in range(times) for i in range(conv.in_channels)]
 
 
 def _numbers(conv: nn.Conv2d, shuffle: nn.Module) -> list[int]:
-    """The same, each by its number after the shuffle."""
+    """Return the same, each by its number after the shuffle."""
     number = {old: new for new, old in enumerate(shuffled(shuffle, conv.out_channels))}
     return [number[old] for old in _in_memory(conv)]

@@ -59,9 +59,12 @@ class _Chain(NamedTuple):
 
 
 def mobilenet_chain(model: nn.Module) -> _Chain | None:
-    """The parts of a chain of convolutions, batch norms, ReLUs and the like, of inverted bottlenecks of them
-    with squeeze-and-excitation or without, a global average and linear layers, by the order of its modules;
-    None where `model` has other parts, or none of these."""
+    """Return the parts of a network that is a chain of inverted bottlenecks, in the order of its modules.
+
+    The parts are convolutions, batch norms, ReLUs and the like, inverted bottlenecks of them with
+    squeeze-and-excitation or without, a global average and linear layers. Return None where `model` has other
+    parts, or none of these.
+    """
     try:
         flat = [(name, part) for name, part in _flat(model, "")]
     except _Unknown:
@@ -87,7 +90,10 @@ class _Unknown(Exception):
 
 
 def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The named convolutions, linear layers, poolings, and residual blocks as a `_Part`, in their order."""
+    """Return the named convolutions, linear layers and poolings in their order.
+
+    A residual block is a `_Part`.
+    """
     found: list[tuple[str, Any]] = []
     for name, child in module.named_children():
         path = f"{prefix}{name}"
@@ -124,7 +130,7 @@ def _activate(found: list[tuple[str, Any]], module: nn.Module) -> None:
 
 
 def _replace_last(found: list[tuple[str, Any]], field: str, value: Any) -> None:
-    """Adds a norm or an activation to the last layer, which must not have one, or what comes after it."""
+    """Add a norm or an activation to the last layer, which must not have one, or what comes after it."""
     if not found or not isinstance(found[-1][1], _Conv):
         raise _Unknown
     path, layer = found[-1]
@@ -147,7 +153,7 @@ def _squeeze(module: nn.Module) -> _Squeeze | None:
 
 
 def deployed_mobilenet(model: nn.Module, chain: _Chain, dtype: torch.dtype) -> Deployed:
-    """What `deploy` makes of a network that is this chain of parts.
+    """Return what `deploy` makes of a network that is this chain of parts.
 
     Raises:
         ValueError: a part that a plan cannot say, or the network computes something else than its parts in
@@ -218,7 +224,7 @@ class _Plan(Plan):
         return self.pack.linear(weight.flatten(1), bias), layer.activation
 
     def part_of(self, x: Map | None, part: _Part, pooled: bool) -> Map:
-        """The map after the part; `pooled`: its means are wanted."""
+        """Return the map after the part; `pooled`: its means are wanted."""
         made: Any = x
         with ExitStack() as places:
             factors = -1
@@ -242,7 +248,7 @@ class _Plan(Plan):
         return made
 
     def factors(self, squeeze: _Squeeze, channels: int, places: ExitStack) -> int:
-        """The place of what multiplies the channels of the last map, and of summands that are zero."""
+        """Return the place of what multiplies the channels of the last map, and of summands that are zero."""
         self.need(squeeze.reduce.in_channels == channels, squeeze.module, "squeeze-and-excitation of the map")
         width = padded(channels)
         reduce, expand = (

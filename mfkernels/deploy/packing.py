@@ -29,7 +29,7 @@ class Packer:
         self.size = 0
 
     def add(self, values: Tensor) -> int:
-        """Returns the offset of these values, flattened; two of bfloat16 share the place of a float."""
+        """Return the offset of these values, flattened; two of bfloat16 share the place of a float."""
         flat = values.detach().flatten()
         flat = flat.view(torch.float32) if flat.dtype == torch.bfloat16 else flat.float()
         offset = self.size
@@ -46,7 +46,7 @@ class Packer:
         groups: int = 1,
         dtype: torch.dtype | None = None,
     ) -> Linear:
-        """A matrix (outputs, inputs) and its bias.
+        """Pack a matrix (outputs, inputs) and its bias.
 
         Panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 inputs go in pairs,
         and both of an output share the place of a float.
@@ -67,7 +67,7 @@ class Packer:
     def matrix(
         self, weight: Tensor, *, runs: int = 1, groups: int = 1, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """The values of `linear` in their order, not added yet, in the dtype that they are stored in."""
+        """Return the values of `linear` in their order and stored dtype, not added yet."""
         dtype, panels = dtype or self.dtype, []
         full = dense(weight.detach().double(), groups)
         outputs, inputs = full.shape
@@ -83,14 +83,18 @@ class Packer:
         return torch.cat([panel.flatten() for panel in panels]).to(dtype)
 
     def mixed(self, kernels: Sequence[Tensor]) -> tuple[int, int]:
-        """Values of several kernels, the first 16 of each, then the next: their offset, and how many blocks
-        of 16 there are of one kernel."""
+        """Pack values of several kernels, the first 16 of each, then the next.
+
+        Return their offset, and how many blocks of 16 one kernel has.
+        """
         values = torch.stack([kernel.view(-1, LANES) for kernel in kernels], 1)
         return self.add(values), len(values)
 
     def depthwise(self, weight: Tensor, bias: Tensor, slots: Sequence[int]) -> int:
-        """Kernels (channels, 1, k, k) as (k, k, slots), then the bias; slot i takes channel slots[i], none
-        where that is -1."""
+        """Pack kernels (channels, 1, k, k) as (k, k, slots), then the bias.
+
+        Slot i takes channel slots[i], none where that is -1.
+        """
         return self.add(torch.cat([taps(weight, slots), spread(bias.detach().double(), slots)]))
 
     def tensor(self) -> Tensor:
@@ -105,7 +109,7 @@ def taps(weight: Tensor, slots: Sequence[int]) -> Tensor:
 
 
 def _in_pairs(rows: Tensor) -> Tensor:
-    """(runs, inputs, outputs) to (pairs, outputs, 2), in bfloat16."""
+    """Turn (runs, inputs, outputs) into (pairs, outputs, 2), in bfloat16."""
     _, inputs, outputs = rows.shape
     even = nn.functional.pad(rows, (0, 0, 0, inputs % 2)).bfloat16()
     return even.view(-1, 2, outputs).transpose(1, 2)
@@ -139,7 +143,7 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def dense(weight: Tensor, groups: int) -> Tensor:
-    """The (outputs, inputs) matrix of a grouped 1x1 convolution."""
+    """Return the (outputs, inputs) matrix of a grouped 1x1 convolution."""
     blocks = weight.flatten(1).chunk(groups)
     return torch.block_diag(*blocks)
 

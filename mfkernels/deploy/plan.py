@@ -27,8 +27,11 @@ class Map(NamedTuple):
 
 
 class Bridges(NamedTuple):
-    """Cross attentions of a map and tokens: heads, tokens, floats from token to token, and where keys and
-    values of the one and queries of the other are; -1 for none."""
+    """Name the cross attentions of a map and tokens.
+
+    These are heads, tokens, floats from token to token, and the places of keys and values of the one and
+    queries of the other; -1 for none.
+    """
 
     heads: int
     tokens: int
@@ -38,8 +41,10 @@ class Bridges(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Of an activation: where they are, and the map of the weights by which those of so many tokens are mixed
-    at each position; -1 for none."""
+    """Name the place of an activation's slopes, and the map that mixes them; -1 for none.
+
+    The map holds the weights by which this number of tokens' slopes are mixed at each position.
+    """
 
     place: int = -1
     attention: int = -1
@@ -63,7 +68,7 @@ class Plan(Planner):
 
     @contextmanager
     def named(self, part: str) -> Iterator[None]:
-        """Steps within belong to this part."""
+        """Give the steps within the block to this part."""
         before, self.part = self.part, part
         yield
         self.part = before
@@ -92,7 +97,7 @@ class Plan(Planner):
         self.living.remove(used.number)
 
     def replaced(self, old: Map, new: Map) -> Map:
-        """`new`, after which nobody reads `old`."""
+        """Return `new`, after which nobody reads `old`."""
         self.free(old)
         return new
 
@@ -123,7 +128,7 @@ class Plan(Planner):
         activation: str | None = None,
         bridges: Bridges | None = None,
     ) -> Map:
-        """A dense convolution, folded to this weight and bias; of the image where x is None."""
+        """Add a dense convolution, folded to this weight and bias; of the image where x is None."""
         outputs, inputs, size, _ = weight.shape
         fits = conv.groups == 1 and conv.kernel_size == (size, size) and size % 2 == 1 and size < MOST_SIZE
         fits = fits and conv.padding == (size // 2, size // 2) and conv.stride in ((1, 1), (2, 2))
@@ -149,7 +154,7 @@ class Plan(Planner):
         sums: int = 0,
         bridges: Bridges | None = None,
     ) -> Map:
-        """A 1x1 convolution; `linear` as `Packer.linear` gives it."""
+        """Add a 1x1 convolution; `linear` is as `Packer.linear` gives it."""
         other = -1 if added is None else added.number
         out, act = self.out(outputs, sums, bridges), ACTIVATIONS.index(activation)
         numbers = (x.number, x.channels, affine, affine_gelu, other, groups, act, *slopes, mixed, linear)
@@ -204,14 +209,14 @@ class Plan(Planner):
         return self.made("attention", steps.Attention(out, *numbers))
 
     def map_norm(self, x: Map, norm: nn.LayerNorm) -> Map:
-        """A layer norm of each pixel."""
+        """Add a layer norm of each pixel."""
         gamma, beta = (self.pack.add(padded_rows(values)) for values in (norm.weight, norm.bias))
         return self.made(
             "map_norm", steps.MapNorm(self.out(x.channels), x.number, gamma, beta, _bits(norm.eps))
         )
 
     def weigh(self, x: Map, stride: int, bridges: Bridges) -> Map:
-        """The weights of the tokens at each position, from what `bridges` gathers with."""
+        """Add the weights of the tokens at each position, from what `bridges` gathers with."""
         twice = 2 if self.pack.dtype == torch.bfloat16 else 1  # its numbers are float32 all the same
         out = self.out(padded(bridges.tokens) * twice)
         numbers = (stride, bridges.heads, bridges.tokens, bridges.row, bridges.gather)
@@ -263,7 +268,7 @@ class Plan(Planner):
         self._step("attend", steps.Attend(rows, heads, depth, *places, stride, target, padded(width)))
 
     def combine(self, tokens: int, channels: int, heads: int, target: int) -> None:
-        """What the last map's step has gathered, (tokens, padded channels)."""
+        """Store what the last map's step has gathered, (tokens, padded channels)."""
         self._step("combine", steps.Combine(tokens, channels, heads, target))
 
     def gate(self, rows: int, channels: int, at: int, at_stride: int, gates: int, stride: int) -> None:
@@ -285,7 +290,7 @@ class Plan(Planner):
         return place
 
     def affine(self, norm: str, gamma: Tensor, beta: Tensor, eps: float) -> int:
-        """A norm of the last map; the place of its factors and summands."""
+        """Add a norm of the last map, and return the place of its factors and summands."""
         channels = gamma.numel()
         place = self.place(2 * padded(channels))
         factor, summand = self.pack.add(gamma.flatten()), self.pack.add(beta.flatten())
@@ -302,7 +307,7 @@ class Plan(Planner):
     # --- a step that writes neither ----------------------------------------------------------------------
 
     def hand_out(self, x: Map) -> None:
-        """A map that is a result."""
+        """Hand out a map that is a result."""
         self._step("hand_out", steps.HandOut(*x))
 
     def finished(
@@ -313,7 +318,7 @@ class Plan(Planner):
         in_channels: int,
         classes: int,
     ) -> Deployed:
-        """The network.
+        """Return the network.
 
         Args:
             features: the place of the inputs of the first linear layer.
@@ -328,7 +333,7 @@ class Plan(Planner):
         return Deployed(self.pack.tensor(), plan, classes=classes, **options)
 
     def finished_pyramid(self, wanted: Wanted, in_channels: int) -> DeployedPyramid:
-        """The network whose results are the maps that were handed out."""
+        """Return the network whose results are the maps that were handed out."""
         plan = [*self._header(in_channels, 0, 0), *self.steps]
         options: dict[str, Any] = dict(dtype=self.pack.dtype, in_channels=in_channels, parts=self.parts)
         return DeployedPyramid(wanted, self.pack.tensor(), plan, **options)

@@ -30,7 +30,7 @@ class Planner:
             self.check_settings(module)
 
     def check_settings(self, module: nn.Module) -> None:
-        """A module must be of settings that a plan can say, and without hooks."""
+        """Check that a module has settings that a plan can say, and no hooks."""
         if isinstance(module, nn.Conv2d):
             plain = module.dilation == (1, 1) and module.padding_mode == "zeros"
             self.need(plain, module, "convolutions without dilation and padded with zeros")

@@ -50,8 +50,10 @@ class DeployedPyramid(Deployed):
         self._order = [sorted(wanted.order).index(i) for i in wanted.order]
 
     def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
-        """(B, C, H, W) images on the CPU to the maps, (B, channels, H / reduction, W / reduction), rounded
-        up, in the dtype of the images: float32, or that of the network; and in their memory format.
+        """Run (B, C, H, W) images on the CPU and return the maps, in the images' dtype and memory format.
+
+        Maps are (B, channels, H / reduction, W / reduction), rounded up. The dtype is float32, or that of the
+        network.
 
         Raises:
             TypeError, ValueError: an input that does not fit, named.

@@ -1,5 +1,7 @@
-"""Steps of a plan: the structs of csrc/cpu/deployed_plan.h, by the same names and with the same fields, where
-their meaning is told."""
+"""Define the steps of a plan, with the names and fields of the structs of csrc/cpu/deployed_plan.h.
+
+That file says what they mean.
+"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -327,7 +329,7 @@ KINDS: dict[str, Any] = {
 
 
 def numbers(fields: Any) -> Iterator[int]:
-    """The numbers of a struct, those of the structs in it one after the other."""
+    """Return the numbers of a struct, those of the structs in it one after the other."""
     for field in fields:
         if isinstance(field, tuple):
             yield from numbers(field)
@@ -336,7 +338,7 @@ def numbers(fields: Any) -> Iterator[int]:
 
 
 def read(kind: Any, words: Iterator[int]) -> Any:
-    """The struct of these numbers, the inverse of `numbers`."""
+    """Return the struct of these numbers, the inverse of `numbers`."""
     return kind(
         *(next(words) if field is int else read(field, words) for field in kind.__annotations__.values())
     )

@@ -11,8 +11,11 @@ ALIGNED = 8  # numbers: a vector of half precision
 
 
 class Made(NamedTuple):
-    """Of T new tokens (T, B, d): the coefficients (B, 2, E) of both dynamic ReLUs, and the keys and values
-    (B, T, O) of the bridge to Mobile."""
+    """Hold T new tokens (T, B, d), and what follows from them.
+
+    These are the coefficients (B, 2, E) of both dynamic ReLUs, and the keys and values (B, T, O) of the
+    bridge to Mobile.
+    """
 
     tokens: Tensor
     slopes1: Tensor

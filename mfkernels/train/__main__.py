@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_common(job: argparse.ArgumentParser, recipe: Any) -> None:
-    """The arguments of all trainings, and one for each setting of the recipe."""
+    """Add the arguments of all trainings, and one for each setting of the recipe."""
     job.add_argument("--recipe", required=True, help="a name (see `recipes`), or a .yaml file")
     job.add_argument("--output", type=Path, help="folder of the results (default: runs/RECIPE)")
     job.add_argument("--splits", default="train,validation", help="of training and of evaluation")
@@ -105,7 +105,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _value(text: str) -> Any:
-    """A setting as YAML has it, but numbers like 1e-3, too, and lists by commas."""
+    """Return a setting as YAML has it, but numbers like 1e-3, too, and lists by commas."""
     import yaml
 
     if "," in text and not text.startswith("["):

@@ -26,8 +26,10 @@ def save_weights(path: Path, weights: dict[str, Any]) -> bool:
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """Return what the newest checkpoint holds that can be read, None where there is none; name those that
-    cannot be."""
+    """Return what the newest readable checkpoint holds, None where there is none.
+
+    Name the checkpoints that cannot be read.
+    """
     for path in reversed(_all(folder)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)

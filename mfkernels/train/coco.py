@@ -15,8 +15,11 @@ _SMALLEST = 0.01  # side of a box in pixels; float32 has no room for much smalle
 
 
 class Photo(NamedTuple):
-    """A photo of a set: its number, path, size in pixels, and objects: corners (n, 4) in pixels within it and
-    classes (n), 0 to classes - 1; crowds are not among them."""
+    """Describe a photo of a set: its number, path, size in pixels, and objects.
+
+    Objects have corners (n, 4) in pixels within the photo and classes (n), 0 to classes - 1; crowds are not
+    among them.
+    """
 
     id: int
     path: Path
@@ -27,8 +30,11 @@ class Photo(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """A set: its photos, the names and numbers of its classes in the order of their numbers, the content of
-    its file, and how many boxes without an area were left out."""
+    """Hold a set: its photos, the names and numbers of its classes, and the content of its file.
+
+    Classes are in the order of their numbers. The last field counts the boxes without an area, which were
+    left out.
+    """
 
     photos: list[Photo]
     names: list[str]
@@ -132,7 +138,7 @@ def _check_ids(path: Path, part: str, entries: Any, keys: tuple[str, ...]) -> No
 def _box(
     path: Path, annotation: dict[str, Any], photos: dict[Any, Any], categories: dict[Any, int]
 ) -> list[float] | None:
-    """The corners within the photo; None for a box without an area to speak of."""
+    """Return the corners within the photo; None for a box without an area to speak of."""
     where = f"{path}: annotation {annotation['id']}"
     photo, box = photos.get(annotation["image_id"]), annotation["bbox"]
     if photo is None:

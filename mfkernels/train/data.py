@@ -89,8 +89,11 @@ def steps_per_epoch(recipe: Recipe, count: int) -> int:
 
 
 def epoch_steps(recipe: Recipe, count: int, epoch: int) -> list[Step]:
-    """Return the steps of an epoch: each image is in one of them, and their numbers of images differ by one
-    at most, so that no batch is too small for its batch norms."""
+    """Return the steps of an epoch.
+
+    Each image is in one of them, and their numbers of images differ by one at most, so that no batch is too
+    small for its batch norms.
+    """
     generator = np.random.default_rng([recipe.seed, epoch])
     order = generator.permutation(count)
     steps = steps_per_epoch(recipe, count)
@@ -145,8 +148,10 @@ class TrainingData:
         self._loader = _loader(Photos(reader, transforms, recipe.seed), self._keys, recipe.workers)
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield, for each step of an epoch from `first_step` on, its images (those of all processes) and the
-        batches of this process."""
+        """Yield each step of an epoch from `first_step` on.
+
+        A step is its images (those of all processes) and the batches of this process.
+        """
         steps = epoch_steps(self._recipe, self._count, epoch)[first_step:]
         self._keys.epoch, self._keys.steps = epoch, steps
         batches = iter(self._loader)

@@ -100,7 +100,7 @@ class DetectionTraining(Loop):
         return dict(**average_precision(self.truth, everybodys), unreadable=unreadable)
 
     def _results(self, batch: DetectionBatch) -> list[dict[str, Any]]:
-        """What is found, in COCO's form."""
+        """Return what is found, in COCO's form."""
         device, results = self.processes.device, []
         found = self.network([image.to(device) for image in batch.images])
         for image, photo, objects in zip(batch.images, batch.photos, found, strict=True):

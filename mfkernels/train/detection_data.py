@@ -20,9 +20,12 @@ from .detection_recipe import DetectionRecipe
 
 
 class DetectionBatch(NamedTuple):
-    """Images (3, H, W) in 0..1, each of its own size; for each a dictionary of `boxes` (n, 4), its corners in
-    pixels of the image, and `labels` (n), int64; the photos they are made of; the names of their files, and
-    those of files that could not be read, with the reason."""
+    """Hold images (3, H, W) in 0..1, each of its own size, and their objects.
+
+    Each image has a dictionary of `boxes` (n, 4), its corners in pixels of the image, and `labels` (n),
+    int64. The batch also has the photos, the names of their files, and the names of files that could not be
+    read, with the reason.
+    """
 
     images: list[Tensor]
     targets: list[dict[str, Tensor]]
@@ -108,8 +111,10 @@ class DetectionData:
         self._photos = DetectionPhotos(annotations, recipe)
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[int, list[DetectionBatch]]]:
-        """Yield, for each step of an epoch from `first_step` on, its images (those of all processes) and the
-        batch of this process."""
+        """Yield each step of an epoch from `first_step` on.
+
+        A step is its images (those of all processes) and the batch of this process.
+        """
         order = np.random.default_rng([self._recipe.seed, epoch]).permutation(self._count)
         steps = np.array_split(order, self.steps_per_epoch)[first_step:]
         shares = [np.array_split(step, self._processes)[self._rank] for step in steps]

@@ -102,7 +102,7 @@ def create_detector(recipe: DetectionRecipe, num_classes: int, weights: Path | N
 
 
 def _batched(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The images normalised in one batch, and where there is no image; None where all have one size."""
+    """Return the images normalised in one batch, and its padding; None where all have one size."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     like = images[0]
     mean, std = (torch.tensor(v, device=like.device)[:, None, None] for v in (MEAN, STD))

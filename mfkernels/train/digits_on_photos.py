@@ -1,5 +1,7 @@
-"""A small real set for detection that needs no download: scikit-learn's handwritten digits on photographs, in
-COCO's format."""
+"""Make a small real set for detection that needs no download.
+
+It has scikit-learn's handwritten digits on photographs, in COCO's format.
+"""
 
 import json
 from pathlib import Path
@@ -80,7 +82,7 @@ def _photographs() -> list[np.ndarray]:
 
 
 def _background(photographs: list[np.ndarray], side: int, generator: np.random.Generator) -> np.ndarray:
-    """A random square of a random photograph, half as bright, (side, side, 3)."""
+    """Return a random square of a random photograph, half as bright, (side, side, 3)."""
     photograph = photographs[generator.integers(len(photographs))]
     size = int(generator.integers(min(photograph.shape[:2]) // 3, min(photograph.shape[:2])))
     top, left = (int(generator.integers(length - size + 1)) for length in photograph.shape[:2])

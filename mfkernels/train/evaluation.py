@@ -16,8 +16,10 @@ from .recipe import load_recipe
 
 
 class Accuracy(NamedTuple):
-    """Shares of the images, in percent, whose class is the first or one of the first five; and how many
-    images could not be read."""
+    """Hold the shares of images, in percent, whose class is the first or one of the first five.
+
+    It also counts the images that could not be read.
+    """
 
     top1: float
     top5: float
@@ -54,8 +56,10 @@ def right(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Comparison(NamedTuple):
-    """Of networks on the same images: accuracies, images a second, and the share of images, in percent, of
-    which all say the same."""
+    """Compare networks on the same images.
+
+    It has accuracies, images a second, and the share of images, in percent, on which all networks agree.
+    """
 
     accuracies: list[Accuracy]
     images_per_second: list[float]

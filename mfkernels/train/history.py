@@ -1,5 +1,7 @@
-"""What a training did, epoch by epoch: a CSV file, curves as PNG, and files for TensorBoard where that is
-installed."""
+"""Record a training epoch by epoch.
+
+The record is a CSV file, curves as PNG, and files for TensorBoard where that is installed.
+"""
 
 import csv
 from pathlib import Path

@@ -54,11 +54,11 @@ class Loop(ABC):
 
     @abstractmethod
     def _learning_rate(self, step: int) -> float:
-        """That of a step since the beginning of the training."""
+        """Return the learning rate of a step since the beginning of the training."""
 
     @abstractmethod
     def _loss(self, batch: Any) -> Tensor:
-        """The sum of the losses of a batch's images."""
+        """Return the sum of the losses of a batch's images."""
 
     @property
     def evaluated(self) -> nn.Module:
@@ -71,7 +71,7 @@ class Loop(ABC):
 
     @abstractmethod
     def _weights(self) -> dict[str, Any]:
-        """The weights that users load."""
+        """Return the weights that users load."""
 
     def _begin(self, compiled: bool = False) -> None:
         self.epoch, self.step = 0, 0  # steps of this epoch that are done

@@ -11,8 +11,10 @@ from .recipe import Recipe
 
 
 def mixing(recipe: Recipe, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return what mixes a batch's images (B, 3, H, W) and classes (B,) with those of other images: the
-    classes become shares, (B, num_classes), or stay what they are where the recipe mixes nothing."""
+    """Return a function that mixes a batch's images (B, 3, H, W) and classes (B,) with other images'.
+
+    The classes become shares, (B, num_classes), or stay what they are where the recipe mixes nothing.
+    """
     ways: list[nn.Module] = []
     if recipe.mixup:
         ways.append(v2.MixUp(alpha=recipe.mixup, num_classes=num_classes))

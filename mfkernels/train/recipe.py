@@ -166,7 +166,10 @@ def differences(one: Any, other: Any) -> list[str]:
 
 
 def tables(*families: str) -> dict[str, dict[str, Any]]:
-    """The settings of the recipes in some files by name: each file's of "all", and then the recipe's own."""
+    """Return the settings of the recipes in some files by name.
+
+    Each recipe's settings are its file's "all", and then its own.
+    """
     recipes: dict[str, dict[str, Any]] = {}
     for family in families:
         table = yaml.safe_load((_FOLDER / f"{family}.yaml").read_text())

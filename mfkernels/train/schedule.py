@@ -1,5 +1,7 @@
-"""What changes from step to step: learning rate and temperature. Both are functions of the step alone: a
-training that goes on has nothing of them to restore."""
+"""What changes from step to step: learning rate and temperature.
+
+Both are functions of the step alone: a training that goes on has nothing of them to restore.
+"""
 
 import math
 
