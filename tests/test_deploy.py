@@ -149,6 +149,10 @@ DEPLOYABLE = {
     "spatial-aware, excitation": dict(token_id=-1, se_flag=(1, 0, 2, 1), kernel_size=(3, 5)),
     "spatial-aware, before the residual": dict(token_id=-1, se_flag=(2, 0, 1, 1), before_skip=True),
     "spatial-aware, static": dict(token_id=-1, se_flag=(0, 0, 0, 0)),
+    "projected keys": dict(local_projection=True),
+    "projected, all gates": dict(local_projection=True, gates=(True, True, True), num_heads=4, groups=1),
+    "projected, before the residual": dict(local_projection=True, before_skip=True),
+    "projected, spatial-aware": dict(local_projection=True, token_id=-1, se_flag=(2, 0, 1, 1)),
     "columns and rows": dict(depthwise="sepdw", expansions=(4, 0, 6, 2)),
     "columns and rows, spatial-aware": dict(
         depthwise="sepdw", expansions=(2, 4, 2, 4), groups=1, token_id=-1

@@ -1,10 +1,11 @@
 """Mobile-Former as a plan."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.mobile_former import MobileFormer
 from ..nn import (
@@ -23,7 +24,7 @@ from ..nn import (
 from ..nn.conv_bn import affine
 from ..nn.depthwise import MaxDepthwise
 from .deployed import Deployed
-from .mobile_former_blocks import Activated, Made, activations, check, steps_of
+from .mobile_former_blocks import Activated, Back, Made, activations, check, keys_and_values, steps_of
 from .packing import dense, fold, padded, padded_rows, padded_slots, shuffled, spread
 from .plan import MOST_PAIRS, NO_SLOPES, Bridges, Map, Plan, Slopes
 from .pyramid import Wanted
@@ -64,6 +65,14 @@ def deployed_mobile_former(model: MobileFormer, dtype: torch.dtype, wanted: Want
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
+class _Wanted(NamedTuple):
+    """A layer, which of its outputs are wanted, -1 for zeros, and what multiplies them."""
+
+    layer: Any
+    slots: Sequence[int]
+    factor: float = 1.0
+
+
 class _Plan(Plan):
     def __init__(self, model: MobileFormer, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
@@ -72,7 +81,7 @@ class _Plan(Plan):
         self.tokens, self.width = model.tokens.weight.shape
         self.at = self.place(self.tokens * padded(self.width))
         self.gates = self.row = 0  # of the last map's bridge, where it has any
-        self.bridges: Bridges | None = None  # of the last map
+        self.bridges: Bridges | None = None  # to the tokens, of the last map
 
     def run(self) -> Deployed:
         model = self.model
@@ -105,13 +114,16 @@ class _Plan(Plan):
         with self.named("stem tokens"):
             self.copy_weights(padded_rows(self.model.tokens.weight), self.at)
         x: Any = None
+        read: Any = None
         before = ExitStack()
         for i, (name, block) in enumerate(each):
             following = each[i + 1][1] if i + 1 < len(each) else None
             bridge = last if following is None else getattr(following, "local_global", None)
             places = ExitStack()
             with self.named(f"{name} tokens"):
-                made = self.token_step(x, block, bridge, places)
+                made = self.token_step(read, block, bridge, places)
+                if read is not x:
+                    self.free(read)
             before.close()  # not sooner: its gates are read by this step
             before = places
             with self.named(name):
@@ -120,7 +132,21 @@ class _Plan(Plan):
                     self.free(made.attention)
                 if name in handed_out:
                     self.hand_out(x)
+                read = self.projected(x, bridge)
+            if following is None and read is not x:
+                self.free(read)
         return x
+
+    def projected(self, x: Map, bridge: Any) -> Map:
+        """The map that `bridge` reads: x, or its keys and values."""
+        if not hasattr(bridge, "k"):
+            return x
+        keys, values = keys_and_values(bridge.channels, bridge.num_heads)
+        weights = [
+            spread(layer.weight.flatten(1), slots) for layer, slots in ((bridge.k, keys), (bridge.v, values))
+        ]
+        linear = self.pack.linear(weights[0] + weights[1])
+        return self.pointwise(x, 2 * bridge.channels, linear, bridges=self.bridges)
 
     def stem(self, bridges: Bridges | None) -> Map:
         stem: Any = self.model.stem
@@ -130,11 +156,11 @@ class _Plan(Plan):
     # --- tokens ------------------------------------------------------------------------------------------
 
     def token_step(self, x: Any, block: Any, bridge: Any, places: ExitStack) -> Made:
-        """Add what `block`, of the map x, does to the tokens.
+        """Add what `block`, whose first bridge reads x, does to the tokens.
 
         Return, in `places`, what the tokens give to the block and to the bridge that reads its map.
         """
-        made: list[tuple[nn.Linear, float]] = []
+        made: list[_Wanted] = []
         slopes: list[Slopes] = []
         attention = None
         heads = 0
@@ -147,34 +173,53 @@ class _Plan(Plan):
             scatter = block.global_local
             self.check_scatter(scatter)
             heads = scatter.num_heads
-            made += [(scatter.k, (scatter.channels // heads) ** -0.5), (scatter.proj, 1.0)]
+            keys, values = self.slots_of(scatter, "q")
+            made += [
+                _Wanted(scatter.k, keys, (scatter.channels // heads) ** -0.5),
+                _Wanted(scatter.proj, values),
+            ]
+        scattered = len(made)
         if bridge is not None:
             self.check_bridge(bridge)
             self.need(heads in (0, bridge.num_heads), bridge, "the heads of the Mobile <- Former before it")
             heads = bridge.num_heads
-            made += [(bridge.q, (bridge.channels // heads) ** -0.5)]
+            keys, gates = self.slots_of(bridge, "k")
+            made += [_Wanted(bridge.q, keys, (bridge.channels // heads) ** -0.5)]
             if hasattr(bridge, "alpha"):
-                made += [(bridge.alpha[0], 1.0)]
+                made += [_Wanted(bridge.alpha[0], gates)]
         if not made:
             return Made(None, slopes, attention)
         if hasattr(scatter, "alpha"):
-            made += [(scatter.alpha[0], 1.0)]
+            made += [_Wanted(scatter.alpha[0], values)]
         fits = heads * self.tokens <= MOST_PAIRS
         self.need(fits, bridge or block, f"at most {MOST_PAIRS} pairs of heads and tokens")
         linear = self.side_by_side(made)
         (place,) = places.enter_context(self.places(self.tokens * linear.outputs))
         self.linear(self.tokens, self.at, linear, place)
-        columns, row, scatter_at, gather_at = padded(made[0][0].out_features), linear.outputs, -1, -1
+        row, at = linear.outputs, place
+        back, gather = Bridges(heads, self.tokens, row), Bridges(heads, self.tokens, row)
         if scatter is not None:
-            scatter_at = place
+            columns = padded(len(made[0].slots))
             if hasattr(scatter, "alpha"):
-                values, gates = place + columns, place + row - columns
-                self.gate(self.tokens, scatter.channels, values, row, gates, row)
+                self.gate(self.tokens, columns, place + columns, row, place + row - columns, row)
+            back, at = back._replace(scatter=place), place + 2 * columns
         if bridge is not None:
-            gather_at = place + (2 * columns if scatter is not None else 0)
-            self.gates, self.row = gather_at + columns, row
-        self.bridges = Bridges(heads, self.tokens, row, scatter_at, gather_at)
-        return Made(self.bridges, slopes, attention)
+            gather = gather._replace(gather=at)
+            self.gates, self.row = at + padded(len(made[scattered].slots)), row
+        self.bridges = gather if bridge is not None else None
+        # A bridge with projections has a map of its own.
+        apart = Back(scatter, back) if hasattr(scatter, "q") else None
+        own = back if apart is None else back._replace(scatter=-1)
+        own = own if hasattr(bridge, "k") else own._replace(gather=gather.gather)
+        bridged = own.scatter >= 0 or own.gather >= 0
+        return Made(own if bridged else None, slopes, attention, apart)
+
+    def slots_of(self, bridge: Any, projection: str) -> tuple[list[int], list[int]]:
+        """Which channels the columns of keys or queries are, and those of values, see `keys_and_values`."""
+        if hasattr(bridge, projection):
+            return keys_and_values(bridge.channels, bridge.num_heads)
+        each = list(range(bridge.channels))
+        return each, each
 
     def attention_of(self, x: Map, block: Any) -> Map | None:
         """Return the weights that mix the slopes of all tokens at each position, where the block wants it.
@@ -190,12 +235,13 @@ class _Plan(Plan):
 
     def from_mobile(self, bridge: Any) -> None:
         """Add what Mobile -> Former does to the tokens, from what the last map's step gathered."""
-        count, channels = self.tokens, bridge.channels
+        _, values = self.slots_of(bridge, "k")
+        count, channels = self.tokens, len(values)
         with self.places(count * padded(channels)) as (gathered,):
             self.combine(count, channels, bridge.num_heads, gathered)
             if hasattr(bridge, "alpha"):
                 self.gate(count, channels, gathered, padded(channels), self.gates, self.row)
-            project = self.pack.linear(bridge.proj.weight, bridge.proj.bias)
+            project = self.pack.linear(spread(bridge.proj.weight.t(), values).t(), bridge.proj.bias)
             self.linear(count, gathered, project, self.at, added=True)
         self.norm(count, bridge.layer_norm, self.at, self.at)
 
@@ -234,7 +280,8 @@ class _Plan(Plan):
         if not dynamic:
             return [NO_SLOPES] * len(each)
         rows, first = (1, dynamic[0].hyper.token_id) if attention is None else (self.tokens, 0)
-        squeeze = self.side_by_side([(one.hyper.hyper[0], 1.0) for one in dynamic])
+        first_layers = [one.hyper.hyper[0] for one in dynamic]
+        squeeze = self.side_by_side([_Wanted(layer, range(layer.out_features)) for layer in first_layers])
         slopes = []
         with self.places(rows * squeeze.outputs) as (hidden,):
             self.linear(rows, self.at + first * padded(self.width), squeeze, hidden, activation="relu")
@@ -256,20 +303,21 @@ class _Plan(Plan):
         rows = [-1 if slot < 0 else slot + f * size for f in range(functions) for slot in slots]
         return self.pack.linear(spread(weight, rows), spread(bias, rows))
 
-    def side_by_side(self, layers: list[tuple[Any, float]]) -> Linear:
-        """Layers of the same input as one matrix, each with padded outputs and multiplied by its factor."""
-        weights = [padded_rows(layer.weight.double().t() * by).t() for layer, by in layers]
-        return self.pack.linear(
-            torch.cat(weights), torch.cat([padded_rows(layer.bias.double() * by) for layer, by in layers])
-        )
+    def side_by_side(self, layers: list["_Wanted"]) -> Linear:
+        """Layers of the same input as one matrix, each with padded outputs."""
+
+        def of(rows: Tensor, wanted: "_Wanted") -> Tensor:
+            return padded_rows(spread(rows.double() * wanted.factor, wanted.slots).t()).t()
+
+        weights = [of(wanted.layer.weight, wanted) for wanted in layers]
+        biases = [of(wanted.layer.bias[:, None], wanted)[:, 0] for wanted in layers]
+        return self.pack.linear(torch.cat(weights), torch.cat(biases))
 
     def check_bridge(self, bridge: Any) -> None:
         self.need(hasattr(bridge, "q") and not hasattr(bridge, "mlp"), bridge, "mixing by attention")
-        self.need(not hasattr(bridge, "k"), bridge, "bridges without projections of the map")
 
     def check_scatter(self, scatter: Any) -> None:
         self.need(hasattr(scatter, "k") and not hasattr(scatter, "mlp"), scatter, "mixing by attention")
-        self.need(not hasattr(scatter, "q"), scatter, "bridges without projections of the map")
 
     # --- head --------------------------------------------------------------------------------------------
 

@@ -18,16 +18,24 @@ from .steps import Linear
 _ACTIVATIONS = {2: "dynamic_relu", 1: "scaled_relu6", 0: "relu6", -1: None}
 
 
+class Back(NamedTuple):
+    """A Mobile <- Former with projections of the map, and the bridge between these."""
+
+    layers: Any
+    bridges: Bridges
+
+
 class Made(NamedTuple):
     """Hold what the tokens give to a block's steps.
 
-    This is its map's bridges, the slopes of its activations, and the map by which the slopes are mixed, if
-    they are.
+    This is its map's bridges, the slopes of its activations, the map by which the slopes are mixed, if they
+    are, and Mobile <- Former where it has projections.
     """
 
     bridges: Bridges | None
     slopes: list[Slopes]
     attention: Map | None = None
+    back: Back | None = None
 
 
 class Activated(NamedTuple):
@@ -134,9 +142,40 @@ def _padded(slots: Sequence[int]) -> list[int]:
 def steps_of(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     if isinstance(block, LiteBottleneck):
         return plan.replaced(x, _lite(plan, x, block, made))
-    if isinstance(block, MobileFormerBlock):
-        return plan.replaced(x, _block(plan, x, block, made))
-    return plan.replaced(x, _down(plan, x, block, made))
+    is_block = isinstance(block, MobileFormerBlock)
+    steps_of_kind = _block if is_block else _down
+    if made.back is None or (block.skip and (not is_block or block.before_skip)):
+        return plan.replaced(x, steps_of_kind(plan, x, block, made))
+    before = Made(None, made.slopes, made.attention)
+    x = plan.replaced(x, steps_of_kind(plan, x, block, before))
+    return _taken(plan, x, made.back, made.bridges)
+
+
+def keys_and_values(channels: int, heads: int) -> tuple[list[int], list[int]]:
+    """Of a map that holds both, those of a head side by side: which key each channel is, which value; -1 for
+    none. So a bridge can read one and use the other."""
+    width = channels // heads
+    own = [list(range(head * width, (head + 1) * width)) for head in range(heads)]
+    none = [-1] * width
+    return [i for each in own for i in (*each, *none)], [i for each in own for i in (*none, *each)]
+
+
+def _taken(plan: Plan, x: Map, back: Back, bridges: Bridges | None = None) -> Map:
+    """A map and what it takes from the tokens by Mobile <- Former with projections; then other bridges."""
+    queries, results = keys_and_values(x.channels, back.bridges.heads)
+    project = plan.pack.linear(spread(back.layers.q.weight.flatten(1), queries))
+    mixed = plan.pointwise(x, 2 * x.channels, project, bridges=back.bridges)
+    fuse = plan.pack.linear(spread(back.layers.fuse.weight.flatten(1).t(), results).t())
+    out = plan.replaced(mixed, plan.pointwise(mixed, x.channels, fuse, added=x, bridges=bridges))
+    return plan.replaced(x, out)
+
+
+def _split(bridges: Bridges | None) -> tuple[Bridges | None, Bridges | None]:
+    """Of a map's bridges, that from the tokens and that to them."""
+    if bridges is None:
+        return None, None
+    scatter, gather = bridges._replace(gather=-1), bridges._replace(scatter=-1)
+    return scatter if scatter.scatter >= 0 else None, gather if gather.gather >= 0 else None
 
 
 def _lite(plan: Plan, x: Map, block: Any, made: Made) -> Map:
@@ -189,10 +228,11 @@ def _composed_block(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     if not block.skip:
         out = _pointwise(plan, hidden, point2, norm2, slots, bridges=made.bridges, **options)
     elif block.before_skip:
-        assert made.bridges is not None
-        scatter, gather = made.bridges._replace(gather=-1), made.bridges._replace(scatter=-1)
+        scatter, gather = _split(made.bridges)
         out = _pointwise(plan, hidden, point2, norm2, slots, bridges=scatter, **options)
-        out = plan.replaced(out, plan.add(out, x, gather if gather.gather >= 0 else None))
+        if made.back is not None:
+            out = _taken(plan, out, made.back)
+        out = plan.replaced(out, plan.add(out, x, gather))
     else:
         out = _sum(plan, hidden, point2, norm2, slots, x, made.bridges, options)
     return plan.replaced(hidden, out)
@@ -228,16 +268,16 @@ def _composed_down(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     hidden, slots = _depthwise(plan, x, first, names[0], made.slopes[0])
     middle = plan.replaced(hidden, _pointwise(plan, hidden, point1, point_norm1, slots))
     hidden, slots = _depthwise(plan, middle, last, names[1], made.slopes[1])
-    bridges = made.bridges
-    assert bridges is not None
-    inner = bridges._replace(gather=-1) if block.skip else bridges
+    scatter, gather = _split(made.bridges)
+    inner = scatter if block.skip else made.bridges
     options: dict[str, Any] = dict(activation=names[2], slopes=made.slopes[2])
     out = plan.replaced(hidden, _sum(plan, hidden, point2, point_norm2, slots, middle, inner, options))
     out = plan.replaced(middle, out)
     if not block.skip:
         return out
-    outer = bridges._replace(scatter=-1)
-    return plan.replaced(out, plan.add(out, x, outer if outer.gather >= 0 else None))
+    if made.back is not None:
+        out = _taken(plan, out, made.back)
+    return plan.replaced(out, plan.add(out, x, gather))
 
 
 def _sum(
