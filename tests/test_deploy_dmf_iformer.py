@@ -57,6 +57,14 @@ def halving_dmf() -> DynamicMobileFormer:
     return model
 
 
+def pointwise_halving_dmf() -> DynamicMobileFormer:
+    """With a 1x1 dynamic convolution of stride 2 in its second block and its last."""
+    model = small_dmf()
+    model.blocks[1].dynamic_mobile.pw_conv1.stride = 2
+    model.blocks[3].dynamic_mobile.pw_conv2.stride = 2
+    return model
+
+
 def with_attention(make_mixer) -> IFormer:
     """An iFormer with other attention than its own in its sixth block."""
     model = small_iformer(layer_scale=0.3)
@@ -67,6 +75,7 @@ def with_attention(make_mixer) -> IFormer:
 
 SMALL = {
     "dmf, strided": halving_dmf,
+    "dmf, 1x1 strided": pointwise_halving_dmf,
     "iformer, plain attention": lambda: with_attention(Attention2d),
     "iformer, heads": lambda: with_attention(lambda c: Attention2d(c, num_heads=3)),
     "iformer, norm before": lambda: with_attention(PreNormModulationAttention),

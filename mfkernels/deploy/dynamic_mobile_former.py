@@ -197,6 +197,7 @@ class _Plan(Plan):
         """Add a convolution of one kernel, and its batch norm."""
         weight, bias = fold(conv, norm)
         if conv.kernel_size == (1, 1):
+            self.need(conv.stride == (1, 1), conv, "1x1 convolutions of one kernel of stride 1")
             linear = self.pack.linear(weight.flatten(1), bias, groups=conv.groups)
             return self.pointwise(x, conv.out_channels, linear, groups=conv.groups, **options)
         places = self.depthwise_weights(conv, weight, bias)
@@ -228,7 +229,7 @@ class _Plan(Plan):
             order = lambda w: taps(w, padded_slots(outputs))  # noqa: E731
         else:
             self.need(size == 1, conv, "pointwise or depthwise dynamic convolutions")
-            self.need(conv.stride == 1, conv, "pointwise dynamic convolutions of stride 1")
+            self.need(conv.stride in (1, 2), conv, "pointwise dynamic convolutions of stride 1 or 2")
             order = lambda w: self.pack.matrix(w.flatten(1), groups=conv.groups)  # noqa: E731
         folded = [w.detach().double() * scale.view(-1, 1, 1, 1) for w in (conv.static_weight, *conv.weight)]
         values = [order(folded[0]), *(order(0.1 * w) for w in folded[1:])]
@@ -237,7 +238,18 @@ class _Plan(Plan):
         if depthwise:
             return self.depthwise(x, size, place, bias, stride=conv.stride, mixed=True, **options)
         linear = Linear(x.channels, padded(outputs), place, bias)
-        return self.pointwise(x, outputs, linear, groups=conv.groups, mixed=True, **options)
+        read = x if conv.stride == 1 else self.every_second(x)
+        out = self.pointwise(read, outputs, linear, groups=conv.groups, mixed=True, **options)
+        if read is not x:
+            self.free(read)
+        return out
+
+    def every_second(self, x: Map) -> Map:
+        """The pixels that a 1x1 convolution of stride 2 reads, copied by a depthwise convolution."""
+        weight = torch.zeros(x.channels, 1, 3, 3)
+        weight[:, :, 1, 1] = 1
+        offset = self.pack.depthwise(weight, torch.zeros(x.channels), padded_slots(x.channels))
+        return self.depthwise(x, 3, offset, offset + 9 * padded(x.channels), stride=2)
 
     def kernel_weights(self, attention: KernelAttention) -> int:
         """Return the weights of a dynamic convolution's kernels; how many there are."""
