@@ -180,7 +180,7 @@ def tables(*families: str) -> dict[str, dict[str, Any]]:
 
 @cache
 def _recipes() -> dict[str, dict[str, Any]]:
-    return tables("mobile_former", "dynamic_mobile_former", "iformer")
+    return tables("mobile_former", "dynamic_mobile_former", "iformer", "digits")
 
 
 def check_number(name: str, value: Any, least: float, most: float = float("inf")) -> None:
