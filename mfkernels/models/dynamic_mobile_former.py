@@ -141,6 +141,11 @@ class DynamicMobileFormer(Network):
             if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @property
+    def temperature(self) -> float:
+        """The temperature of the kernel attentions; all have the same."""
+        return next(m.temperature for m in self.modules() if isinstance(m, KernelAttention))
+
     def set_temperature(self, temperature: float) -> None:
         """Set the temperature of all kernel attentions.
 

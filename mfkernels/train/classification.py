@@ -107,7 +107,10 @@ class Training(Loop):
 
     def _evaluate(self) -> dict[str, float]:
         top1, top5, unreadable = accuracy(self.evaluated, self.evaluation, self.processes, self.recipe.dtype)
-        return dict(top1=top1, top5=top5, unreadable=unreadable)
+        measures = dict(top1=top1, top5=top5, unreadable=unreadable)
+        if hasattr(self.network, "temperature"):
+            measures["temperature"] = self.network.temperature
+        return measures
 
     def _weights(self) -> dict[str, Any]:
         return self.evaluated.state_dict()
