@@ -24,16 +24,16 @@ vision: .venv/installed .venv-vision/installed
 
 # Trainings by recipe (minutes): recipes, schedules, data and faults; and with the smallest classifier of one family,
 # FAMILY, which is mobile_former_26m, dmf_96 or iformer_t, that a training that stopped and went on gives the same
-# bits, and that two processes equal one.
+# bits, that two processes equal one, and that two processes learn scikit-learn's digits by the family's recipe.
+TRAINING = $(addprefix tests/test_,train.py train_detection.py train_digits.py)
 FAMILIES = mobile_former_26m or dmf_96 or iformer_t
 FAMILY ?= mobile_former_26m
 train-check: .venv/installed .venv-vision/installed
-	.venv-vision/bin/python -m pytest -m vision tests/test_train.py tests/test_train_detection.py \
-	  -k "$(FAMILY) or not ($(FAMILIES))"
+	.venv-vision/bin/python -m pytest -m vision $(TRAINING) -k "$(FAMILY) or not ($(FAMILIES))"
 
 # The same with all families.
 train-check-all: .venv/installed .venv-vision/installed
-	.venv-vision/bin/python -m pytest -m vision tests/test_train.py tests/test_train_detection.py
+	.venv-vision/bin/python -m pytest -m vision $(TRAINING)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
