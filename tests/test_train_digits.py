@@ -35,6 +35,14 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def train(folder: Path, recipe: str, output: Path, *settings: str) -> dict:
     """Train in two processes of one thread by the command. Returns the last checkpoint."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
