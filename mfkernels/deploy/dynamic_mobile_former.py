@@ -245,7 +245,7 @@ class _Plan(Plan):
         return out
 
     def every_second(self, x: Map) -> Map:
-        """The pixels that a 1x1 convolution of stride 2 reads, copied by a depthwise convolution."""
+        """Copy the pixels that a 1x1 convolution of stride 2 reads, by a depthwise convolution."""
         weight = torch.zeros(x.channels, 1, 3, 3)
         weight[:, :, 1, 1] = 1
         offset = self.pack.depthwise(weight, torch.zeros(x.channels), padded_slots(x.channels))

@@ -138,7 +138,7 @@ class _Plan(Plan):
         return x
 
     def projected(self, x: Map, bridge: Any) -> Map:
-        """The map that `bridge` reads: x, or its keys and values."""
+        """Return the map that `bridge` reads: x, or its keys and values."""
         if not hasattr(bridge, "k"):
             return x
         keys, values = keys_and_values(bridge.channels, bridge.num_heads)
@@ -215,7 +215,7 @@ class _Plan(Plan):
         return Made(own if bridged else None, slopes, attention, apart)
 
     def slots_of(self, bridge: Any, projection: str) -> tuple[list[int], list[int]]:
-        """Which channels the columns of keys or queries are, and those of values, see `keys_and_values`."""
+        """Return which channels the columns of keys or queries are, and those of values."""
         if hasattr(bridge, projection):
             return keys_and_values(bridge.channels, bridge.num_heads)
         each = list(range(bridge.channels))

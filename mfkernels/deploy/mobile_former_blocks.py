@@ -152,8 +152,10 @@ def steps_of(plan: Plan, x: Map, block: Any, made: Made) -> Map:
 
 
 def keys_and_values(channels: int, heads: int) -> tuple[list[int], list[int]]:
-    """Of a map that holds both, those of a head side by side: which key each channel is, which value; -1 for
-    none. So a bridge can read one and use the other."""
+    """Return which key each channel is, and which value, of a map that holds both; -1 for none.
+
+    The keys and values of a head stand side by side, so that a bridge reads the one and uses the other.
+    """
     width = channels // heads
     own = [list(range(head * width, (head + 1) * width)) for head in range(heads)]
     none = [-1] * width
@@ -161,7 +163,7 @@ def keys_and_values(channels: int, heads: int) -> tuple[list[int], list[int]]:
 
 
 def _taken(plan: Plan, x: Map, back: Back, bridges: Bridges | None = None) -> Map:
-    """A map and what it takes from the tokens by Mobile <- Former with projections; then other bridges."""
+    """Add to a map what it takes from the tokens by Mobile <- Former with projections; then other bridges."""
     queries, results = keys_and_values(x.channels, back.bridges.heads)
     project = plan.pack.linear(spread(back.layers.q.weight.flatten(1), queries))
     mixed = plan.pointwise(x, 2 * x.channels, project, bridges=back.bridges)
