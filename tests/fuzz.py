@@ -299,6 +299,8 @@ def small_networks() -> list:
     pyramids = [FeaturePyramid(copy.deepcopy(model)).eval() for model in models[:3]]
     image = torch.randn(1, 3, 20, 25)
     made = [mfkernels.deploy(model) for model in (*models, *pyramids, mobilenets.make("v3"))]
+    narrow = zip(models, (torch.int8, torch.bfloat16, torch.int8), strict=False)
+    made += [mfkernels.deploy(model, weights=weights) for model, weights in narrow]
     return [(deployed, image, tensors_in(deployed(image))[0]) for deployed in made]
 
 

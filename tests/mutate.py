@@ -97,6 +97,12 @@ MUTATIONS = {
         "variance + 1e-3",
         "test_deploy.py and test_same_numbers",
     ),
+    "deployed_narrow": (
+        "csrc/cpu/deployed_narrow.cpp",
+        "sum * factor + last",
+        "sum + last",
+        "test_narrow_weights.py and test_same_numbers",
+    ),
     "deployed_response_norm": (
         "csrc/cpu/deployed_state_steps.cpp",
         "1 + gamma[c] * response",

@@ -91,7 +91,7 @@ def test_changed_plans_do_no_harm(networks):
 def test_what_is_wrong_is_named(networks):
     deployed, image, _ = networks[0]
     plan = deployed.plan[3:].tolist()
-    first = len(steps.Header._fields) + 5 * plan[6]  # after the linear layers
+    first = len(steps.Header._fields) + 5 * plan[7]  # after the linear layers
     plan[first] = 99
     sealed = torch.tensor(mfkernels._C.sealed_plan(deployed.classes, plan))
     with pytest.raises(RuntimeError, match=r"deploy: plan: step 0 \(99\): is of an unknown kind"):

@@ -36,6 +36,7 @@ enum PlanActivation : int64_t {
 // A linear layer of a whole batch; no activation, kGelu or kHardswish.
 struct DeployedLinearArgs {
   bool bf16;
+  int64_t narrow;  // as of Plan
   PlanLinear linear;
   PlanActivation activation;
   const float* weights;

@@ -1,5 +1,5 @@
 #include "as_stored.h"
-#include "deployed.h"
+#include "deployed_narrow.h"
 
 namespace mfk {
 namespace MFK_ISA {
@@ -11,7 +11,16 @@ void deployed_linear(const DeployedLinearArgs& args, int64_t begin, int64_t end)
   const Weights w{args.weights + l.weight + o * weight_rows(l.inputs), until - o};
   auto* room = reinterpret_cast<Stored*>(args.scratch(args.batch * padded(l.inputs)));
   const Rows<Stored> rows = as_stored(args.in, args.batch, args.in_stride, l.inputs, room);
-  auto run = [&](auto epilogue) { gemm(args.batch, rows, w, args.out + o, args.out_stride, epilogue); };
+  auto run = [&](auto epilogue) {
+    if constexpr (std::is_same<Stored, float>::value) {
+      if (args.narrow > 0) {
+        return narrow_linear(
+            {l, args.narrow, args.weights, o, until, rows, args.batch, args.out + o, args.out_stride, false},
+            epilogue);
+      }
+    }
+    gemm(args.batch, rows, w, args.out + o, args.out_stride, epilogue);
+  };
   const float* bias = args.weights + l.bias + o;
   switch (args.activation) {
     case kHardswish:

@@ -5,6 +5,9 @@
 // places. Feature maps are channels last; their channels are padded to a multiple of 16, and what the padding
 // holds is zero. They are float, or bfloat16. Rows of the state are padded likewise. Offsets count floats
 // from the start of the weights.
+//
+// In a plan with narrow weights, maps are float, and the matrices of linear layers, which are those of steps
+// over the state and of the Plan itself, are narrow: behind the bias lies a factor of each output.
 #pragma once
 
 #include "deployed.h"
@@ -15,6 +18,7 @@ namespace mfk {
 struct Plan {
   int64_t weights;  // floats
   int64_t bf16;     // 0 or 1: matrices and maps in bfloat16, all else in float
+  int64_t narrow;   // bytes of a narrow weight: 1 (int8) or 2 (bfloat16); 0 where there are none
   int64_t in_channels;
   int64_t maps, state;     // how many maps; floats of the state
   int64_t features;        // the place of the first linear layer's inputs

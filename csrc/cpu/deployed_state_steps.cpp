@@ -1,4 +1,5 @@
 #include "as_stored.h"
+#include "deployed_narrow.h"
 #include "deployed_plan.h"
 
 namespace mfk {
@@ -15,6 +16,14 @@ struct StateSteps {
   template <class Epilogue>
   void linear(const PlanLinear& l, int64_t rows, const float* in, int64_t in_stride, float* out,
               int64_t out_stride, float* room, Epilogue epilogue) const {
+    if constexpr (std::is_same<Stored, float>::value) {
+      const int64_t narrow = args.plan->narrow;
+      if (narrow > 0) {
+        const Rows<float> x{in, in_stride, 1, l.inputs, 0};
+        return narrow_linear({l, narrow, args.weights, 0, l.outputs, x, rows, out, out_stride, false},
+                             epilogue);
+      }
+    }
     gemm(rows, as_stored(in, rows, in_stride, l.inputs, reinterpret_cast<Stored*>(room)),
          Weights{at(l.weight), l.outputs}, out, out_stride, epilogue);
   }

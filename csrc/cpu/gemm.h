@@ -155,10 +155,10 @@ constexpr int64_t kLongestChain = 256;
 constexpr int64_t kFetchedRows = 32;
 
 // Tiles of P positions by V vectors of outputs, from position `first` and output `o` on; a panel holds
-// `panel` floats. Few positions would wait for each other's sums: they get several sums each, for every
+// `panel` weights. Few positions would wait for each other's sums: they get several sums each, for every
 // second or fourth input. Meanwhile the next panels are fetched by the first tiles, `fetched` by the others.
-template <int P, int V, class T, class Out, class Epilogue>
-__attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float* w, int64_t panel, Out* out,
+template <int P, int V, class T, class W, class Out, class Epilogue>
+__attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, int64_t panel, Out* out,
                                           int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o,
                                           Fetched* fetched) {
   constexpr int n = kLanes<float>, kSums = P * V >= 8 ? 1 : (P * V >= 4 ? 2 : 4);
@@ -173,7 +173,7 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
     float total[P * V * n];  // of the chains before this one, once there is one
     int64_t chains = 0;
     const char* soon;
-    int64_t pace = kPanel * sizeof(float);
+    int64_t pace = kPanel * sizeof(W);
     if (once) {
       soon = reinterpret_cast<const char*>(w + kFetchedRows * kPanel);
     } else if (number < kPanels || fetched == nullptr || fetched->at >= fetched->end) {
@@ -188,14 +188,14 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
       const T* base[(P + 2) / 3];
       unrolled<(P + 2) / 3>(
           [&](auto i) __attribute__((always_inline)) { base[i] = x.data + r * x.skip + 3 * i * s; });
-      const float* row = w + r * steps * kPanel;
+      const W* row = w + r * steps * kPanel;
       auto step = [&](auto chain) __attribute__((always_inline)) {
         vec<float> b[V];
         unrolled<V>([&](auto v) __attribute__((always_inline)) {
           b[v] = load(row + v * n / kPanel * panel + v * n % kPanel);
         });
         __builtin_prefetch(soon, 0, 2);
-        if (kPanels > 1 && once) __builtin_prefetch(soon + panel * sizeof(float), 0, 2);
+        if (kPanels > 1 && once) __builtin_prefetch(soon + panel * sizeof(W), 0, 2);
         soon += pace;
         row += kPanel;
         unrolled<P>([&](auto p) __attribute__((always_inline)) {
@@ -240,8 +240,8 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const float*
 
 // Outputs `from` to `to` - 1, of which the first one's panel is at `w.data`, with so many rows. Weights stay
 // in the first cache while the positions pass.
-template <class T, class Out, class Epilogue>
-MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, Weights w, int64_t rows, Out* out,
+template <class T, class W, class Out, class Epilogue>
+MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, WeightsOf<W> w, int64_t rows, Out* out,
                             int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
   constexpr int n = kLanes<float>, most = kOutputVectors * n;
 #if defined(__AVX512BF16__)
@@ -251,11 +251,11 @@ MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, Weights w, int64_t row
 #endif
   const Tiles tiles(positions, kPositions);
   for (int64_t o = from; o < to;) {
-    const float* weights = w.data + (o - from) / kPanel * kPanel * rows + o % kPanel;
+    const W* weights = w.data + (o - from) / kPanel * kPanel * rows + o % kPanel;
     auto run = [&](auto vectors) __attribute__((always_inline)) {
       auto some = [&](int64_t size, int64_t count, int64_t first) __attribute__((always_inline)) {
         with_constant<kPositions>(size, [&](auto constant) __attribute__((always_inline)) {
-          gemm_tiles<decltype(constant)::value, decltype(vectors)::value, T, Out, Epilogue>(
+          gemm_tiles<decltype(constant)::value, decltype(vectors)::value, T, W, Out, Epilogue>(
               count, x, weights, rows * kPanel, out, out_stride, epilogue, first, o, w.fetched);
         });
       };
@@ -269,8 +269,8 @@ MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, Weights w, int64_t row
 }
 
 // out[p * out_stride + o] = epilogue(sum_i x(p, i) * w(i, o)) for p < positions.
-template <class T, class Out, class Epilogue>
-void gemm(int64_t positions, Rows<T> x, Weights w, Out* out, int64_t out_stride, Epilogue epilogue) {
+template <class T, class W, class Out, class Epilogue>
+void gemm(int64_t positions, Rows<T> x, WeightsOf<W> w, Out* out, int64_t out_stride, Epilogue epilogue) {
   const int64_t rows = x.runs * blocks_of(x.run, kStep<T>);
   gemm_panels(positions, x, w, rows, out, out_stride, epilogue, 0, w.outputs);
 }

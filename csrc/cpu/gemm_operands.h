@@ -7,6 +7,22 @@
 namespace mfk {
 namespace MFK_ISA {
 
+MFK_INLINE vec<float> load(const int8_t* p) {
+#if defined(__AVX512F__)
+  __m128i bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return reinterpret_cast<vec<float>>(
+      _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vec<float>>(
+      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+  typename VectorOf<int8_t, kLanes<float>>::type bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, mask<float>), vec<float>);
+#endif
+}
+
 // What maps and weights of a deployed network are stored as.
 #if defined(__AVX512BF16__)
 using Stored = bf16;
@@ -35,12 +51,15 @@ struct Fetched {
 // panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 two inputs of an output
 // share the place of a float; a run of odd length ends with a zero.
 constexpr int64_t kPanel = 16;
-// `fetched`: what is fetched meanwhile, or null.
-struct Weights {
-  const float* data;
+// `fetched`: what is fetched meanwhile, or null. Narrow ones, W, are widened in registers; bfloat16 among
+// them lies as float does, without pairs.
+template <class W>
+struct WeightsOf {
+  const W* data;
   int64_t outputs;
   Fetched* fetched = nullptr;
 };
+using Weights = WeightsOf<float>;
 MFK_INLINE int64_t weight_rows(int64_t inputs) { return blocks_of(inputs, kStep<Stored>); }
 
 // So many positions as tiles of nearly equal size, of at most `most`, rather than full ones and a small rest:

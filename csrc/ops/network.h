@@ -41,6 +41,7 @@ class Network {
   }
 
   bool bf16() const { return plan_.bf16; }
+  int64_t narrow() const { return plan_.narrow; }
   const float* weights() const { return weights_; }
   int64_t linears() const { return plan_.linears; }
   const PlanLayer& linear(int64_t i) const { return layers_of(plan_)[i]; }

@@ -85,12 +85,23 @@ class PlanCheck {
   int64_t matrix_size(int64_t inputs, int64_t run, int64_t outputs) const {
     return (plan_.bf16 ? inputs / run * blocks_of(run, 2) : inputs) * outputs;
   }
-  void linear(const PlanLinear& l, int64_t inputs, int64_t outputs, int64_t run = 0) const {
+  void matrix_shape(const PlanLinear& l, int64_t inputs, int64_t outputs) const {
     need(l.inputs == inputs && l.inputs >= 1 && l.inputs <= kMostOf, "has a matrix of other inputs");
     count(outputs, "has a wrong number of outputs");
     need(l.outputs == padded(outputs), "has a matrix of other outputs");
+  }
+  void linear(const PlanLinear& l, int64_t inputs, int64_t outputs, int64_t run = 0) const {
+    matrix_shape(l, inputs, outputs);
     in_weights(l.weight, matrix_size(inputs, run > 0 ? run : inputs, l.outputs));
     in_weights(l.bias, l.outputs);
+  }
+
+  // One of a layer over rows of the state, whose weights may be narrow: then it has a factor of each output.
+  void row_linear(const PlanLinear& l, int64_t inputs, int64_t outputs) const {
+    if (plan_.narrow == 0) return linear(l, inputs, outputs);
+    matrix_shape(l, inputs, outputs);
+    in_weights(l.weight, l.inputs * l.outputs * plan_.narrow / 4);
+    in_weights(l.bias, 2 * l.outputs);
   }
 
   void all(int64_t left, int64_t classes) {
@@ -99,6 +110,8 @@ class PlanCheck {
                                " floats, those of the plan, got " + std::to_string(weights_));
     }
     need(plan_.bf16 == 0 || plan_.bf16 == 1, "bf16", "is neither 0 nor 1");
+    need(plan_.narrow >= 0 && plan_.narrow <= (plan_.bf16 ? 0 : 2), "narrow",
+         "is neither 0 nor the bytes of int8 or bfloat16, or not 0 in a network in bfloat16");
     need(plan_.in_channels >= 1 && plan_.in_channels <= kMostOf, "in_channels", "are none, or too many");
     need(plan_.maps >= 1 && plan_.maps <= kMostMaps, "maps", "are none, or too many");
     need(plan_.state >= 0 && plan_.state <= kMostState, "state", "is too large");
@@ -133,7 +146,7 @@ class PlanCheck {
       need(activation == kNoActivation || activation == kGelu || activation == kHardswish,
            "has an unknown activation");
       count(l.outputs, "has a wrong number of outputs");
-      linear(l, l.inputs, l.outputs);
+      row_linear(l, l.inputs, l.outputs);
       if (i == 0) {
         in_state(plan_.features, padded(l.inputs));
       } else {
@@ -384,7 +397,7 @@ class PlanCheck {
     const bool known = s.activation == kGelu || s.activation == kRelu || s.activation == kRelu6 ||
                        s.activation == kHardsigmoid;
     need(s.activation == kNoActivation || (known && !s.added), "has an unknown activation");
-    linear(s.linear, s.linear.inputs, s.linear.outputs);
+    row_linear(s.linear, s.linear.inputs, s.linear.outputs);
   }
   void norm(const NormStep& s) const {
     count(s.width, "has a wrong width");
@@ -419,7 +432,7 @@ class PlanCheck {
     const int64_t row = 2 * s.linear.outputs / s.functions;
     in_state(s.source, s.rows, s.source_stride, padded(s.linear.inputs));
     in_state(s.target, s.rows, row, row);
-    linear(s.linear, s.linear.inputs, s.linear.outputs);
+    row_linear(s.linear, s.linear.inputs, s.linear.outputs);
   }
   // Steps that read sums of the last map.
   void summed(int64_t channels, int64_t sums) const {
@@ -431,11 +444,11 @@ class PlanCheck {
     count(s.token_dim, "has a wrong token_dim");
     in_state(s.token, padded(s.token_dim));
     count(s.hidden.outputs, "has a wrong number of channels");
-    linear(s.hidden, padded(s.token_dim) + padded(s.channels), s.hidden.outputs);
+    row_linear(s.hidden, padded(s.token_dim) + padded(s.channels), s.hidden.outputs);
     need(s.scores.inputs <= s.hidden.outputs, "has another matrix");
     flag(s.softmax, "has a wrong softmax");
     count(s.kernels, "has a wrong number of kernels");
-    linear(s.scores, s.scores.inputs, s.kernels);
+    row_linear(s.scores, s.scores.inputs, s.kernels);
     in_state(s.target, s.scores.outputs);
   }
   void mix(const MixStep& s) const {

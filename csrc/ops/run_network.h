@@ -77,6 +77,7 @@ void run_network(const Network& network, int64_t batch, int64_t classes, float* 
     const PlanLayer& layer = network.linear(i);
     const int64_t outputs = layer.linear.outputs;
     const DeployedLinearArgs args{network.bf16(),
+                                  network.narrow(),
                                   layer.linear,
                                   static_cast<PlanActivation>(layer.activation),
                                   network.weights(),

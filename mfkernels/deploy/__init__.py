@@ -30,7 +30,9 @@ _FAMILIES: dict[type, Any] = {
 _KNOWN = (*_FAMILIES, FeaturePyramid)
 
 
-def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def deploy(
+    model: nn.Module, *, dtype: torch.dtype = torch.float32, weights: torch.dtype | None = None
+) -> nn.Module:
     """Return a copy of `model` prepared for inference on its own device.
 
     On a CPU: batch norms folded, weights packed, each block one fused step. On a GPU: batch norms folded, and
@@ -47,6 +49,9 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         dtype: of weights and activations; torch.float32, or torch.bfloat16: on a GPU, or on processors that
             multiply it (AVX512-BF16); on a GPU torch.float16, too. Sums are float32 in each. On a GPU float32
             is computed without TF32, whatever PyTorch is set to: who can do with less takes bfloat16.
+        weights: how those of linear layers over tokens, means and features are stored, on a CPU and with
+            float32; torch.bfloat16, or torch.int8, which has a factor for each output. They are rounded, all
+            else is float32. A call for one image has less to read.
 
     Returns:
         A module that takes (B, C, H, W) images of any batch and size on the same device, in float32 or
@@ -58,8 +63,9 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
 
     Raises:
         TypeError: no such network, or a dtype that is not supported.
-        ValueError: `model` is in train mode, has a part that deploy does not know, named, computes something
-            else than its parts in a row where it is a chain, or is on several devices.
+        ValueError: `weights` is another dtype, or does not go with the device or with `dtype`; `model` is in
+            train mode, has a part that deploy does not know, named, computes something else than its parts in
+            a row where it is a chain, or is on several devices.
         RuntimeError: bfloat16, and this processor or the instruction set in use (MFKERNELS_ISA) cannot
             multiply it.
     """
@@ -69,6 +75,7 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     if dtype not in (torch.float32, torch.bfloat16) and not (on_gpu and dtype == torch.float16):
         also = ", or torch.float16" if on_gpu else ""
         raise TypeError(f"deploy: dtype must be torch.float32 or torch.bfloat16{also}, got {dtype}")
+    _check_weights(weights, dtype, on_gpu)
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
@@ -83,10 +90,23 @@ def deploy(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
             f"{native.instruction_set()} is in use and the processor has {', '.join(_C.cpu_features())}"
         )
     if chain is not None:
-        return deployed_mobilenet(model, chain, dtype)
+        return deployed_mobilenet(model, chain, dtype, weights)
     if isinstance(model, FeaturePyramid):
-        return _FAMILIES[type(model.network)](model.network, dtype, Wanted(model))
-    return _FAMILIES[type(model)](model, dtype)
+        return _FAMILIES[type(model.network)](model.network, dtype, weights, Wanted(model))
+    return _FAMILIES[type(model)](model, dtype, weights)
+
+
+def _check_weights(weights: torch.dtype | None, dtype: torch.dtype, on_gpu: bool) -> None:
+    if weights is None:
+        return
+    if weights not in (torch.bfloat16, torch.int8):
+        raise ValueError(f"deploy: weights must be torch.bfloat16, torch.int8 or None, got {weights}")
+    if on_gpu:
+        raise ValueError(f"deploy: weights must be None for a model on a GPU, got {weights}")
+    if dtype != torch.float32:
+        raise ValueError(
+            f"deploy: weights must be None unless dtype is torch.float32, got {weights} and {dtype}"
+        )
 
 
 def _on_gpu(model: nn.Module) -> bool:

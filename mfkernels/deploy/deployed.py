@@ -19,6 +19,7 @@ class Deployed(nn.Module):
     Args:
         weights, plan: what the operators want, the plan without format and checksum.
         dtype: of the network.
+        narrow: dtype of its linear layers' weights, where that is another one.
         in_channels, classes: of its images and its results.
         parts: names of what `times` measures.
     """
@@ -32,12 +33,14 @@ class Deployed(nn.Module):
         plan: list[int],
         *,
         dtype: torch.dtype,
+        narrow: torch.dtype | None,
         in_channels: int,
         classes: int,
         parts: list[str],
     ) -> None:
         super().__init__()
         self.dtype, self.in_channels, self.classes = dtype, in_channels, classes
+        self.narrow = narrow
         self._parts = parts
         self.register_buffer("weights", weights)
         sealed = torch.tensor(_C.sealed_plan(classes, plan), dtype=torch.int64)
@@ -131,6 +134,8 @@ class Deployed(nn.Module):
     def extra_repr(self) -> str:
         """Return what it is, and then its plan: a line a step, see `mfkernels.deploy.description`."""
         text = f"{self._results()}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
+        if self.narrow is not None:
+            text += f", those of linear layers in {str(self.narrow)[6:]}"
         if not self._plan_is_there():
             return text
         plan = self.plan.tolist()

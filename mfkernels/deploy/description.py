@@ -37,11 +37,11 @@ def description(plan: list[int], parts: list[str], side: int) -> str:
         shape = _made(kind, fields, maps, whole)
         if hasattr(fields, "out"):
             maps[fields.out.map] = shape
-        operations, floats = _cost(kind, fields, shape, header.bf16)
-        rows.append([part, kind, _what(kind, fields, shape), _bytes(floats), _operations(operations)])
+        operations, floats = _cost(kind, fields, shape, header)
+        rows.append([part, kind, _what(kind, fields, shape, header), _bytes(floats), _operations(operations)])
     for part, (activation, linear) in zip(parts[header.steps :], layers, strict=True):
-        what = f"{linear.inputs} -> {linear.outputs}{_then(activation)}"
-        floats = _size(linear, header.bf16)
+        what = f"{linear.inputs} -> {linear.outputs}{_then(activation)}{_stored(header)}"
+        floats = _row_size(linear, header)
         rows.append([part, "linear", what, _bytes(floats), _operations(2 * linear.inputs * linear.outputs)])
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     justify = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust)
@@ -63,7 +63,7 @@ def _made(kind: str, fields: Any, maps: dict[int, _Shape], whole: _Shape) -> _Sh
     return _Shape(shape.windows, -(-shape.height // stride), -(-shape.width // stride))
 
 
-def _what(kind: str, fields: Any, shape: _Shape) -> str:
+def _what(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> str:
     if hasattr(fields, "out"):
         out = fields.out
         number = f"{shape.windows} x " if shape.windows > 1 else ""
@@ -78,26 +78,39 @@ def _what(kind: str, fields: Any, shape: _Shape) -> str:
         text += ", from tokens" if out.scatter >= 0 else ""
         return text + (", to tokens" if out.gather >= 0 else "")
     if kind == "linear":
-        return f"{fields.rows} x {fields.linear.inputs} -> {fields.linear.outputs}{_then(fields.activation)}"
+        return f"{_rows(fields)}{_then(fields.activation)}{_stored(header)}"
     if kind == "attend":
         return f"{fields.rows} rows, {fields.heads} heads of {fields.depth}"
     if kind == "slopes":
-        return f"{fields.rows} x {fields.linear.inputs} -> {fields.linear.outputs}"
+        return f"{_rows(fields)}{_stored(header)}"
     if kind == "pooled":
         return f"map {fields.input} -> {fields.linear.outputs}"
     if kind == "hand_out":
         return f"map {fields.map}"
     counts = ("tokens", "rows", "width", "channels", "kernels", "blocks", "floats")
-    return ", ".join(f"{getattr(fields, name)} {name}" for name in counts if hasattr(fields, name))
+    text = ", ".join(f"{getattr(fields, name)} {name}" for name in counts if hasattr(fields, name))
+    return text + (_stored(header) if kind == "kernels" else "")
 
 
-def _cost(kind: str, fields: Any, shape: _Shape, bf16: int) -> tuple[int, int]:
+def _rows(fields: Any) -> str:
+    return f"{fields.rows} x {fields.linear.inputs} -> {fields.linear.outputs}"
+
+
+def _stored(header: steps.Header) -> str:
+    """Of a linear layer over rows: as what its weights are stored, where they are narrow."""
+    return ("", ", int8", ", bfloat16")[header.narrow]
+
+
+def _cost(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> tuple[int, int]:
     """Operations, and floats of weights."""
     linears = [field for field in fields if isinstance(field, Linear)]
     groups = getattr(fields, "groups", 1)
     products = sum(linear.inputs * linear.outputs for linear in linears) // groups
     taps = _taps(kind, fields)
-    floats = sum(_size(linear, bf16, groups) for linear in linears) + taps
+    bf16 = header.bf16
+    over_rows = kind in ("linear", "slopes", "kernels")
+    sizes = (_row_size(one, header) if over_rows else _size(one, bf16, groups) for one in linears)
+    floats = sum(sizes) + taps
     if hasattr(fields, "out"):
         out = fields.out
         bridges = (out.scatter >= 0) + (out.gather >= 0)
@@ -139,6 +152,12 @@ def _activated(kind: str, fields: Any) -> int:
 
 def _size(linear: Linear, bf16: int, groups: int = 1) -> int:
     return linear.inputs * linear.outputs // groups // (2 if bf16 else 1) + linear.outputs
+
+
+def _row_size(linear: Linear, header: steps.Header) -> int:
+    if header.narrow == 0:
+        return _size(linear, header.bf16)
+    return linear.inputs * linear.outputs * header.narrow // 4 + 2 * linear.outputs
 
 
 def _then(activation: int) -> str:

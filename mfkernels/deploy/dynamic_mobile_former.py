@@ -39,16 +39,25 @@ _KNOWN = (
 
 
 def deployed_dynamic_mobile_former(
-    model: DynamicMobileFormer, dtype: torch.dtype, wanted: Wanted | None = None
+    model: DynamicMobileFormer,
+    dtype: torch.dtype,
+    weights: torch.dtype | None,
+    wanted: Wanted | None = None,
 ) -> Deployed:
     """Return what `deploy` makes of a `DynamicMobileFormer`, or of these maps of it."""
-    plan = _Plan(model, dtype, wanted)
+    plan = _Plan(model, dtype, weights, wanted)
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
 class _Plan(Plan):
-    def __init__(self, model: DynamicMobileFormer, dtype: torch.dtype, wanted: Wanted | None) -> None:
-        super().__init__(model, dtype)
+    def __init__(
+        self,
+        model: DynamicMobileFormer,
+        dtype: torch.dtype,
+        weights: torch.dtype | None,
+        wanted: Wanted | None,
+    ) -> None:
+        super().__init__(model, dtype, weights)
         self.check_parts(_KNOWN)
         self.model = model
         self.blocks: list[Any] = list(model.blocks)
@@ -79,8 +88,8 @@ class _Plan(Plan):
         pooled, token = first.weight.split([x.channels, self.dim], 1)
         weight = torch.cat([padded_rows(pooled), padded_rows(token)], 1)
         linears: list[tuple[Linear, str | None]] = [
-            (self.pack.linear(weight, first.bias), "hardswish"),
-            (self.pack.linear(padded_rows(last.weight), last.bias), None),
+            (self.pack.row_linear(weight, first.bias), "hardswish"),
+            (self.pack.row_linear(padded_rows(last.weight), last.bias), None),
         ]
         names = ["head.fc1", "head.fc2"]
         return self.finished(self.features, linears, names, model.in_channels, last.out_features)
@@ -126,7 +135,7 @@ class _Plan(Plan):
 
     def token_step(self, bridge: Any, former: Any, following: Any) -> None:
         """Add what `bridge` and `former` do to the tokens, and the queries of the next bridge."""
-        linear, count, width = self.pack.linear, self.count, padded(self.dim)
+        linear, count, width = self.pack.row_linear, self.count, padded(self.dim)
         if bridge is None:
             self.copy_weights(padded_rows(self.model.tokens[0]), self.at)
         else:
@@ -139,11 +148,11 @@ class _Plan(Plan):
         if following is not None:
             scale = (following.channels // following.num_heads) ** -0.5
             self.norm(count, following.norm, self.at, self.at)
-            self.linear(count, self.at, linear(following.q.weight.double() * scale), self.queries)
+            self.linear(count, self.at, linear(following.q.weight, factor=scale), self.queries)
 
     def former(self, former: DMFFormer) -> None:
         attention, mlp, count, width = former.token_attention, former.mlp, self.count, padded(self.dim)
-        linear, heads = self.pack.linear, attention.num_heads
+        linear, heads = self.pack.row_linear, attention.num_heads
         hidden = padded(mlp.fc1.out_features)
         with self.places(*(n * count * width for n in (1, 3, 1)), count * hidden) as places:
             normed, qkv, mixed, inner = places
@@ -256,9 +265,9 @@ class _Plan(Plan):
         first, last = attention.net1.weight.flatten(1), attention.net2.weight.flatten(1)
         self.need(len(last) <= 16, attention, "up to 16 kernels")
         scale, shift = affine(attention.bn)
-        token, means = (first.double() * scale[:, None]).split([self.dim, attention.channels], 1)
-        hidden = self.pack.linear(torch.cat([padded_rows(token), padded_rows(means)], 1), shift)
-        scores = self.pack.linear(last.double() / attention.temperature)
+        token, means = first.split([self.dim, attention.channels], 1)
+        hidden = self.pack.row_linear(torch.cat([padded_rows(token), padded_rows(means)], 1), shift, scale)
+        scores = self.pack.row_linear(last, factor=1 / attention.temperature)
         softmax = int(attention.activation == "softmax")
         fields = (hidden, scores, softmax, len(last), self.attention_at)
         self.kernels(self.token, self.dim, attention.channels, *fields)

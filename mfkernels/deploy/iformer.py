@@ -41,18 +41,20 @@ _KNOWN = (
 )
 
 
-def deployed_iformer(model: IFormer, dtype: torch.dtype, wanted: Wanted | None = None) -> Deployed:
+def deployed_iformer(
+    model: IFormer, dtype: torch.dtype, weights: torch.dtype | None, wanted: Wanted | None = None
+) -> Deployed:
     """Return what `deploy` makes of an `IFormer`, or of these maps of it."""
     Plan(model, dtype).check_parts(_KNOWN)
-    plan = _Plan(copy.deepcopy(model).double().fuse(), dtype)
+    plan = _Plan(copy.deepcopy(model).double().fuse(), dtype, weights)
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
 class _Plan(Plan):
     """Of a network that is fused: all convolutions have biases, and there are no batch norms."""
 
-    def __init__(self, model: IFormer, dtype: torch.dtype) -> None:
-        super().__init__(model, dtype)
+    def __init__(self, model: IFormer, dtype: torch.dtype, weights: torch.dtype | None) -> None:
+        super().__init__(model, dtype, weights)
         self.model = model
         self.windows = False
 
@@ -67,9 +69,9 @@ class _Plan(Plan):
             self.pool(x.channels, features)
         linears: list[tuple[Linear, str | None]] = []
         if hasattr(model, "proj"):
-            linears.append((self.pack.linear(model.proj.weight, model.proj.bias), "gelu"))
+            linears.append((self.pack.row_linear(model.proj.weight, model.proj.bias), "gelu"))
         last = model.classifier
-        linears.append((self.pack.linear(last.weight, last.bias), None))
+        linears.append((self.pack.row_linear(last.weight, last.bias), None))
         names = ["proj", "classifier"][-len(linears) :]
         return self.finished(features, linears, names, model.in_channels, last.out_features)
 

@@ -59,9 +59,11 @@ _KNOWN = (
 )
 
 
-def deployed_mobile_former(model: MobileFormer, dtype: torch.dtype, wanted: Wanted | None = None) -> Deployed:
+def deployed_mobile_former(
+    model: MobileFormer, dtype: torch.dtype, weights: torch.dtype | None, wanted: Wanted | None = None
+) -> Deployed:
     """Return what `deploy` makes of a `MobileFormer`, or of these maps of it."""
-    plan = _Plan(model, dtype)
+    plan = _Plan(model, dtype, weights)
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
@@ -74,8 +76,8 @@ class _Wanted(NamedTuple):
 
 
 class _Plan(Plan):
-    def __init__(self, model: MobileFormer, dtype: torch.dtype) -> None:
-        super().__init__(model, dtype)
+    def __init__(self, model: MobileFormer, dtype: torch.dtype, weights: torch.dtype | None) -> None:
+        super().__init__(model, dtype, weights)
         self.check_parts(_KNOWN)
         self.model = model
         self.tokens, self.width = model.tokens.weight.shape
@@ -241,13 +243,13 @@ class _Plan(Plan):
             self.combine(count, channels, bridge.num_heads, gathered)
             if hasattr(bridge, "alpha"):
                 self.gate(count, channels, gathered, padded(channels), self.gates, self.row)
-            project = self.pack.linear(spread(bridge.proj.weight.t(), values).t(), bridge.proj.bias)
+            project = self.pack.row_linear(spread(bridge.proj.weight.t(), values).t(), bridge.proj.bias)
             self.linear(count, gathered, project, self.at, added=True)
         self.norm(count, bridge.layer_norm, self.at, self.at)
 
     def former(self, former: Any) -> None:
         self.need(hasattr(former, "q") and not hasattr(former, "token_mlp"), former, "mixing by attention")
-        count, at, linear = self.tokens, self.at, self.pack.linear
+        count, at, linear = self.tokens, self.at, self.pack.row_linear
         width = padded(self.width)
         with self.places(count * width, count * width) as (queries, mixed):
             self.linear(count, at, linear(former.q.weight, former.q.bias), queries)
@@ -301,17 +303,18 @@ class _Plan(Plan):
         weight, bias = padded_rows(layer.weight).double(), layer.bias.double()
         size = layer.out_features // functions
         rows = [-1 if slot < 0 else slot + f * size for f in range(functions) for slot in slots]
-        return self.pack.linear(spread(weight, rows), spread(bias, rows))
+        return self.pack.row_linear(spread(weight, rows), spread(bias, rows))
 
-    def side_by_side(self, layers: list["_Wanted"]) -> Linear:
-        """Layers of the same input as one matrix, each with padded outputs."""
+    def side_by_side(self, layers: list[_Wanted]) -> Linear:
+        """Pack layers of the same input as one matrix, each with padded outputs."""
 
-        def of(rows: Tensor, wanted: "_Wanted") -> Tensor:
-            return padded_rows(spread(rows.double() * wanted.factor, wanted.slots).t()).t()
+        def of(rows: Tensor, wanted: _Wanted) -> Tensor:
+            return padded_rows(spread(rows.double(), wanted.slots).t()).t()
 
         weights = [of(wanted.layer.weight, wanted) for wanted in layers]
-        biases = [of(wanted.layer.bias[:, None], wanted)[:, 0] for wanted in layers]
-        return self.pack.linear(torch.cat(weights), torch.cat(biases))
+        biases = [of(wanted.layer.bias[:, None], wanted)[:, 0] * wanted.factor for wanted in layers]
+        factors = [bias.new_full((len(bias),), by.factor) for bias, by in zip(biases, layers, strict=True)]
+        return self.pack.row_linear(torch.cat(weights), torch.cat(biases), torch.cat(factors))
 
     def check_bridge(self, bridge: Any) -> None:
         self.need(hasattr(bridge, "q") and not hasattr(bridge, "mlp"), bridge, "mixing by attention")
@@ -330,25 +333,27 @@ class _Plan(Plan):
         last = self.pack.linear(dense(weight, conv.groups)[:, place], bias)
         averaged = head.class_tokens == 0
         width, count = padded(self.width), self.tokens if averaged else max(head.class_tokens, 0)
-        features = self.place(last.outputs + count * width)
+        features = self.place(last.outputs + (width if averaged else count * width))
         linear, norm1d, _ = head.fc
         scale, shift = affine(norm1d)
-        weight, bias = linear.weight.double() * scale[:, None], linear.bias.double() * scale + shift
-        pooled, tokens = weight.split([conv.out_channels, weight.shape[1] - conv.out_channels], 1)
+        bias = linear.bias.double() * scale + shift
+        pooled, tokens = linear.weight.split([conv.out_channels, linear.in_features - conv.out_channels], 1)
         with self.named("classifier.conv"), ExitStack() as places:
             generator = Activated(head.act, getattr(head, "hyper", None), padded_slots(conv.out_channels))
             (slopes,) = self.generated([generator], places)
             self.pooled(x, last, features, slopes.place)
-            if averaged:  # which the next matrix does
-                same = self.pack.linear(torch.eye(self.width))
-                self.linear(count, self.at, same, features + last.outputs, activation="relu6")
-                tokens = torch.cat([padded_rows(tokens / count)] * count, 1)
+            if averaged:
+                (positive,) = places.enter_context(self.places(count * width))
+                same = torch.eye(width)
+                self.linear(count, self.at, self.pack.row_linear(same), positive, activation="relu6")
+                mean = self.pack.row_linear(torch.cat([same] * count, 1), factor=1 / count)
+                self.linear(1, positive, mean, features + last.outputs)
             else:
                 for i in range(count):  # each writes over the padding of the one before
                     self.copy(self.at + i * width, width, features + last.outputs + i * self.width)
-        fc = self.pack.linear(torch.cat([padded_rows(pooled), tokens], 1), bias)
+        fc = self.pack.row_linear(torch.cat([padded_rows(pooled), tokens], 1), bias, scale)
         classifier = head.classifier[1]
         return features, [
             (fc, "hardswish"),
-            (self.pack.linear(padded_rows(classifier.weight), classifier.bias), None),
+            (self.pack.row_linear(padded_rows(classifier.weight), classifier.bias), None),
         ]

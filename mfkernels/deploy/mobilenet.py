@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.conv_bn import affine
 from .deployed import Deployed
 from .packing import fold, padded
 from .plan import Map, Plan
@@ -152,19 +153,21 @@ def _squeeze(module: nn.Module) -> _Squeeze | None:
     return _Squeeze(module, reduce, expand)
 
 
-def deployed_mobilenet(model: nn.Module, chain: _Chain, dtype: torch.dtype) -> Deployed:
+def deployed_mobilenet(
+    model: nn.Module, chain: _Chain, dtype: torch.dtype, weights: torch.dtype | None
+) -> Deployed:
     """Return what `deploy` makes of a network that is this chain of parts.
 
     Raises:
         ValueError: a part that a plan cannot say, or the network computes something else than its parts in
             their order.
     """
-    deployed = _Plan(model, chain, dtype).run()
+    deployed = _Plan(model, chain, dtype, weights).run()
     images = torch.randn(4, deployed.in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         trial = _random_copy(model, images)
         same: Any = mobilenet_chain(trial)
-        got = _Plan(trial, same, torch.float32).run()(images)
+        got = _Plan(trial, same, torch.float32, None).run()(images)
         expected = trial.double()(images.double())
     if not torch.is_tensor(expected) or expected.shape != got.shape:
         raise ValueError(f"deploy: the model ({type(model).__name__}) returns something else than logits")
@@ -193,8 +196,10 @@ def _random_copy(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 class _Plan(Plan):
-    def __init__(self, model: nn.Module, chain: _Chain, dtype: torch.dtype) -> None:
-        super().__init__(model, dtype)
+    def __init__(
+        self, model: nn.Module, chain: _Chain, dtype: torch.dtype, weights: torch.dtype | None
+    ) -> None:
+        super().__init__(model, dtype, weights)
         self.chain = chain
         for module in self.names:
             self.check_settings(module)
@@ -219,9 +224,11 @@ class _Plan(Plan):
         self.need(
             layer.activation in known, layer.layer, "linear layers with a hardswish, or none, after them"
         )
-        weight, bias = layer.folded()
+        _, bias = layer.folded()
+        weight = layer.layer.weight
         self.need(weight[0].numel() == weight.shape[1], layer.layer, "1x1 convolutions after the pooling")
-        return self.pack.linear(weight.flatten(1), bias), layer.activation
+        factor = 1.0 if layer.norm is None else affine(layer.norm)[0]
+        return self.pack.row_linear(weight.flatten(1), bias, factor), layer.activation
 
     def part_of(self, x: Map | None, part: _Part, pooled: bool) -> Map:
         """Return the map after the part; `pooled`: its means are wanted."""
@@ -252,7 +259,8 @@ class _Plan(Plan):
         self.need(squeeze.reduce.in_channels == channels, squeeze.module, "squeeze-and-excitation of the map")
         width = padded(channels)
         reduce, expand = (
-            self.pack.linear(conv.weight.flatten(1), conv.bias) for conv in (squeeze.reduce, squeeze.expand)
+            self.pack.row_linear(conv.weight.flatten(1), conv.bias)
+            for conv in (squeeze.reduce, squeeze.expand)
         )
         (place,) = places.enter_context(self.places(2 * width))
         with self.places(width, reduce.outputs) as (means, hidden):

@@ -21,17 +21,21 @@ class Packer:
 
     Args:
         dtype: of the matrices; all else is float32.
+        weights: of the matrices of linear layers over rows, where they are narrower.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, weights: torch.dtype | None = None) -> None:
+        self.dtype, self.weights = dtype, weights
         self._parts: list[Tensor] = []
         self.size = 0
 
     def add(self, values: Tensor) -> int:
-        """Return the offset of these values, flattened; two of bfloat16 share the place of a float."""
+        """Return the offset of these values, flattened.
+
+        Two of bfloat16, or four of int8, share the place of a float.
+        """
         flat = values.detach().flatten()
-        flat = flat.view(torch.float32) if flat.dtype == torch.bfloat16 else flat.float()
+        flat = flat.view(torch.float32) if flat.dtype in (torch.bfloat16, torch.int8) else flat.float()
         offset = self.size
         self.size += padded(flat.numel())
         self._parts.append(nn.functional.pad(flat, (0, self.size - offset - flat.numel())))
@@ -63,6 +67,25 @@ class Packer:
         if bias is not None:
             biases[:outputs] = bias.detach()
         return Linear(inputs, padded(outputs), self.add(values), self.add(biases))
+
+    def row_linear(self, weight: Tensor, bias: Tensor | None = None, factor: Tensor | float = 1.0) -> Linear:
+        """Pack a matrix times a factor (of each output), and its bias, of a layer over tokens or means.
+
+        Where weights are narrow, they are rounded without the factor, which lies behind the bias.
+        """
+        outputs, inputs = weight.shape
+        factors = torch.as_tensor(factor, dtype=torch.float64).detach().expand(outputs)
+        weight = weight.detach().double()
+        if self.weights is None:
+            return self.linear(weight * factors[:, None], bias)
+        values, scales = narrowed(weight, self.weights)
+        width = padded(outputs)
+        panels = nn.functional.pad(values.t(), (0, width - outputs)).view(inputs, -1, LANES).transpose(0, 1)
+        last = torch.zeros(2, width, dtype=torch.float64)
+        if bias is not None:
+            last[0, :outputs] = bias.detach()
+        last[1, :outputs] = scales * factors
+        return Linear(inputs, width, self.add(panels), self.add(last))
 
     def matrix(
         self, weight: Tensor, *, runs: int = 1, groups: int = 1, dtype: torch.dtype | None = None
@@ -101,6 +124,18 @@ class Packer:
         weights = torch.empty(self.size, dtype=torch.float32)
         _C.advise_huge_pages(weights.data_ptr(), 4 * self.size)
         return weights.copy_(torch.cat(self._parts))
+
+
+def narrowed(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return values of this dtype, and a factor of each row: their product is `weight`, rounded.
+
+    Factors of bfloat16 are ones; those of int8 make the largest value of a row 127 or -127.
+    """
+    if dtype == torch.bfloat16:
+        return weight.bfloat16(), weight.new_ones(len(weight))
+    factors = weight.abs().amax(1) / 127
+    factors = torch.where(factors > 0, factors, 1.0)
+    return (weight / factors[:, None]).round().to(torch.int8), factors
 
 
 def taps(weight: Tensor, slots: Sequence[int]) -> Tensor:

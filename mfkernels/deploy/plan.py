@@ -57,8 +57,8 @@ NO_SLOPES = Slopes()
 class Plan(Planner):
     """A plan in the making. Steps that write a map return it, in memory that no living map has."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__(model, dtype)
+    def __init__(self, model: nn.Module, dtype: torch.dtype, weights: torch.dtype | None = None) -> None:
+        super().__init__(model, dtype, weights)
         self.steps: list[int] = []
         self.parts: list[str] = []
         self.part = ""
@@ -327,24 +327,26 @@ class Plan(Planner):
         """
         layers = [steps.Layer(ACTIVATIONS.index(act), linear) for linear, act in linears]
         plan = [*self._header(in_channels, features, len(layers)), *steps.numbers(layers), *self.steps]
-        options: dict[str, Any] = dict(
-            dtype=self.pack.dtype, in_channels=in_channels, parts=[*self.parts, *names]
-        )
+        options = self._options(in_channels, [*self.parts, *names])
         return Deployed(self.pack.tensor(), plan, classes=classes, **options)
 
     def finished_pyramid(self, wanted: Wanted, in_channels: int) -> DeployedPyramid:
         """Return the network whose results are the maps that were handed out."""
         plan = [*self._header(in_channels, 0, 0), *self.steps]
-        options: dict[str, Any] = dict(dtype=self.pack.dtype, in_channels=in_channels, parts=self.parts)
+        options = self._options(in_channels, self.parts)
         return DeployedPyramid(wanted, self.pack.tensor(), plan, **options)
+
+    def _options(self, in_channels: int, parts: list[str]) -> dict[str, Any]:
+        return dict(dtype=self.pack.dtype, narrow=self.pack.weights, in_channels=in_channels, parts=parts)
 
     def _header(self, in_channels: int, features: int, linears: int) -> steps.Header:
         count = len(self.parts)
         if count > MOST_STEPS:
             raise ValueError(f"deploy: at most {MOST_STEPS} steps can be deployed, got {count}")
         bf16 = int(self.pack.dtype == torch.bfloat16)
+        narrow = 0 if self.pack.weights is None else self.pack.weights.itemsize
         counts = (self.maps, self.state, features, linears, count)
-        return steps.Header(self.pack.size, bf16, in_channels, *counts)
+        return steps.Header(self.pack.size, bf16, narrow, in_channels, *counts)
 
 
 def _bits(value: float) -> int:

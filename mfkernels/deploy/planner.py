@@ -11,8 +11,8 @@ from .packing import Packer
 class Planner:
     """Packs weights, and refuses what a plan cannot say by the names of the parts in `model`."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.pack = Packer(dtype)
+    def __init__(self, model: nn.Module, dtype: torch.dtype, weights: torch.dtype | None = None) -> None:
+        self.pack = Packer(dtype, weights)
         self.names = {module: name for name, module in model.named_modules()}
 
     def refuse(self, module: nn.Module, why: str) -> ValueError:

@@ -21,6 +21,7 @@ class Linear(NamedTuple):
 class Header(NamedTuple):
     weights: int
     bf16: int
+    narrow: int
     in_channels: int
     maps: int
     state: int
