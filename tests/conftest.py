@@ -102,6 +102,15 @@ def float32_is_float32(request, monkeypatch):
             monkeypatch.setattr(setting, "fp32_precision", "ieee")
 
 
+@pytest.fixture
+def one_thread():
+    """Runs the test on one thread, as each process of a training does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def use_instruction_set(name):
     if name not in mfkernels.native.supported_instruction_sets():
         pytest.skip(f"this machine cannot run {name} kernels")

@@ -29,7 +29,7 @@ from mfkernels.train.processes import Processes
 from mfkernels.train.recipe import list_recipes, load_recipe, save_recipe
 from mfkernels.train.schedule import learning_rate, temperature
 
-pytestmark = pytest.mark.vision
+pytestmark = [pytest.mark.vision, pytest.mark.usefixtures("one_thread")]
 ALONE = Processes(0, 1, torch.device("cpu"))
 # Two classes of 32 pixels: a step takes some milliseconds.
 SMALL = dict(
@@ -53,14 +53,6 @@ def write_two_classes(root: Path, train: int, validation: int) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write_two_classes(tmp_path_factory.mktemp("digits"), 12, 6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def training(folder: Path, output: Path, name: str = "mobile_former_26m", **changes) -> Training:

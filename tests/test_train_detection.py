@@ -34,18 +34,10 @@ from mfkernels.train.loop import STOPPED
 from mfkernels.train.processes import Processes
 from mfkernels.train.recipe import save_recipe
 
-pytestmark = pytest.mark.vision
+pytestmark = [pytest.mark.vision, pytest.mark.usefixtures("one_thread")]
 ALONE = Processes(0, 1, torch.device("cpu"))
 SMALL = dict(epochs=2, batch_size=4, workers=0, milestones=(), warmup_steps=0, short_side=64, long_side=96)
 NAMES = {"retinanet": "digits_retinanet", "end_to_end": "digits_end_to_end"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

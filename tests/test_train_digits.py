@@ -21,7 +21,7 @@ import mfkernels
 from mfkernels.train import data, digits
 from mfkernels.train.recipe import load_recipe
 
-pytestmark = pytest.mark.vision
+pytestmark = [pytest.mark.vision, pytest.mark.usefixtures("one_thread")]
 CLASSES = 10
 ROOT = Path(mfkernels.__file__).parents[1]
 # The teacher is taught that a seven is a one. So what is learned from it differs from what the classes say.
@@ -33,14 +33,6 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("digits")
     digits.write(root)
     return root
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(folder: Path, recipe: str, output: Path, *settings: str) -> dict:
