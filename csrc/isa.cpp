@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include <atomic>
+#include <initializer_list>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -29,14 +30,27 @@ static bool may_use_tiles() {
 }
 #endif
 
+#if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
+// VNNI for vectors of 32 bytes, without AVX-512. Newer compilers alone know it, too.
+static bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  constexpr unsigned kAvxVnni = 1u << 4;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0;
+}
+#endif
+
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
   switch (isa) {
     case Isa::kAmx:
-      return isa_supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") && may_use_tiles();
+      return isa_supported(Isa::kAvx512Vnni) && __builtin_cpu_supports("avx512bf16") && may_use_tiles();
+    case Isa::kAvx512Vnni:
+      return isa_supported(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx2Vnni:
+      return isa_supported(Isa::kAvx2) && has_avx_vnni();
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     default:
@@ -47,11 +61,15 @@ bool isa_supported(Isa isa) {
 #endif
 }
 
+static Isa widest() {
+  for (Isa isa : {Isa::kAmx, Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2Vnni, Isa::kAvx2}) {
+    if (isa_supported(isa)) return isa;
+  }
+  return Isa::kGeneric;
+}
+
 static std::atomic<Isa>& chosen() {
-  static std::atomic<Isa> isa{isa_supported(Isa::kAmx)      ? Isa::kAmx
-                              : isa_supported(Isa::kAvx512) ? Isa::kAvx512
-                              : isa_supported(Isa::kAvx2)   ? Isa::kAvx2
-                                                            : Isa::kGeneric};
+  static std::atomic<Isa> isa{widest()};
   return isa;
 }
 

@@ -5,15 +5,16 @@
 
 namespace mfk {
 
-// kAmx is kAvx512, and AMX for deployed networks in bfloat16.
-enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };
+// Those with VNNI are the ones before them, and its instructions for deployed networks in int8; kAmx is
+// kAvx512Vnni, and AMX for deployed networks in bfloat16.
+enum class Isa { kGeneric, kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAmx };
 
 // The one in use: at first the widest that this machine can run.
 __attribute__((visibility("default"))) Isa isa();
 // True if this build has it and this machine can run it.
 __attribute__((visibility("default"))) bool isa_supported(Isa isa);
 __attribute__((visibility("default"))) void set_isa(Isa isa);
-// True if the instruction set in use is kAvx512 or kAmx, and this machine multiplies bfloat16.
+// True if the instruction set in use is kAvx512 or one after it, and this machine multiplies bfloat16.
 __attribute__((visibility("default"))) bool bf16_supported();
 inline __attribute__((always_inline)) bool amx_in_use() { return isa() == Isa::kAmx; }
 
@@ -39,8 +40,9 @@ inline __attribute__((always_inline)) bool amx_in_use() { return isa() == Isa::k
       })                                                                                             \
   inline void name(const Args& args, int64_t begin, int64_t end) {                                   \
     first switch (isa()) {                                                                           \
-      MFK_ON_X86(case Isa::kAmx : case Isa::kAvx512 : return avx512::name(args, begin, end);         \
-                 case Isa::kAvx2 : return avx2::name(args, begin, end);)                             \
+      MFK_ON_X86(case Isa::kAmx : case Isa::kAvx512Vnni : case Isa::kAvx512 : return avx512::name(   \
+                     args, begin, end);                                                              \
+                 case Isa::kAvx2Vnni : case Isa::kAvx2 : return avx2::name(args, begin, end);)       \
       default:                                                                                       \
         return generic::name(args, begin, end);                                                      \
     }                                                                                                \

@@ -15,10 +15,10 @@
 
 namespace {
 
-const std::map<std::string, mfk::Isa> kIsas = {{"generic", mfk::Isa::kGeneric},
-                                               {"avx2", mfk::Isa::kAvx2},
-                                               {"avx512", mfk::Isa::kAvx512},
-                                               {"amx", mfk::Isa::kAmx}};
+const std::map<std::string, mfk::Isa> kIsas = {
+    {"generic", mfk::Isa::kGeneric},       {"avx2", mfk::Isa::kAvx2},
+    {"avx2vnni", mfk::Isa::kAvx2Vnni},     {"avx512", mfk::Isa::kAvx512},
+    {"avx512vnni", mfk::Isa::kAvx512Vnni}, {"amx", mfk::Isa::kAmx}};
 
 mfk::Isa parse(const std::string& name) {
   auto found = kIsas.find(name);
@@ -53,8 +53,10 @@ std::vector<std::string> cpu_features() {
   MFK_FEATURE("avx512bw");
   MFK_FEATURE("avx512dq");
   MFK_FEATURE("avx512vl");
+  MFK_FEATURE("avx512vnni");
   MFK_FEATURE("avx512bf16");
 #undef MFK_FEATURE
+  if (mfk::isa_supported(mfk::Isa::kAvx2Vnni)) features.push_back("avx_vnni");
   if (mfk::isa_supported(mfk::Isa::kAmx)) features.push_back("amx_bf16");
 #endif
   return features;

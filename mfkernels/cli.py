@@ -3,6 +3,10 @@
 import argparse
 import copy
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from . import __version__, models
 from .backends import BACKENDS
@@ -52,7 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("model", choices=models.list_models(), metavar="MODEL")
     check.add_argument("--checkpoint", type=Path, help="released weights (default: random weights)")
     check.add_argument("--image", type=Path, help="a photo beside the random images")
-    check.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    check.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        default="float32",
+        help="int8 is deployed, calibrated with the inputs",
+    )
     check.add_argument("--backend", choices=BACKENDS, default="auto", help="of the fast network")
     check.add_argument("--deploy", action="store_true", help="the fast network is the deployed one")
     judge = commands.add_parser("evaluate", help="accuracy and speed on a folder of photos, deployed and not")
@@ -62,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     judge.add_argument("--split", default="validation")
     judge.add_argument("--size", type=int, default=224, help="image side in pixels")
     judge.add_argument("--batch", type=int, default=16)
+    judge.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="deployed")
     options = parser.parse_args(arguments)
     if options.command == "info":
         from .info import report
@@ -88,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
                     split=options.split,
                     size=options.size,
                     batch=options.batch,
+                    dtype=getattr(torch, options.dtype),
                 )
             )
         except ModuleNotFoundError as error:
@@ -124,8 +135,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     """Exit status 1 if an error is more than twice that of the plain network."""
-    import torch
-
     from .bench.run import randomise
     from .deploy import deploy
     from .verification import verify
@@ -141,9 +150,25 @@ def _verify(options: argparse.Namespace) -> int:
 
         inputs.append(prepare(open_photo(options.image), 224))
     plain = model.eval()
+    if dtype == torch.int8:
+        return _verify_int8(options.model, plain, inputs)
     fast = deploy(plain, dtype=dtype) if options.deploy else copy.deepcopy(plain).to(dtype)
     result = verify(plain, fast, inputs, dtype=dtype, backend=options.backend)
     weights = options.checkpoint or "random weights"
     print(f"{options.model}, {weights}, {options.dtype}, {'deployed' if options.deploy else options.backend}")
     print(result)
     return 0 if result.passed else 1
+
+
+def _verify_int8(name: str, plain: nn.Module, inputs: list[Tensor]) -> int:
+    """Exit status 1 if the results are further from those in float32 than `deploy` promises."""
+    from .deploy import deploy
+    from .deploy.int8 import BUDGET
+
+    fast: Any = deploy(plain, dtype=torch.int8, calibration=inputs)
+    with torch.inference_mode():
+        same = sum(int((fast(x).argmax(1) == plain(x).argmax(1)).sum()) for x in inputs)
+    print(f"{name}, int8, deployed; errors are of the logits, root mean square, over their deviation")
+    print(fast.report(inputs[0]))
+    print(f"the same class for {same} of {len(inputs)} images; error {fast.error:.1e}, allowed {BUDGET:.1e}")
+    return 0 if fast.error <= BUDGET else 1

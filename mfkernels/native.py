@@ -27,13 +27,14 @@ elif torch.version.cuda is None:
 else:
     torch.ops.load_library(CUDA_LIBRARY)
 
-ISAS = ("generic", "avx2", "avx512", "amx")
+ISAS = ("generic", "avx2", "avx2vnni", "avx512", "avx512vnni", "amx")
 
 
 def instruction_set() -> str:
-    """Return the instruction set whose kernels run: "generic", "avx2", "avx512" or "amx".
+    """Return the instruction set whose kernels run, a name of `ISAS`.
 
-    With "amx" products of networks that `deploy` made in bfloat16 run by AMX, all else is that of "avx512".
+    With "avx2vnni" and "avx512vnni" products of networks that `deploy` made in int8 run by VNNI, all else is
+    that of "avx2" and "avx512". "amx" is "avx512vnni", and products of networks in bfloat16 run by AMX.
     """
     return _C.instruction_set()
 

@@ -206,7 +206,7 @@ def test_deployed_on_meta(deployed):
         setattr(other, name, getattr(other, name).to("meta"))
         with pytest.raises(ValueError, match=f"{name} must be on the device of x, cpu, got meta"):
             other(x)
-    with pytest.raises(RuntimeError, match="plan must have format 6"):
+    with pytest.raises(RuntimeError, match="plan must have format 7"):
         copy.deepcopy(deployed).to_empty(device="cpu").apply(lambda m: m.plan.zero_())(x)
 
 
@@ -225,7 +225,7 @@ def test_changed_plans_are_refused(deployed):
                 target.copy_(plan)
                 calls += 1
     assert calls == 240 and torch.equal(deployed(x), good) and torch.equal(program(x), good)
-    with pytest.raises(RuntimeError, match="plan must have format 6, got 2 numbers"):
+    with pytest.raises(RuntimeError, match="plan must have format 7, got 2 numbers"):
         torch.ops.mfkernels.deployed(x, deployed.weights, plan[:2].clone(), 5)
     with pytest.raises(RuntimeError, match="classes must be 5, as of the plan, got 4"):
         torch.ops.mfkernels.deployed(x, deployed.weights, plan, 4)
@@ -271,7 +271,7 @@ def test_pickles_of_deployed_networks(deployed, change):
     if change == "nothing":
         assert torch.equal(torch.load(file, weights_only=False)(x), deployed(x))
         return
-    message = "plan must have format 6" if change == "version" else "plan must have the checksum"
+    message = "plan must have format 7" if change == "version" else "plan must have the checksum"
     with pytest.raises(RuntimeError, match=message):
         torch.load(file, weights_only=False)
     with pytest.raises(RuntimeError, match=message):

@@ -9,9 +9,9 @@ struct BlockSteps : MapTasks {
   using MapTasks::MapTasks;
 
   // Row y of the output of a depthwise convolution of the input, 3x3.
-  template <class Epilogue>
+  template <class Out, class Epilogue>
   void depthwise_of_input(int64_t y, int64_t channels, int64_t hidden, int64_t stride, int64_t taps,
-                          Stored* zeros, Stored* out, Epilogue epilogue) const {
+                          Stored* zeros, Out* out, Epilogue epilogue) const {
     if (stride == 1) {
       depthwise_of<3, 1>(y, channels, hidden, at(taps), zeros, out, epilogue);
     } else {
@@ -19,9 +19,9 @@ struct BlockSteps : MapTasks {
     }
   }
   // The same of rows that are kept.
-  template <class Epilogue>
+  template <class Out, class Epilogue>
   void depthwise_of_ring(const Ring& ring, int64_t y, int64_t channels, int64_t hidden, int64_t taps,
-                         Stored* out, Epilogue epilogue) const {
+                         Out* out, Epilogue epilogue) const {
     const float* rows[3] = {ring.at(y - 1), ring.at(y), ring.at(y + 1)};
     depthwise_row<3, 1>(rows, args.out.width, args.out.width, channels, at(taps), out, epilogue, hidden);
   }
@@ -48,14 +48,26 @@ struct BlockSteps : MapTasks {
   static Rows<Stored> expanded(const Stored* data, int64_t hidden, int64_t run, int64_t skip) {
     return {data, hidden, hidden / skip, run, skip};
   }
+  // Of what `into` has written.
   template <class T>
   void project(Rows<Stored> rows, int64_t positions, const PlanLinear& linear, const T* added, Stored* out) {
     if (added == nullptr) {
-      gemm(positions, rows, matrix(linear), out, out_channels, AddBias{at(linear.bias)});
+      product_of_rounded(positions, rows, linear, out, out_channels, AddBias{at(linear.bias)});
     } else {
-      gemm(positions, rows, matrix(linear), out, out_channels,
-           AddResidual<T>{at(linear.bias), added, out_channels});
+      product_of_rounded(positions, rows, linear, out, out_channels,
+                         AddResidual<T>{at(linear.bias), added, out_channels});
     }
+  }
+  // Calls f(out, epilogue), which writes rows from the i-th number on, with room for them; they become the
+  // inputs of a product: bytes where it wants them.
+  template <class Epilogue, class F>
+  static void into(const PlanLinear& linear, Stored* hidden, int64_t i, Epilogue epilogue, F f) {
+#if MFK_INT8
+    if (rounds(linear)) {
+      return f(reinterpret_cast<uint8_t*>(hidden) + i, Rounded<Epilogue>{epilogue, Bytes(linear)});
+    }
+#endif
+    f(hidden + i, epilogue);
   }
 
   void lite(const LiteStep& step, int64_t begin, int64_t end) {
@@ -65,8 +77,10 @@ struct BlockSteps : MapTasks {
     memset(zeros, 0, args.in.width * channels * sizeof(Stored));
     for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
       for (int64_t y = y0; y < y1; ++y) {
-        depthwise_of_input(y, channels, step.hidden, step.stride, step.taps, zeros,
-                           hidden + (y - y0) * hidden_row, relu6(step.taps + 9 * step.hidden));
+        into(step.project, hidden, (y - y0) * hidden_row, relu6(step.taps + 9 * step.hidden),
+             [&](auto* out, auto epilogue) {
+               depthwise_of_input(y, channels, step.hidden, step.stride, step.taps, zeros, out, epilogue);
+             });
       }
       project(expanded(hidden, step.hidden, step.in_channels, channels), (y1 - y0) * args.out.width,
               step.project, step.residual ? in_row(y0, channels) : nullptr, out_row(y0));
@@ -75,7 +89,8 @@ struct BlockSteps : MapTasks {
 
   void block(const BlockStep& step, int64_t begin, int64_t end) {
     const int64_t channels = padded(step.in_channels), row = args.in.width * step.hidden;
-    const auto space = room<3>({row, (args.group + 2) * row, args.group * row});
+    const auto space = room<4>({row, (args.group + 2) * row, args.group * row,
+                                bytes_room(step.expand, (args.group + 2) * args.in.width * channels)});
     memset(space.part[0], 0, row * sizeof(float));
     Ring ring{space.part[1], space.part[0], row, args.in.height};
     Stored* hidden = space.stored(2);
@@ -83,12 +98,15 @@ struct BlockSteps : MapTasks {
     auto run = [&](auto first, auto first_rows, auto second, auto second_rows) {
       for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
         ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
-          gemm((until - from) * width, Rows<Stored>{in_row(from, channels), channels, 1, step.in_channels, 0},
-               matrix(step.expand), to, step.hidden, first);
+          product((until - from) * width,
+                  Rows<Stored>{in_row(from, channels), channels, 1, step.in_channels, 0}, step.expand,
+                  space.part[3], to, step.hidden, first);
           first_rows.apply(to, from * width, (until - from) * width);
         });
         for (int64_t y = y0; y < y1; ++y) {
-          depthwise_of_ring(ring, y, step.hidden, step.hidden, step.taps, hidden + (y - y0) * row, second);
+          into(step.project, hidden, (y - y0) * row, second, [&](auto* out, auto epilogue) {
+            depthwise_of_ring(ring, y, step.hidden, step.hidden, step.taps, out, epilogue);
+          });
         }
         second_rows.apply(hidden, y0 * width, (y1 - y0) * width);
         project(Rows<Stored>{hidden, step.hidden, 1, step.project.inputs, 0}, (y1 - y0) * width, step.project,
@@ -111,16 +129,20 @@ struct BlockSteps : MapTasks {
       for_tasks(begin, end, space.last(), [&](int64_t y0, int64_t y1) {
         ring.provide(y0 - 1, y1 + 1, [&](float* to, int64_t from, int64_t until) {
           for (int64_t y = from; y < until; ++y) {
-            depthwise_of_input(y, channels, step.hidden1, step.stride, step.taps1, space.stored(0),
-                               hidden1 + (y - from) * row1, first);
+            into(step.project1, hidden1, (y - from) * row1, first, [&](auto* out, auto epilogue) {
+              depthwise_of_input(y, channels, step.hidden1, step.stride, step.taps1, space.stored(0), out,
+                                 epilogue);
+            });
           }
           first_rows.apply(hidden1, from * width, (until - from) * width);
-          gemm((until - from) * width, expanded(hidden1, step.hidden1, step.in_channels, channels),
-               matrix(step.project1), to, out_channels, AddBias{at(step.project1.bias)});
+          product_of_rounded((until - from) * width,
+                             expanded(hidden1, step.hidden1, step.in_channels, channels), step.project1, to,
+                             out_channels, AddBias{at(step.project1.bias)});
         });
         for (int64_t y = y0; y < y1; ++y) {
-          depthwise_of_ring(ring, y, out_channels, step.hidden2, step.taps2, hidden2 + (y - y0) * row2,
-                            second);
+          into(step.project2, hidden2, (y - y0) * row2, second, [&](auto* out, auto epilogue) {
+            depthwise_of_ring(ring, y, out_channels, step.hidden2, step.taps2, out, epilogue);
+          });
         }
         second_rows.apply(hidden2, y0 * width, (y1 - y0) * width);
         project(expanded(hidden2, step.hidden2, made.channels, out_channels), (y1 - y0) * width,

@@ -57,56 +57,103 @@ struct MapSteps : MapTasks {
       }
     });
   }
-  void convolve(const ConvStep& step, int64_t positions, Rows<Stored> x, Stored* out) {
+  template <class T>
+  void convolve(const ConvStep& step, int64_t positions, Rows<T> x, Stored* out) {
     with_activation(step.activation, at(step.linear.bias), [&](auto epilogue) {
-      gemm(positions, x, matrix(step.linear), out, out_channels, epilogue);
+      if constexpr (std::is_same<T, Stored>::value) {
+        product_of_rounded(positions, x, step.linear, out, out_channels, epilogue);
+      } else {
+        gemm(positions, x, matrix(step.linear), out, out_channels, epilogue);
+      }
     });
   }
 
-  // Whole vectors: what is too much is written over by what comes next.
-  static MFK_INLINE void copy_vectors(const Stored* from, int64_t count, Stored* to) {
-    for (int64_t c = 0; c < count; c += kLanes<float>) store(to + c, load(from + c));
+  // Whole blocks: what is too much is written over by what comes next.
+  template <class T>
+  static MFK_INLINE void copy_blocks(const T* from, int64_t count, T* to) {
+    constexpr int64_t n = 16;
+    for (int64_t c = 0; c < count; c += n) memcpy(to + c, from + c, n * sizeof(T));
   }
   // Each output's inputs side by side, then one product.
   void dense_conv(const ConvStep& step, int64_t begin, int64_t end) {
-    const int64_t k = step.kernel, channels = step.in_channels, pixel = padded(channels);
-    const int64_t inputs = k * k * channels, patch = padded(inputs), width = args.out.width;
+#if MFK_INT8
+    if (rounds(step.linear)) return dense_conv_of_bytes(step, begin, end);
+#endif
+    const int64_t k = step.kernel, pixel = padded(step.in_channels);
+    const int64_t patch = padded(k * k * step.in_channels), width = args.out.width;
     const auto space = room<2>({args.group * width * patch + 16, pixel});
     Stored *patches = space.stored(0), *zeros = space.stored(1);
     memset(zeros, 0, pixel * sizeof(Stored));
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
-      Stored* to = patches;
-      for (int64_t r = r0; r < r1; ++r) {
-        const Stored* rows[16];
-        for (int64_t ky = 0; ky < k; ++ky) {
-          rows[ky] = in_row(r, r % args.out.height * step.stride + ky - k / 2, pixel, nullptr);
-        }
-        for (int64_t x = 0; x < width; ++x, to += patch) {
-          const int64_t left = x * step.stride - k / 2;
-          Stored* tap = to;
-          for (int64_t ky = 0; ky < k; ++ky) {
-            const Stored* row = rows[ky] == nullptr ? nullptr : rows[ky] + left * pixel;
-            if (row != nullptr && left >= 0 && left + k <= args.in.width && channels == pixel) {
-              copy_vectors(row, k * channels, tap);
-              tap += k * channels;
-              continue;
-            }
-            for (int64_t kx = 0; kx < k; ++kx, tap += channels) {
-              const bool inside = row != nullptr && left + kx >= 0 && left + kx < args.in.width;
-              copy_vectors(inside ? row + kx * pixel : zeros, channels, tap);
-            }
-          }
-          memset(tap, 0, (patch - inputs) * sizeof(Stored));
-        }
-      }
-      convolve(step, (r1 - r0) * width, Rows<Stored>{patches, patch, 1, inputs, 0}, out_row(r0));
+      convolve_patches<Stored>(step, r0, r1, zeros, patches, [&](int64_t r, int64_t ky) {
+        return in_row(r, r % args.out.height * step.stride + ky - k / 2, pixel, nullptr);
+      });
     });
+  }
+#if MFK_INT8
+  // The rows that some outputs want are rounded once. Runs of outputs that reach over several windows are cut
+  // where these end.
+  void dense_conv_of_bytes(const ConvStep& step, int64_t begin, int64_t end) {
+    const int64_t k = step.kernel, pixel = padded(step.in_channels), row = args.in.width * pixel;
+    const int64_t patch = padded(k * k * step.in_channels), most = (args.group - 1) * step.stride + k;
+    const auto space = room<3>(
+        {args.group * args.out.width * patch / 4 + 16, pixel / 4, bytes_room(step.linear, most * row)});
+    auto part = [&](int i) { return reinterpret_cast<uint8_t*>(space.part[i]); };
+    const Bytes bytes(step.linear);
+    memset(part(1), static_cast<int>(step.linear.zero), pixel);
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0, next; r < r1; r = next) {
+        const int64_t y = r % args.out.height, window = r / args.out.height * args.in.height;
+        next = r1 - r < args.out.height - y ? r1 : r + args.out.height - y;
+        int64_t from = y * step.stride - k / 2, until = (y + next - r - 1) * step.stride - k / 2 + k;
+        from = from < 0 ? 0 : from;
+        until = until < args.in.height ? until : args.in.height;
+        bytes.round(in_row(window + from, pixel), (until - from) * row, part(2));
+        convolve_patches<uint8_t>(step, r, next, part(1), part(0), [&](int64_t at, int64_t ky) {
+          const int64_t line = at % args.out.height * step.stride + ky - k / 2;
+          return line < from || line >= until ? static_cast<uint8_t*>(nullptr)
+                                              : part(2) + (line - from) * row;
+        });
+      }
+    });
+  }
+#endif
+  // `input(r, ky)`: the row of the input that output row r wants for a row of the kernel, or null.
+  template <class T, class Input>
+  void convolve_patches(const ConvStep& step, int64_t r0, int64_t r1, const T* zeros, T* patches,
+                        Input input) {
+    const int64_t k = step.kernel, channels = step.in_channels, pixel = padded(channels);
+    const int64_t inputs = k * k * channels, patch = padded(inputs), width = args.out.width;
+    T* to = patches;
+    for (int64_t r = r0; r < r1; ++r) {
+      const T* rows[16];
+      for (int64_t ky = 0; ky < k; ++ky) rows[ky] = input(r, ky);
+      for (int64_t x = 0; x < width; ++x, to += patch) {
+        const int64_t left = x * step.stride - k / 2;
+        T* tap = to;
+        for (int64_t ky = 0; ky < k; ++ky) {
+          const T* row = rows[ky] == nullptr ? nullptr : rows[ky] + left * pixel;
+          if (row != nullptr && left >= 0 && left + k <= args.in.width && channels == pixel) {
+            copy_blocks(row, k * channels, tap);
+            tap += k * channels;
+            continue;
+          }
+          for (int64_t kx = 0; kx < k; ++kx, tap += channels) {
+            const bool inside = row != nullptr && left + kx >= 0 && left + kx < args.in.width;
+            copy_blocks(inside ? row + kx * pixel : zeros, channels, tap);
+          }
+        }
+        memset(tap, 0, (patch - inputs) * sizeof(T));
+      }
+    }
+    convolve(step, (r1 - r0) * width, Rows<T>{patches, patch, 1, inputs, 0}, out_row(r0));
   }
 
   void pointwise(const PointwiseStep& step, int64_t begin, int64_t end) {
     const int64_t channels = padded(step.in_channels), width = args.out.width;
     const bool changed = step.affine >= 0;
-    const auto space = room<1>({changed ? args.group * width * channels : 0});
+    const int64_t most = args.group * width * channels;
+    const auto space = room<2>({changed ? most : 0, bytes_room(step.linear, most)});
     const float* weights = step.mixed ? place(step.linear.weight) : at(step.linear.weight);
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       const int64_t positions = (r1 - r0) * width;
@@ -119,8 +166,19 @@ struct MapSteps : MapTasks {
       Stored* out = out_row(r0);
       auto run = [&](auto epilogue) {
         if (step.groups > 1) {
-          gemm_groups(positions, rows, step.groups, Weights{weights, made.channels, &fetched}, out,
-                      out_channels, epilogue);
+          const Weights matrix{weights, made.channels, &fetched};
+#if MFK_INT8
+          if (args.calibration != nullptr) calibrate(positions, rows, step.linear);
+          if (rounds(step.linear)) {
+            auto* bytes = reinterpret_cast<uint8_t*>(space.part[1]);
+            Bytes(step.linear).round(x, positions * channels, bytes);
+            return gemm_groups(positions, Rows<uint8_t>{bytes, channels, 1, step.in_channels, 0}, step.groups,
+                               matrix, out, out_channels, epilogue);
+          }
+#endif
+          gemm_groups(positions, rows, step.groups, matrix, out, out_channels, epilogue);
+        } else if (!step.mixed) {
+          product(positions, rows, step.linear, space.part[1], out, out_channels, epilogue);
         } else {
           gemm(positions, rows, Weights{weights, step.linear.outputs, &fetched}, out, out_channels, epilogue);
         }
@@ -174,7 +232,8 @@ struct MapSteps : MapTasks {
 
   void inverted(const InvertedStep& step, int64_t begin, int64_t end) {
     const int64_t width = args.out.width, row = width * out_channels, hidden = step.expand.outputs;
-    const auto space = room<3>({row, step.kernel > 0 ? args.group * row : 0, args.group * width * hidden});
+    const auto space = room<4>({row, step.kernel > 0 ? args.group * row : 0, args.group * width * hidden,
+                                bytes_room(step.expand, args.group * row)});
     memset(space.part[0], 0, row * sizeof(Stored));
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       const Stored *x = in_row(r0, out_channels), *from = x;
@@ -186,10 +245,11 @@ struct MapSteps : MapTasks {
         from = space.stored(1);
       }
       const int64_t positions = (r1 - r0) * width;
-      gemm(positions, Rows<Stored>{from, out_channels, 1, step.expand.inputs, 0}, matrix(step.expand),
-           space.stored(2), hidden, AddBiasGelu{at(step.expand.bias)});
-      gemm(positions, Rows<Stored>{space.stored(2), hidden, 1, step.project.inputs, 0}, matrix(step.project),
-           out_row(r0), out_channels, AddResidual<Stored>{at(step.project.bias), x, out_channels});
+      product_for(step.project, positions, Rows<Stored>{from, out_channels, 1, step.expand.inputs, 0},
+                  step.expand, space.part[3], space.part[2], hidden, AddBiasGelu{at(step.expand.bias)});
+      product_of_rounded(positions, Rows<Stored>{space.stored(2), hidden, 1, step.project.inputs, 0},
+                         step.project, out_row(r0), out_channels,
+                         AddResidual<Stored>{at(step.project.bias), x, out_channels});
     });
   }
 

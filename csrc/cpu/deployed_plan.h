@@ -19,6 +19,7 @@ struct Plan {
   int64_t weights;  // floats
   int64_t bf16;     // 0 or 1: matrices and maps in bfloat16, all else in float
   int64_t narrow;   // bytes of a narrow weight: 1 (int8) or 2 (bfloat16); 0 where there are none
+  int64_t int8;     // 0 or 1: matrices of steps over maps may be int8, or are calibrated
   int64_t in_channels;
   int64_t maps, state;     // how many maps; floats of the state
   int64_t features;        // the place of the first linear layer's inputs
@@ -287,6 +288,14 @@ MFK_PLAN_FUNCTION int64_t record_size(const MapOut& out) {
   return gathered_size(out) + out.sums * padded(out.channels);
 }
 
+// Of the products of a plan that is calibrated: for each the range of its inputs, and what is found of them,
+// see Finding.
+struct Calibration {
+  const double* ranges;
+  double* found;
+  int64_t products, bins;
+};
+
 struct StepArgs {
   const Plan* plan;
   const float* weights;
@@ -305,6 +314,7 @@ struct StepArgs {
   const MapOut* last;
   int64_t tasks, pixels;
   float* (*scratch)(int64_t floats);  // working memory of the calling thread
+  const Calibration* calibration;     // or null
 };
 
 // The struct of the step's kind.
@@ -318,8 +328,8 @@ constexpr int64_t kAttentionTile = 28;  // queries
 
 // Tasks. A map: one a group of output rows; kAttention: one for kAttentionTile queries of a window's head.
 // The state: one; kMix: one for kMixTask blocks; kPooled: one for kOutputsTask outputs.
-MFK_DECLARE_DEPLOYED_KERNEL(map_step, StepArgs, args.plan->bf16)
-MFK_DECLARE_DEPLOYED_KERNEL(block_step, StepArgs, args.plan->bf16)
+MFK_DECLARE_INT8_KERNEL(map_step, StepArgs, args.plan->bf16, args.plan->int8)
+MFK_DECLARE_INT8_KERNEL(block_step, StepArgs, args.plan->bf16, args.plan->int8)
 MFK_DECLARE_DEPLOYED_KERNEL(state_step, StepArgs, args.plan->bf16)
 
 }  // namespace mfk

@@ -11,9 +11,9 @@ namespace detail {
 
 // kOutputs neighbouring outputs of all channels. `rows` point at the pixel of the first one's left tap.
 // kLeft: that pixel is outside of the image, by the whole padding; kRight: the last one's right tap is.
-template <int kSize, int kOutputs, int kStride, bool kLeft, bool kRight, class In, class Epilogue>
-void depthwise_run(const In* const (&rows)[kSize], int64_t pixel, const float* w, Stored* out,
-                   Epilogue epilogue, int64_t channels) {
+template <int kSize, int kOutputs, int kStride, bool kLeft, bool kRight, class In, class Out, class Epilogue>
+void depthwise_run(const In* const (&rows)[kSize], int64_t pixel, const float* w, Out* out, Epilogue epilogue,
+                   int64_t channels) {
   constexpr int n = kLanes<float>, kColumns = (kOutputs - 1) * kStride + kSize, kPadding = kSize / 2;
   for (int64_t c = 0, in = 0; c < channels; c += n, in += n) {
     if (in == pixel) in = 0;
@@ -44,9 +44,9 @@ void depthwise_run(const In* const (&rows)[kSize], int64_t pixel, const float* w
 // channels). Runs are so long that what lies outside of the image is the whole padding or nothing; with
 // stride 2 this is so for 3x3 kernels alone, and for 5x5 ones where rows end in two pixels of zeros, which
 // `width_in` counts.
-template <int kSize, int kStride, class In, class Epilogue>
+template <int kSize, int kStride, class In, class Out, class Epilogue>
 void depthwise_row(const In* const (&rows)[kSize], int64_t width_in, int64_t width_out, int64_t pixel,
-                   const float* w, Stored* out, Epilogue epilogue, int64_t channels) {
+                   const float* w, Out* out, Epilogue epilogue, int64_t channels) {
   static_assert(kStride == 1 || kSize <= 5);
   constexpr int64_t kMost = 7;
   const int64_t runs = (width_out + kMost - 1) / kMost;
@@ -57,7 +57,7 @@ void depthwise_row(const In* const (&rows)[kSize], int64_t width_in, int64_t wid
     const bool cut_left = left<0, cut_right = left + (count - 1) * kStride + kSize> width_in;
     const In* at[kSize];
     for (int ky = 0; ky < kSize; ++ky) at[ky] = rows[ky] + left * pixel;
-    Stored* to = out + first * channels;
+    Out* to = out + first * channels;
     with_constant<kMost>(count, [&](auto outputs) __attribute__((always_inline)) {
       constexpr int n = decltype(outputs)::value;
       auto run_with = [&](auto cuts_left, auto cuts_right) __attribute__((always_inline)) {

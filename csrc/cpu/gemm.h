@@ -4,6 +4,8 @@
 #include "gemm_operands.h"
 #if defined(__AVX512BF16__)
 #include "amx.h"
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace mfk {
@@ -30,6 +32,69 @@ MFK_INLINE vec<float> multiply_add(const bf16* a, vec<float> b, vec<float> sum) 
                                                        reinterpret_cast<__m512bh>(b)));
 }
 #endif
+
+#if MFK_INT8
+// The integers of a vector's lanes as floats.
+MFK_INLINE vec<float> from_integers(vec<float> v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(_mm512_maskz_cvtepi32_ps(0xffff, reinterpret_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vec<float>>(_mm256_cvtepi32_ps(reinterpret_cast<__m256i>(v)));
+#else
+  return __builtin_convertvector(reinterpret_cast<mask<float>>(v), vec<float>);
+#endif
+}
+
+// Products of 16 bits, added in pairs to 32.
+MFK_INLINE mask<float> added_in_pairs(typename VectorOf<int16_t, 2 * kLanes<float>>::type a,
+                                      typename VectorOf<int16_t, 2 * kLanes<float>>::type b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return reinterpret_cast<mask<float>>(
+      _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+  return reinterpret_cast<mask<float>>(
+      _mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  const mask<float> products = reinterpret_cast<mask<float>>(a * b);  // at most 255 * 128: they fit
+  return ((products << 16) >> 16) + (products >> 16);
+#endif
+}
+#endif
+
+// Four bytes with four int8. No product, and no sum, is cut off: on all processors they are the same
+// integers.
+#if MFK_INT8
+MFK_INLINE vec<float> multiply_add(const uint8_t* a, vec<float> b, vec<float> sum) {
+  int32_t quad;
+  memcpy(&quad, a, sizeof quad);
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<vec<float>>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sum), _mm512_set1_epi32(quad), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVXVNNI__)
+  return reinterpret_cast<vec<float>>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(sum), _mm256_set1_epi32(quad), reinterpret_cast<__m256i>(b)));
+#else
+  // Bytes at even and at odd places, as 16 bits.
+  using half = typename VectorOf<int16_t, 2 * kLanes<float>>::type;
+  using word = mask<float>;
+  const half bytes = reinterpret_cast<half>(word{} + quad), weights = reinterpret_cast<half>(b);
+  const half even = bytes & 255, even_weights = (weights << 8) >> 8, odd_weights = weights >> 8;
+  const half odd = reinterpret_cast<half>(
+      reinterpret_cast<typename VectorOf<uint16_t, 2 * kLanes<float>>::type>(bytes) >> 8);
+  return reinterpret_cast<vec<float>>(reinterpret_cast<word>(sum) + added_in_pairs(even, even_weights) +
+                                      added_in_pairs(odd, odd_weights));
+#endif
+}
+#endif
+
+template <class T>
+MFK_INLINE vec<float> add_sums(vec<float> a, vec<float> b) {
+  if constexpr (kInteger<T>) {
+    return reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(a) + reinterpret_cast<mask<float>>(b));
+  } else {
+    return a + b;
+  }
+}
 
 // What is done to a sum before it is stored. `at(o)` loads what depends on the output alone: the bias, which
 // is added last (a large one would round every product), and what its operator, called with the whole sum,
@@ -148,8 +213,10 @@ struct AddResidual {
   MFK_INLINE At at(int64_t o) const { return {load(bias + o), residual + o, stride}; }
 };
 
-// A sum of so many products is added to the total as one: long chains would gather rounding errors.
-constexpr int64_t kLongestChain = 256;
+// A sum of so many products is added to the total as one: long chains would gather rounding errors. Integers
+// have none.
+template <class T>
+constexpr int64_t kLongestChain = kInteger<T> ? int64_t{1} << 40 : 256;
 
 // Rows of weights that are fetched ahead where each is used once.
 constexpr int64_t kFetchedRows = 32;
@@ -209,7 +276,7 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
       };
       const std::integral_constant<int, 0> one;
       for (int64_t c = 0; c < steps;) {
-        if (length >= kLongestChain) {
+        if (length >= kLongestChain<T>) {
           unrolled<P * V>([&](auto i) __attribute__((always_inline)) {
             store(total + i * n, chains > 0 ? load(total + i * n) + sums[i] : sums[i]);
             sums[i] = vec<float>{};
@@ -217,7 +284,7 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
           ++chains;
           length = 0;
         }
-        const int64_t end = c + kLongestChain < steps ? c + kLongestChain : steps;
+        const int64_t end = c + kLongestChain<T> < steps ? c + kLongestChain<T> : steps;
         length += end - c;
         if constexpr (kSums > 1) {
           for (; c + kSums <= end; c += kSums) unrolled<kSums>(step);
@@ -227,11 +294,20 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
     }
     unrolled<V>([&](auto v) __attribute__((always_inline)) {
       const auto finish = epilogue.at(o + v * n);
+      vec<float> start{}, factor{};
+      if constexpr (kInteger<T>) {
+        const W* last = w + v * n / kPanel * panel + v * n % kPanel + x.runs * steps * kPanel;
+        start = load(last);
+        factor = load(last + kPanel);
+      }
       unrolled<P>([&](auto p) __attribute__((always_inline)) {
         constexpr int i = p * V + v;
         vec<float> sum = sums[i];
         if (chains > 0) sum += load(total + i * n);
-        unrolled<kSums - 1>([&](auto k) __attribute__((always_inline)) { sum += sums[(k + 1) * P * V + i]; });
+        unrolled<kSums - 1>([&](auto k) __attribute__((always_inline)) {
+          sum = add_sums<T>(sum, sums[(k + 1) * P * V + i]);
+        });
+        if constexpr (kInteger<T>) sum = from_integers(add_sums<T>(sum, start)) * factor;
         store(out + p * out_stride + v * n, finish(sum + finish.bias, first + p));
       });
     });
@@ -251,12 +327,13 @@ MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, WeightsOf<W> w, int64_
 #endif
   const Tiles tiles(positions, kPositions);
   for (int64_t o = from; o < to;) {
-    const W* weights = w.data + (o - from) / kPanel * kPanel * rows + o % kPanel;
+    const int64_t panel = (rows + kLastRows<T>)*kPanel;
+    const W* weights = w.data + (o - from) / kPanel * panel + o % kPanel;
     auto run = [&](auto vectors) __attribute__((always_inline)) {
       auto some = [&](int64_t size, int64_t count, int64_t first) __attribute__((always_inline)) {
         with_constant<kPositions>(size, [&](auto constant) __attribute__((always_inline)) {
           gemm_tiles<decltype(constant)::value, decltype(vectors)::value, T, W, Out, Epilogue>(
-              count, x, weights, rows * kPanel, out, out_stride, epilogue, first, o, w.fetched);
+              count, x, weights, panel, out, out_stride, epilogue, first, o, w.fetched);
         });
       };
       some(tiles.size + 1, tiles.longer, 0);
@@ -287,7 +364,7 @@ void gemm_groups(int64_t positions, Rows<T> x, int64_t groups, Weights w, Out* o
     const int64_t inputs = (last - first + 1) * group_in, rows = blocks_of(inputs, kStep<T>);
     gemm_panels(positions, Rows<T>{x.data + first * group_in, x.position, 1, inputs, 0}, w, rows, out,
                 out_stride, epilogue, o, o + kPanel);
-    w.data += rows * kPanel;
+    w.data += (rows + kLastRows<T>)*kPanel;
   }
 }
 

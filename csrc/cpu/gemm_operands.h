@@ -23,6 +23,33 @@ MFK_INLINE vec<float> load(const int8_t* p) {
 #endif
 }
 
+// The last byte of floats from 2^23 on, which are integers.
+MFK_INLINE void store(uint8_t* p, vec<float> v) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(v));
+  memcpy(p, &bytes, sizeof bytes);
+#elif defined(__AVX2__)
+  const __m256i firsts = _mm256_setr_epi32(0x0c080400, -1, -1, -1, 0x0c080400, -1, -1, -1);
+  const __m256i halves = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(v), firsts);
+  const int32_t words[2] = {_mm_cvtsi128_si32(_mm256_castsi256_si128(halves)),
+                            _mm_cvtsi128_si32(_mm256_extracti128_si256(halves, 1))};
+  memcpy(p, words, sizeof words);
+#else
+  using word = typename VectorOf<uint32_t, kLanes<float>>::type;
+  const auto bytes =
+      __builtin_convertvector(reinterpret_cast<word>(v), typename VectorOf<uint8_t, kLanes<float>>::type);
+  memcpy(p, &bytes, sizeof bytes);
+#endif
+}
+
+// Whether networks in int8 run by this instruction set. Others run in the place of AVX-512 without VNNI, see
+// MFK_DECLARE_INT8_KERNEL.
+#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
+#define MFK_INT8 0
+#else
+#define MFK_INT8 1
+#endif
+
 // What maps and weights of a deployed network are stored as.
 #if defined(__AVX512BF16__)
 using Stored = bf16;
@@ -41,6 +68,15 @@ struct Rows {
 template <class T>
 constexpr int64_t kStep = sizeof(float) / sizeof(T);
 
+// Whether sums are integers, in the registers of floats: those of bytes with int8.
+template <class T>
+constexpr bool kInteger = std::is_same<T, uint8_t>::value;
+
+// Of int8 matrices each panel ends with two rows: where the sums of its outputs begin, integers, and a factor
+// of each.
+template <class T>
+constexpr int64_t kLastRows = kInteger<T> ? 2 : 0;
+
 // Memory that is read later. A tile fetches `pace` bytes of it, at most 64, with each row of its weights.
 struct Fetched {
   const char *at, *end;
@@ -49,7 +85,7 @@ struct Fetched {
 
 // The right side, (inputs, outputs) with outputs a multiple of 16, as packed by mfkernels/deploy/packing.py:
 // panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 two inputs of an output
-// share the place of a float; a run of odd length ends with a zero.
+// share the place of a float, of int8 four; a run whose length is no multiple of that ends with zeros.
 constexpr int64_t kPanel = 16;
 // `fetched`: what is fetched meanwhile, or null. Narrow ones, W, are widened in registers; bfloat16 among
 // them lies as float does, without pairs.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bridge.h"
+#include "bytes.h"
 #include "deployed_plan.h"
 #include "depthwise.h"
 #include "map_rows.h"
@@ -91,9 +92,9 @@ struct MapTasks {
 
   // Row `r` of the output of a depthwise convolution; `zeros` are a row of the input, of two pixels more for
   // 5x5 kernels of stride 2, after which room for five such rows follows.
-  template <int kSize, int kStride, class Epilogue>
-  void depthwise_of(int64_t r, int64_t channels, int64_t hidden, const float* taps, Stored* zeros,
-                    Stored* out, Epilogue epilogue) const {
+  template <int kSize, int kStride, class Out, class Epilogue>
+  void depthwise_of(int64_t r, int64_t channels, int64_t hidden, const float* taps, Stored* zeros, Out* out,
+                    Epilogue epilogue) const {
     constexpr bool kCopied = kSize == 5 && kStride == 2;
     const int64_t width = args.in.width, row = (width + 2) * channels;
     const Stored* rows[kSize];
@@ -109,6 +110,65 @@ struct MapTasks {
     depthwise_row<kSize, kStride>(rows, kCopied ? width + 2 : width, args.out.width, channels, taps, out,
                                   epilogue, hidden);
   }
+
+  // Whether a product's inputs are rounded to bytes.
+  static bool rounds(const PlanLinear& linear) { return MFK_INT8 && linear.scale != 0; }
+  // Floats that hold so many inputs as bytes, where they are rounded.
+  static int64_t bytes_room(const PlanLinear& linear, int64_t inputs) {
+    return rounds(linear) ? blocks_of(inputs, 4) + 16 : 0;
+  }
+  // The product of so many positions with a matrix; `bytes` is room for all of their inputs, see bytes_room.
+  template <class Out, class Epilogue>
+  void product(int64_t positions, Rows<Stored> x, const PlanLinear& linear, float* bytes, Out* out,
+               int64_t stride, Epilogue epilogue) {
+#if MFK_INT8
+    if (args.calibration != nullptr) calibrate(positions, x, linear);
+    if (rounds(linear)) {
+      auto* rounded = reinterpret_cast<uint8_t*>(bytes);
+      Bytes(linear).round(x.data, positions * x.position, rounded);
+      return gemm(positions, Rows<uint8_t>{rounded, x.position, x.runs, x.run, x.skip}, matrix(linear), out,
+                  stride, epilogue);
+    }
+#endif
+    gemm(positions, x, matrix(linear), out, stride, epilogue);
+  }
+  // The same with an output that is the input of a second product: as bytes where that one wants them.
+  template <class Epilogue>
+  void product_for(const PlanLinear& second, int64_t positions, Rows<Stored> x, const PlanLinear& linear,
+                   float* bytes, float* out, int64_t stride, Epilogue epilogue) {
+#if MFK_INT8
+    if (rounds(second)) {
+      return product(positions, x, linear, bytes, reinterpret_cast<uint8_t*>(out), stride,
+                     Rounded<Epilogue>{epilogue, Bytes(second)});
+    }
+#endif
+    product(positions, x, linear, bytes, reinterpret_cast<Stored*>(out), stride, epilogue);
+  }
+  // A product whose inputs are bytes already where it wants them.
+  template <class Out, class Epilogue>
+  void product_of_rounded(int64_t positions, Rows<Stored> x, const PlanLinear& linear, Out* out,
+                          int64_t stride, Epilogue epilogue) {
+#if MFK_INT8
+    if (rounds(linear)) {
+      const auto* bytes = reinterpret_cast<const uint8_t*>(x.data);
+      return gemm(positions, Rows<uint8_t>{bytes, x.position, x.runs, x.run, x.skip}, matrix(linear), out,
+                  stride, epilogue);
+    }
+#endif
+    product(positions, x, linear, nullptr, out, stride, epilogue);
+  }
+#if MFK_INT8
+  void calibrate(int64_t positions, Rows<Stored> x, const PlanLinear& linear) const {
+    if (linear.scale != 0 || linear.zero == 0) return;
+    const Calibration& all = *args.calibration;
+    const int64_t number = linear.zero - 1, numbers = all.bins > 0 ? all.bins : 2;
+    if (number >= all.products) return;
+    const Finding finding{all.ranges + 2 * number, all.found + numbers * number, all.bins};
+    for (int64_t p = 0; p < positions; ++p) {
+      for (int64_t r = 0; r < x.runs; ++r) finding.add(x.data + p * x.position + r * x.skip, x.run);
+    }
+  }
+#endif
 
   // Working memory in parts, of so many floats each; the last is for `finish`.
   template <int kParts>

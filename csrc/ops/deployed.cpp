@@ -10,12 +10,12 @@ namespace mfk {
 namespace {
 
 constexpr const char* kOp = "deploy";
-constexpr int64_t kMostRows = 1 << 16;
+constexpr int64_t kMostRows = 1 << 16, kMostBins = 1 << 16;
 
 // (B, classes), or where `classes` is 0 the maps that are results.
 template <class Done>
 std::vector<Tensor> run(const Tensor& x, const Tensor& weights, const Tensor& plan, int64_t classes,
-                        Done done) {
+                        Done done, const Calibration* calibration = nullptr) {
   check_axes(kOp, "x", x, 4, "(B, C, H, W)");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, kOp, ": x must be float32");
   STD_TORCH_CHECK(x.is_cpu() && weights.is_cpu() && plan.is_cpu(), kOp,
@@ -57,9 +57,11 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& weights, const Tensor& pl
                                  : FeatureMap<float>{data, map.channels * pixels, pixels, 1};
   }
   if (images.batch == 0) return out;
+  network.calibrate(calibration);
+  const int64_t threads = calibration != nullptr ? 1 : torch::stable::get_num_threads();
   run_network(
-      network, images.batch, classes, classes > 0 ? out[0].mutable_data_ptr<float>() : nullptr,
-      torch::stable::get_num_threads(), [](int64_t tasks, auto f) { parallel_for(tasks, 1, f); }, done);
+      network, images.batch, classes, classes > 0 ? out[0].mutable_data_ptr<float>() : nullptr, threads,
+      [](int64_t tasks, auto f) { parallel_for(tasks, 1, f); }, done);
   return out;
 }
 
@@ -99,17 +101,42 @@ Tensor times(const Tensor& image, const Tensor& weights, const Tensor& plan, int
   return out;
 }
 
+// What the products of a plan that is calibrated find in their inputs, float64: where `bins` is 0 the
+// smallest and the largest, (products, 2); else (products, bins), how many are in each bin between `ranges`
+// (products, 2), with those beyond in the first and the last one.
+Tensor calibrated(const Tensor& image, const Tensor& weights, const Tensor& plan, int64_t classes,
+                  const Tensor& ranges, int64_t bins) {
+  STD_TORCH_CHECK(ranges.scalar_type() == ScalarType::Double && ranges.is_contiguous() && ranges.dim() == 2 &&
+                      ranges.size(1) == 2 && ranges.size(0) <= kMostProducts && ranges.is_cpu(),
+                  kOp, ": ranges must be contiguous float64 (products, 2) on the CPU");
+  STD_TORCH_CHECK(bins >= 0 && bins <= kMostBins, kOp, ": bins must be from 0 to ", kMostBins, ", got ",
+                  bins);
+  const int64_t products = ranges.size(0), columns = bins > 0 ? bins : 2;
+  Tensor out = empty({products, columns}, ScalarType::Double, image);
+  double* found = out.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < products * columns; ++i) {
+    found[i] = bins > 0 ? 0 : (i % 2 == 0 ? __builtin_inf() : -__builtin_inf());
+  }
+  const Calibration calibration{ranges.const_data_ptr<double>(), found, products, bins};
+  run(image, weights, plan, classes, [] {}, &calibration);
+  return out;
+}
+
 }  // namespace
 }  // namespace mfk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
   m.def("deployed(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
   m.def("deployed_times(Tensor x, Tensor weights, Tensor plan, int classes) -> Tensor");
+  m.def(
+      "deployed_calibrated(Tensor x, Tensor weights, Tensor plan, int classes, Tensor ranges, int bins) -> "
+      "Tensor");
   m.def("deployed_maps(Tensor x, Tensor weights, Tensor plan, int[] channels, int[] reductions) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {
   m.impl("deployed", TORCH_BOX(&mfk::forward));
   m.impl("deployed_times", TORCH_BOX(&mfk::times));
+  m.impl("deployed_calibrated", TORCH_BOX(&mfk::calibrated));
   m.impl("deployed_maps", TORCH_BOX(&mfk::maps));
 }

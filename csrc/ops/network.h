@@ -42,6 +42,9 @@ class Network {
 
   bool bf16() const { return plan_.bf16; }
   int64_t narrow() const { return plan_.narrow; }
+  bool int8() const { return plan_.int8; }
+  // From now on calls find what this one wants, or null; on one thread.
+  void calibrate(const Calibration* calibration) { calibration_ = calibration; }
   const float* weights() const { return weights_; }
   int64_t linears() const { return plan_.linears; }
   const PlanLayer& linear(int64_t i) const { return layers_of(plan_)[i]; }
@@ -67,6 +70,7 @@ class Network {
     args.images = &images_;
     args.sample = sample;
     args.scratch = scratch;
+    args.calibration = calibration_;
     const HandedOut* next = handed_out_.data();
     for (const Step& step : steps_) {
       const int64_t kind = args.kind = step.plan->kind;
@@ -258,6 +262,7 @@ class Network {
 
   const Plan& plan_;
   const float* weights_;
+  const Calibration* calibration_ = nullptr;
   const Images& images_;
   std::vector<Step> steps_;
   std::vector<HandedOut> handed_out_;

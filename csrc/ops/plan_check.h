@@ -15,6 +15,8 @@ constexpr int64_t kMostOf = 1 << 20;     // of whatever is counted: products of 
 constexpr int64_t kMostState = 1 << 24;  // floats
 constexpr int64_t kMostPairs = 1 << 16;  // of heads and tokens
 constexpr int64_t kMostWindow = 64;
+constexpr int64_t kMostRounded = 1 << 16;   // inputs of an int8 matrix: their sum fits 32 bits
+constexpr int64_t kMostProducts = 1 << 14;  // that are calibrated
 
 // In the order of PlanKind.
 constexpr const char* kKindNames[] = {
@@ -81,25 +83,42 @@ class PlanCheck {
     count(width, "has a wrong width");
     in_state(place, (rows - 1) * stride + width);
   }
-  // Floats of a matrix whose inputs are in runs of so many: in bfloat16 they go in pairs.
-  int64_t matrix_size(int64_t inputs, int64_t run, int64_t outputs) const {
+  // Floats of a matrix whose inputs are in runs of so many: in bfloat16 they go in pairs, in int8 in fours,
+  // and two rows follow.
+  int64_t matrix_size(const PlanLinear& l, int64_t inputs, int64_t run, int64_t outputs) const {
+    if (l.scale != 0) return (inputs / run * blocks_of(run, 4) + 2) * outputs;
     return (plan_.bf16 ? inputs / run * blocks_of(run, 2) : inputs) * outputs;
+  }
+  // How inputs are rounded, or the number of a product in a calibration.
+  void rounding(const PlanLinear& l, bool may_be) const {
+    const float scale = float_from_bits(l.scale);
+    const bool rounds = l.scale >> 32 == 0 && scale > 0 && scale < __FLT_MAX__ && l.zero >= 0 &&
+                        l.zero <= 255 && l.inputs <= kMostRounded;
+    const bool numbered = l.scale == 0 && l.zero >= 0 && l.zero <= kMostProducts;
+    const bool neither = l.scale == 0 && l.zero == 0;
+    need(neither || (plan_.int8 && may_be && (rounds || numbered)), "rounds its inputs in a way it may not");
   }
   void matrix_shape(const PlanLinear& l, int64_t inputs, int64_t outputs) const {
     need(l.inputs == inputs && l.inputs >= 1 && l.inputs <= kMostOf, "has a matrix of other inputs");
     count(outputs, "has a wrong number of outputs");
     need(l.outputs == padded(outputs), "has a matrix of other outputs");
   }
-  void linear(const PlanLinear& l, int64_t inputs, int64_t outputs, int64_t run = 0) const {
+  void linear(const PlanLinear& l, int64_t inputs, int64_t outputs, int64_t run = 0,
+              bool may_round = true) const {
     matrix_shape(l, inputs, outputs);
-    in_weights(l.weight, matrix_size(inputs, run > 0 ? run : inputs, l.outputs));
+    rounding(l, may_round);
+    in_weights(l.weight, matrix_size(l, inputs, run > 0 ? run : inputs, l.outputs));
     in_weights(l.bias, l.outputs);
+  }
+  void exact_linear(const PlanLinear& l, int64_t inputs, int64_t outputs, int64_t run = 0) const {
+    linear(l, inputs, outputs, run, false);
   }
 
   // One of a layer over rows of the state, whose weights may be narrow: then it has a factor of each output.
   void row_linear(const PlanLinear& l, int64_t inputs, int64_t outputs) const {
-    if (plan_.narrow == 0) return linear(l, inputs, outputs);
+    if (plan_.narrow == 0) return exact_linear(l, inputs, outputs);
     matrix_shape(l, inputs, outputs);
+    rounding(l, false);
     in_weights(l.weight, l.inputs * l.outputs * plan_.narrow / 4);
     in_weights(l.bias, 2 * l.outputs);
   }
@@ -112,6 +131,8 @@ class PlanCheck {
     need(plan_.bf16 == 0 || plan_.bf16 == 1, "bf16", "is neither 0 nor 1");
     need(plan_.narrow >= 0 && plan_.narrow <= (plan_.bf16 ? 0 : 2), "narrow",
          "is neither 0 nor the bytes of int8 or bfloat16, or not 0 in a network in bfloat16");
+    need(plan_.int8 == 0 || (plan_.int8 == 1 && plan_.bf16 == 0), "int8",
+         "is neither 0 nor 1, or not 0 in a network in bfloat16");
     need(plan_.in_channels >= 1 && plan_.in_channels <= kMostOf, "in_channels", "are none, or too many");
     need(plan_.maps >= 1 && plan_.maps <= kMostMaps, "maps", "are none, or too many");
     need(plan_.state >= 0 && plan_.state <= kMostState, "state", "is too large");
@@ -206,6 +227,11 @@ class PlanCheck {
   static int64_t slope_rows(const Step& s) {
     return s.attention == -1 ? 1 : s.tokens;
   }
+  // Slopes are mixed in rows that lie in memory as floats.
+  template <class Step>
+  void not_rounded_where_mixed(const Step& s, const PlanLinear& l) const {
+    need(s.attention == -1 || l.scale == 0, "rounds its inputs in a way it may not");
+  }
   void attends(int64_t attention, int64_t tokens, int64_t made) const {
     if (attention == -1) return;
     count(tokens, "has a wrong number of tokens");
@@ -235,7 +261,7 @@ class PlanCheck {
     in_range(s.stride, 1, 2, "has a wrong stride");
     activated(s.activation);
     linear(s.linear, s.kernel * s.kernel * s.in_channels, s.out.channels,
-           image ? s.kernel * s.in_channels : 0);
+           image ? s.kernel * s.in_channels : 0, !image);
     out(s.out, s.input);
   }
   void pointwise(const PointwiseStep& s) {
@@ -252,7 +278,9 @@ class PlanCheck {
     const int64_t inputs = s.in_channels, outputs = s.out.channels;
     need(s.linear.inputs == inputs && s.linear.outputs == padded(outputs), "has another matrix");
     need(s.groups >= 1 && inputs % s.groups == 0 && outputs % s.groups == 0, "has wrong groups");
-    const int64_t size = s.groups == 1 ? matrix_size(inputs, inputs, padded(outputs)) : grouped_size(s);
+    rounding(s.linear, s.mixed == 0);
+    const int64_t size =
+        s.groups == 1 ? matrix_size(s.linear, inputs, inputs, padded(outputs)) : grouped_size(s);
     s.mixed ? in_state(s.linear.weight, size) : in_weights(s.linear.weight, size);
     in_weights(s.linear.bias, padded(outputs));
     out(s.out, s.input);
@@ -265,7 +293,7 @@ class PlanCheck {
     for (int64_t o = 0; o < outputs; o += 16) {
       const int64_t end = o + 15 < outputs ? o + 15 : outputs - 1;
       const int64_t inputs = (end / group_out - o / group_out + 1) * group_in;
-      size += matrix_size(inputs, inputs, 16);
+      size += matrix_size(s.linear, inputs, inputs, 16);
     }
     return size;
   }
@@ -343,6 +371,7 @@ class PlanCheck {
     in_state(s.slopes1, 2 * s.hidden * slope_rows(s));
     in_state(s.slopes2, 2 * s.hidden * slope_rows(s));
     linear(s.project, s.project.inputs, s.out.channels);
+    not_rounded_where_mixed(s, s.project);
     out(s.out, s.input);
   }
   void down(const DownStep& s) {
@@ -352,6 +381,8 @@ class PlanCheck {
     multiplied(s.in_channels, s.hidden1, s.taps1, s.project1, s.out.channels);
     multiplied(s.out.channels, s.hidden2, s.taps2, s.project2, s.out.channels);
     attends(s.attention, s.tokens, s.out.map);
+    not_rounded_where_mixed(s, s.project1);
+    not_rounded_where_mixed(s, s.project2);
     in_state(s.slopes1, 2 * s.hidden1 * slope_rows(s));
     in_state(s.slopes2, 2 * s.hidden2 * slope_rows(s));
     out(s.out, s.input);
@@ -470,7 +501,7 @@ class PlanCheck {
   void pooled(const PooledStep& s) const {
     read(s.input, s.in_channels);
     count(s.linear.outputs, "has a wrong number of outputs");
-    linear(s.linear, s.in_channels, s.linear.outputs);
+    exact_linear(s.linear, s.in_channels, s.linear.outputs);
     in_state(s.target, s.linear.outputs);
     if (s.slopes != -1) in_state(s.slopes, 2 * s.linear.outputs);
   }

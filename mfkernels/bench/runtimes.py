@@ -67,10 +67,12 @@ def _only(job: Job, *dtypes: torch.dtype) -> None:
 
 
 def _mfkernels(job: Job) -> Iterator[Form]:
-    _only(job, torch.float32, torch.bfloat16)
+    _only(job, torch.float32, torch.bfloat16, torch.int8)
 
     def make() -> Call:
-        deployed, x = deploy(job.formulations["definition"], dtype=job.dtype), job.x.to(job.dtype)
+        calibration = _calibration(job.x) if job.dtype == torch.int8 else None
+        deployed = deploy(job.formulations["definition"], dtype=job.dtype, calibration=calibration)
+        x = job.x if job.dtype == torch.int8 else job.x.to(job.dtype)
         return lambda: deployed(x)
 
     yield "deployed", make
@@ -195,13 +197,18 @@ def _in_openvino(job: Job, network: Any) -> Call:
     return lambda: next(iter(request.infer({0: values}, share_inputs=True).values()))
 
 
+def _calibration(x: Tensor) -> list[Tensor]:
+    """Return the images and others like them."""
+    generator = torch.Generator().manual_seed(1)
+    return [x, *(torch.randn(x.shape, generator=generator) for _ in range(7))]
+
+
 def _quantised(network: Any, x: Tensor) -> Any:
-    """Quantise statically, calibrated with the images and others like them."""
+    """Quantise statically."""
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    generator = torch.Generator().manual_seed(1)
-    images = [x, *(torch.randn(x.shape, generator=generator) for _ in range(7))]
+    images = _calibration(x)
     dataset = nncf.Dataset([image.numpy() for image in images])
     with _quiet():
         return nncf.quantize(network, dataset, subset_size=len(images))

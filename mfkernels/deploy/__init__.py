@@ -12,11 +12,14 @@ from ..models.dynamic_mobile_former import DynamicMobileFormer
 from ..models.features import FeaturePyramid
 from ..models.iformer import IFormer
 from ..models.mobile_former import MobileFormer
+from .deployed import Deployed
 from .dynamic_mobile_former import deployed_dynamic_mobile_former
 from .graph import deployed_on_gpu
 from .iformer import deployed_iformer
+from .int8 import Calibration, quantised
 from .mobile_former import deployed_mobile_former
 from .mobilenet import deployed_mobilenet, mobilenet_chain
+from .packing import Formats
 from .pyramid import Wanted
 
 __all__ = ["deploy"]
@@ -31,7 +34,11 @@ _KNOWN = (*_FAMILIES, FeaturePyramid)
 
 
 def deploy(
-    model: nn.Module, *, dtype: torch.dtype = torch.float32, weights: torch.dtype | None = None
+    model: nn.Module,
+    *,
+    dtype: torch.dtype = torch.float32,
+    weights: torch.dtype | None = None,
+    calibration: Calibration | None = None,
 ) -> nn.Module:
     """Return a copy of `model` prepared for inference on its own device.
 
@@ -49,9 +56,14 @@ def deploy(
         dtype: of weights and activations; torch.float32, or torch.bfloat16: on a GPU, or on processors that
             multiply it (AVX512-BF16); on a GPU torch.float16, too. Sums are float32 in each. On a GPU float32
             is computed without TF32, whatever PyTorch is set to: who can do with less takes bfloat16.
+            torch.int8, on a CPU: products over maps multiply bytes, except in parts whose error is too large
+            (see docs/int8.md); all else is float32, images and results, too. Numbers that are not finite do
+            not pass.
         weights: how those of linear layers over tokens, means and features are stored, on a CPU and with
             float32; torch.bfloat16, or torch.int8, which has a factor for each output. They are rounded, all
             else is float32. A call for one image has less to read.
+        calibration: of int8, images as the network will meet: a tensor (N, C, H, W), or batches, which may be
+            the first of several tensors, as those of a data loader.
 
     Returns:
         A module that takes (B, C, H, W) images of any batch and size on the same device, in float32 or
@@ -62,8 +74,9 @@ def deploy(
         the network runs without.
 
     Raises:
-        TypeError: no such network, or a dtype that is not supported.
-        ValueError: `weights` is another dtype, or does not go with the device or with `dtype`; `model` is in
+        TypeError: no such network, a dtype that is not supported, or a `calibration` of another type.
+        ValueError: `calibration` is missing, empty, given without int8, or leads to numbers that are not
+            finite; `weights` is another dtype, or does not go with the device or with `dtype`; `model` is in
             train mode, has a part that deploy does not know, named, computes something else than its parts in
             a row where it is a chain, or is on several devices.
         RuntimeError: bfloat16, and this processor or the instruction set in use (MFKERNELS_ISA) cannot
@@ -72,10 +85,15 @@ def deploy(
     if not isinstance(model, nn.Module):
         raise TypeError(f"deploy: model must be an nn.Module, got {type(model).__name__}")
     on_gpu = _on_gpu(model)
-    if dtype not in (torch.float32, torch.bfloat16) and not (on_gpu and dtype == torch.float16):
-        also = ", or torch.float16" if on_gpu else ""
-        raise TypeError(f"deploy: dtype must be torch.float32 or torch.bfloat16{also}, got {dtype}")
+    also = torch.float16 if on_gpu else torch.int8
+    if dtype not in (torch.float32, torch.bfloat16, also):
+        raise TypeError(f"deploy: dtype must be torch.float32, torch.bfloat16 or {also}, got {dtype}")
     _check_weights(weights, dtype, on_gpu)
+    if (calibration is None) == (dtype == torch.int8):
+        came = "none" if calibration is None else f"some and {dtype}"
+        raise ValueError(
+            f"deploy: calibration must be given with torch.int8 and with nothing else, got {came}"
+        )
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
@@ -86,14 +104,20 @@ def deploy(
         return deployed_on_gpu(model, dtype)
     if dtype == torch.bfloat16 and not _C.bf16_supported():
         raise RuntimeError(
-            "deploy: bfloat16 needs a processor with avx512bf16 and the instruction set avx512 or amx, but "
+            "deploy: bfloat16 needs a processor with avx512bf16 and an instruction set from avx512 on, but "
             f"{native.instruction_set()} is in use and the processor has {', '.join(_C.cpu_features())}"
         )
-    if chain is not None:
-        return deployed_mobilenet(model, chain, dtype, weights)
-    if isinstance(model, FeaturePyramid):
-        return _FAMILIES[type(model.network)](model.network, dtype, weights, Wanted(model))
-    return _FAMILIES[type(model)](model, dtype, weights)
+
+    def build(formats: Formats) -> Deployed:
+        if chain is not None:
+            return deployed_mobilenet(model, chain, formats)
+        if isinstance(model, FeaturePyramid):
+            return _FAMILIES[type(model.network)](model.network, formats, Wanted(model))
+        return _FAMILIES[type(model)](model, formats)
+
+    if calibration is None:
+        return build(Formats(dtype, weights))
+    return quantised(lambda rounding: build(Formats(torch.float32, weights, rounding)), calibration)
 
 
 def _check_weights(weights: torch.dtype | None, dtype: torch.dtype, on_gpu: bool) -> None:
@@ -103,9 +127,10 @@ def _check_weights(weights: torch.dtype | None, dtype: torch.dtype, on_gpu: bool
         raise ValueError(f"deploy: weights must be torch.bfloat16, torch.int8 or None, got {weights}")
     if on_gpu:
         raise ValueError(f"deploy: weights must be None for a model on a GPU, got {weights}")
-    if dtype != torch.float32:
+    if dtype not in (torch.float32, torch.int8):
         raise ValueError(
-            f"deploy: weights must be None unless dtype is torch.float32, got {weights} and {dtype}"
+            "deploy: weights must be None unless dtype is torch.float32 or torch.int8, "
+            f"got {weights} and {dtype}"
         )
 
 

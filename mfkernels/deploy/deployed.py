@@ -1,6 +1,6 @@
 """What `deploy` returns."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from .. import _C
 from ..checks import check_tensor, register_fake
 from .description import description
+from .packing import Formats
+
+
+class Block(NamedTuple):
+    """Name a part of a network in int8: its precision, and its error alone in int8, see `Deployed.error`."""
+
+    part: str
+    dtype: torch.dtype
+    error: float
 
 
 class Deployed(nn.Module):
@@ -18,10 +27,14 @@ class Deployed(nn.Module):
 
     Args:
         weights, plan: what the operators want, the plan without format and checksum.
-        dtype: of the network.
-        narrow: dtype of its linear layers' weights, where that is another one.
+        formats: of its weights.
         in_channels, classes: of its images and its results.
         parts: names of what `times` measures.
+
+    Attributes:
+        blocks: of a network in int8 its parts that can be in int8; of others empty.
+        error: of a network in int8 the error of its results on the calibration's images, root mean square,
+            divided by the results' deviation from their mean; of others 0.
     """
 
     weights: Tensor
@@ -32,16 +45,17 @@ class Deployed(nn.Module):
         weights: Tensor,
         plan: list[int],
         *,
-        dtype: torch.dtype,
-        narrow: torch.dtype | None,
+        formats: Formats,
         in_channels: int,
         classes: int,
         parts: list[str],
     ) -> None:
         super().__init__()
-        self.dtype, self.in_channels, self.classes = dtype, in_channels, classes
-        self.narrow = narrow
-        self._parts = parts
+        self.dtype, self.in_channels, self.classes = formats.dtype, in_channels, classes
+        self.narrow = formats.weights
+        self.blocks: list[Block] = []
+        self.error = 0.0
+        self.parts = parts
         self.register_buffer("weights", weights)
         sealed = torch.tensor(_C.sealed_plan(classes, plan), dtype=torch.int64)
         self.register_buffer("plan", sealed, persistent=False)
@@ -55,7 +69,7 @@ class Deployed(nn.Module):
         Raises:
             TypeError, ValueError: an input that does not fit, named.
         """
-        self._check(x)
+        self.check(x)
         run: Any = torch.ops.mfkernels.deployed
         return run(x.float(), self.weights, self.plan, self.classes).to(x.dtype)
 
@@ -64,15 +78,43 @@ class Deployed(nn.Module):
 
         Keys are the names of the network's parts; those of the tokens have " tokens" behind the name.
         """
-        self._check(x)
+        self.check(x)
         run: Any = torch.ops.mfkernels.deployed_times
-        times = dict.fromkeys(self._parts, 0.0)
+        times = dict.fromkeys(self.parts, 0.0)
         seconds = run(x.float(), self.weights, self.plan, self.classes).tolist()
-        for part, value in zip(self._parts, seconds, strict=True):
+        for part, value in zip(self.parts, seconds, strict=True):
             times[part] += value
         return times
 
-    def _check(self, x: Tensor) -> None:
+    def report(self, x: Tensor) -> str:
+        """Return a table of the parts of a network in int8, for one image, (1, C, H, W).
+
+        It has each part's precision, its error alone in int8, and its milliseconds.
+
+        Raises:
+            ValueError: the network is not in int8.
+        """
+        if not self.blocks:
+            raise ValueError("deploy: a report needs a network in int8, got one without")
+        times = self.times(x)
+        rows = [("part", "precision", "error", "ms")]
+        for part, dtype, error in self.blocks:
+            rows.append((part, str(dtype)[6:], f"{error:.1e}", f"{1e3 * times[part]:.3f}"))
+        others = sum(times.values()) - sum(times[block.part] for block in self.blocks)
+        rows.append(("others", "float32", "", f"{1e3 * others:.3f}"))
+        rows.append(("all", "", f"{self.error:.1e}", f"{1e3 * sum(times.values()):.3f}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+    def check(self, x: Tensor) -> None:
+        """Check that these are images for the network.
+
+        Raises:
+            TypeError, ValueError: x does not fit.
+        """
         check_tensor("deploy", "x", x, "B C H W")
         if x.dtype not in (torch.float32, self.dtype) or x.device.type not in ("cpu", "meta"):
             allowed = " or ".join(str(dtype)[6:] for dtype in dict.fromkeys((torch.float32, self.dtype)))
@@ -143,7 +185,7 @@ class Deployed(nn.Module):
             _C.check_plan(plan)
         except RuntimeError:  # which a call says, not who prints it
             return text
-        return f"{text}, a line a step, for an image of 224x224:\n{description(plan[3:], self._parts, 224)}"
+        return f"{text}, a line a step, for an image of 224x224:\n{description(plan[3:], self.parts, 224)}"
 
     def _results(self) -> str:
         return f"classes={self.classes}"

@@ -71,6 +71,7 @@ def _what(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> str:
         text += f"map {out.map}: {number}{out.channels} x {shape.height} x {shape.width}"
         text += f", {fields.kernel}x{fields.kernel}" if getattr(fields, "kernel", 0) else ""
         text += _then(getattr(fields, "activation", 0))
+        text += ", int8" if any(linear.scale for linear in _linears(fields)) else ""
         text += f", weights of {fields.tokens} tokens" if kind == "weigh" else ""
         text += f", mixed by map {fields.attention}" if getattr(fields, "attention", -1) >= 0 else ""
         text += f", {GATINGS[fields.gating]}" if kind == "attention" else ""
@@ -103,7 +104,7 @@ def _stored(header: steps.Header) -> str:
 
 def _cost(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> tuple[int, int]:
     """Operations, and floats of weights."""
-    linears = [field for field in fields if isinstance(field, Linear)]
+    linears = _linears(fields)
     groups = getattr(fields, "groups", 1)
     products = sum(linear.inputs * linear.outputs for linear in linears) // groups
     taps = _taps(kind, fields)
@@ -135,6 +136,10 @@ def _cost(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> tuple[
     return 2 * rows * products, floats
 
 
+def _linears(fields: Any) -> list[Linear]:
+    return [field for field in fields if isinstance(field, Linear)]
+
+
 def _taps(kind: str, fields: Any) -> int:
     if kind in ("depthwise", "inverted"):
         return fields.kernel**2 * fields.out.channels
@@ -151,7 +156,8 @@ def _activated(kind: str, fields: Any) -> int:
 
 
 def _size(linear: Linear, bf16: int, groups: int = 1) -> int:
-    return linear.inputs * linear.outputs // groups // (2 if bf16 else 1) + linear.outputs
+    shares = 4 if linear.scale else 2 if bf16 else 1  # of a float
+    return linear.inputs * linear.outputs // groups // shares + linear.outputs * (3 if linear.scale else 1)
 
 
 def _row_size(linear: Linear, header: steps.Header) -> int:

@@ -25,7 +25,7 @@ from ..nn import (
 from ..nn.conv_bn import affine
 from ..nn.dmf_tokens import _MLP, _TokenAttention
 from .deployed import Deployed
-from .packing import fold, padded, padded_rows, padded_slots, taps
+from .packing import Formats, fold, padded, padded_rows, padded_slots, taps
 from .plan import MOST_PAIRS, Bridges, Map, Plan
 from .pyramid import Wanted
 from .steps import Linear
@@ -39,25 +39,16 @@ _KNOWN = (
 
 
 def deployed_dynamic_mobile_former(
-    model: DynamicMobileFormer,
-    dtype: torch.dtype,
-    weights: torch.dtype | None,
-    wanted: Wanted | None = None,
+    model: DynamicMobileFormer, formats: Formats, wanted: Wanted | None = None
 ) -> Deployed:
     """Return what `deploy` makes of a `DynamicMobileFormer`, or of these maps of it."""
-    plan = _Plan(model, dtype, weights, wanted)
+    plan = _Plan(model, formats, wanted)
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
 class _Plan(Plan):
-    def __init__(
-        self,
-        model: DynamicMobileFormer,
-        dtype: torch.dtype,
-        weights: torch.dtype | None,
-        wanted: Wanted | None,
-    ) -> None:
-        super().__init__(model, dtype, weights)
+    def __init__(self, model: DynamicMobileFormer, formats: Formats, wanted: Wanted | None) -> None:
+        super().__init__(model, formats)
         self.check_parts(_KNOWN)
         self.model = model
         self.blocks: list[Any] = list(model.blocks)
@@ -207,7 +198,7 @@ class _Plan(Plan):
         weight, bias = fold(conv, norm)
         if conv.kernel_size == (1, 1):
             self.need(conv.stride == (1, 1), conv, "1x1 convolutions of one kernel of stride 1")
-            linear = self.pack.linear(weight.flatten(1), bias, groups=conv.groups)
+            linear = self.pack.map_linear(weight.flatten(1), bias, groups=conv.groups)
             return self.pointwise(x, conv.out_channels, linear, groups=conv.groups, **options)
         places = self.depthwise_weights(conv, weight, bias)
         return self.depthwise(x, *places, stride=conv.stride[0], **options)

@@ -27,7 +27,7 @@ from ..nn import (
 from ..nn.attention2d import Attention2d, PreNormModulationAttention
 from ..nn.layer_norm2d import LayerNorm2d
 from .deployed import Deployed
-from .packing import padded
+from .packing import Formats, padded
 from .plan import Map, Plan
 from .pyramid import Wanted
 from .steps import Linear
@@ -41,20 +41,18 @@ _KNOWN = (
 )
 
 
-def deployed_iformer(
-    model: IFormer, dtype: torch.dtype, weights: torch.dtype | None, wanted: Wanted | None = None
-) -> Deployed:
+def deployed_iformer(model: IFormer, formats: Formats, wanted: Wanted | None = None) -> Deployed:
     """Return what `deploy` makes of an `IFormer`, or of these maps of it."""
-    Plan(model, dtype).check_parts(_KNOWN)
-    plan = _Plan(copy.deepcopy(model).double().fuse(), dtype, weights)
+    Plan(model, formats).check_parts(_KNOWN)
+    plan = _Plan(copy.deepcopy(model).double().fuse(), formats)
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
 class _Plan(Plan):
     """Of a network that is fused: all convolutions have biases, and there are no batch norms."""
 
-    def __init__(self, model: IFormer, dtype: torch.dtype, weights: torch.dtype | None) -> None:
-        super().__init__(model, dtype, weights)
+    def __init__(self, model: IFormer, formats: Formats) -> None:
+        super().__init__(model, formats)
         self.model = model
         self.windows = False
 
@@ -116,7 +114,7 @@ class _Plan(Plan):
         return self.dense(x, conv, conv.weight, conv.bias, activation)
 
     def point(self, x: Map, conv: Any, **options: Any) -> Map:
-        linear = self.pack.linear(conv.weight.flatten(1), conv.bias)
+        linear = self.pack.map_linear(conv.weight.flatten(1), conv.bias)
         return self.pointwise(x, conv.out_channels, linear, **options)
 
     def block(self, x: Map, block: Any, sums: int) -> Map:
@@ -145,8 +143,8 @@ class _Plan(Plan):
             conv = before[0]
             self.need(conv.stride == (1, 1), conv, "blocks that keep the size of a map")
             size, taps, bias = self.depthwise_weights(conv, conv.weight, conv.bias)
-        linear = self.pack.linear(expand.weight.flatten(1), expand.bias)
-        projected = self.pack.linear(*self.scale(residual, project))
+        linear = self.pack.map_linear(expand.weight.flatten(1), expand.bias)
+        projected = self.pack.map_linear(*self.scale(residual, project))
         return self.inverted(x, size, taps, bias, linear, projected, sums)
 
     def scale(self, residual: Any, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
@@ -190,13 +188,13 @@ class _Plan(Plan):
         weights = torch.cat([_by_head(w.flatten(1), heads) for w, _ in parts])
         biases = torch.cat([_by_head(b[:, None], heads)[:, 0] for _, b in parts])
         normed = self.map_norm(x, mixer.norm) if hasattr(mixer, "norm") else x
-        made = self.pointwise(normed, len(biases), self.pack.linear(weights, biases))
+        made = self.pointwise(normed, len(biases), self.pack.map_linear(weights, biases))
         if normed is not x:
             self.free(normed)
         outside = getattr(mixer, "form", "") == "paper"
         out = self.attention(made, width, depth, heads=heads, gating=gating, outside=outside)
         self.free(made)
-        return out, self.pack.linear(weight if heads == 1 else _by_head(weight.t(), heads).t(), bias)
+        return out, self.pack.map_linear(weight if heads == 1 else _by_head(weight.t(), heads).t(), bias)
 
 
 def _by_head(rows: Tensor, heads: int) -> Tensor:

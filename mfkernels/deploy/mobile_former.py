@@ -25,7 +25,7 @@ from ..nn.conv_bn import affine
 from ..nn.depthwise import MaxDepthwise
 from .deployed import Deployed
 from .mobile_former_blocks import Activated, Back, Made, activations, check, keys_and_values, steps_of
-from .packing import dense, fold, padded, padded_rows, padded_slots, shuffled, spread
+from .packing import Formats, dense, fold, padded, padded_rows, padded_slots, shuffled, spread
 from .plan import MOST_PAIRS, NO_SLOPES, Bridges, Map, Plan, Slopes
 from .pyramid import Wanted
 from .steps import Linear
@@ -59,11 +59,9 @@ _KNOWN = (
 )
 
 
-def deployed_mobile_former(
-    model: MobileFormer, dtype: torch.dtype, weights: torch.dtype | None, wanted: Wanted | None = None
-) -> Deployed:
+def deployed_mobile_former(model: MobileFormer, formats: Formats, wanted: Wanted | None = None) -> Deployed:
     """Return what `deploy` makes of a `MobileFormer`, or of these maps of it."""
-    plan = _Plan(model, dtype, weights)
+    plan = _Plan(model, formats)
     return plan.run() if wanted is None else plan.pyramid(wanted)
 
 
@@ -76,8 +74,8 @@ class _Wanted(NamedTuple):
 
 
 class _Plan(Plan):
-    def __init__(self, model: MobileFormer, dtype: torch.dtype, weights: torch.dtype | None) -> None:
-        super().__init__(model, dtype, weights)
+    def __init__(self, model: MobileFormer, formats: Formats) -> None:
+        super().__init__(model, formats)
         self.check_parts(_KNOWN)
         self.model = model
         self.tokens, self.width = model.tokens.weight.shape

@@ -165,9 +165,9 @@ def keys_and_values(channels: int, heads: int) -> tuple[list[int], list[int]]:
 def _taken(plan: Plan, x: Map, back: Back, bridges: Bridges | None = None) -> Map:
     """Add to a map what it takes from the tokens by Mobile <- Former with projections; then other bridges."""
     queries, results = keys_and_values(x.channels, back.bridges.heads)
-    project = plan.pack.linear(spread(back.layers.q.weight.flatten(1), queries))
+    project = plan.pack.map_linear(spread(back.layers.q.weight.flatten(1), queries))
     mixed = plan.pointwise(x, 2 * x.channels, project, bridges=back.bridges)
-    fuse = plan.pack.linear(spread(back.layers.fuse.weight.flatten(1).t(), results).t())
+    fuse = plan.pack.map_linear(spread(back.layers.fuse.weight.flatten(1).t(), results).t())
     out = plan.replaced(mixed, plan.pointwise(mixed, x.channels, fuse, added=x, bridges=bridges))
     return plan.replaced(x, out)
 
@@ -209,9 +209,9 @@ def _block(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     channels = conv.out_channels
     expand = _folded(plan, point1, norm1, range(point1.in_channels), shuffle1)
     taps = plan.pack.depthwise(*fold(conv, norm), padded_slots(channels))
-    project = _folded(plan, point2, norm2, range(channels), shuffle2)
-    out, residual = plan.out(point2.out_channels, 0, made.bridges), int(block.skip)
     first, last, _ = made.slopes
+    project = _folded(plan, point2, norm2, range(channels), shuffle2, rounds=last.attention < 0)
+    out, residual = plan.out(point2.out_channels, 0, made.bridges), int(block.skip)
     return plan.made(
         "block",
         steps.Block(out, *x, residual, padded(channels), taps, first.place, *last, expand, project),
@@ -249,10 +249,14 @@ def _down(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     ((conv1, norm1),), ((conv3, norm3),) = first.layers, last.layers
     plan.need(conv3.stride == (1, 1), block, "a second depthwise convolution of stride 1")
     taps1, hidden1, order = _multiplying(plan, conv1, norm1, first.shuffle)
-    project1 = _folded(plan, point1, point_norm1, order, nn.Identity(), len(order) // conv1.in_channels)
+    slopes1, slopes2, _ = made.slopes
+    rounds, no_shuffle = slopes2.attention < 0, nn.Identity()
+    runs = len(order) // conv1.in_channels
+    project1 = _folded(plan, point1, point_norm1, order, no_shuffle, runs, rounds=rounds)
     taps2, hidden2, order = _multiplying(plan, conv3, norm3, last.shuffle)
-    project2 = _folded(plan, point2, point_norm2, order, nn.Identity(), len(order) // conv3.in_channels)
-    out, (slopes1, slopes2, _) = plan.out(conv3.in_channels, 0, made.bridges), made.slopes
+    runs = len(order) // conv3.in_channels
+    project2 = _folded(plan, point2, point_norm2, order, no_shuffle, runs, rounds=rounds)
+    out = plan.out(conv3.in_channels, 0, made.bridges)
     return plan.made(
         "down",
         steps.Down(
@@ -412,17 +416,25 @@ def _pointwise(
 
 
 def _folded(
-    plan: Plan, conv: nn.Conv2d, norm: nn.BatchNorm2d, slots: Sequence[int], shuffle: nn.Module, runs: int = 1
+    plan: Plan,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    slots: Sequence[int],
+    shuffle: nn.Module,
+    runs: int = 1,
+    *,
+    rounds: bool = True,
 ) -> Linear:
     """Return the matrix of a 1x1 convolution.
 
     Its inputs lie in memory in the order of `slots`, -1 for none, in this number of runs; its outputs are
-    shuffled.
+    shuffled. It may be int8 where it `rounds` its inputs.
     """
     weight, bias = fold(conv, norm)
     rows = shuffled(shuffle, conv.out_channels)
     matrix = spread(dense(weight, conv.groups)[rows].t(), slots).t()
-    return plan.pack.linear(matrix, bias[rows], runs=runs)
+    pack = plan.pack.map_linear if rounds else plan.pack.linear
+    return pack(matrix, bias[rows], runs=runs)
 
 
 def _in_memory(conv: nn.Conv2d) -> list[int]:

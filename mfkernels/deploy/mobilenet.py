@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn.conv_bn import affine
 from .deployed import Deployed
-from .packing import fold, padded
+from .packing import Formats, fold, padded
 from .plan import Map, Plan
 from .steps import Linear
 
@@ -153,21 +153,19 @@ def _squeeze(module: nn.Module) -> _Squeeze | None:
     return _Squeeze(module, reduce, expand)
 
 
-def deployed_mobilenet(
-    model: nn.Module, chain: _Chain, dtype: torch.dtype, weights: torch.dtype | None
-) -> Deployed:
+def deployed_mobilenet(model: nn.Module, chain: _Chain, formats: Formats) -> Deployed:
     """Return what `deploy` makes of a network that is this chain of parts.
 
     Raises:
         ValueError: a part that a plan cannot say, or the network computes something else than its parts in
             their order.
     """
-    deployed = _Plan(model, chain, dtype, weights).run()
+    deployed = _Plan(model, chain, formats).run()
     images = torch.randn(4, deployed.in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         trial = _random_copy(model, images)
         same: Any = mobilenet_chain(trial)
-        got = _Plan(trial, same, torch.float32, None).run()(images)
+        got = _Plan(trial, same, Formats()).run()(images)
         expected = trial.double()(images.double())
     if not torch.is_tensor(expected) or expected.shape != got.shape:
         raise ValueError(f"deploy: the model ({type(model).__name__}) returns something else than logits")
@@ -196,10 +194,8 @@ def _random_copy(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 class _Plan(Plan):
-    def __init__(
-        self, model: nn.Module, chain: _Chain, dtype: torch.dtype, weights: torch.dtype | None
-    ) -> None:
-        super().__init__(model, dtype, weights)
+    def __init__(self, model: nn.Module, chain: _Chain, formats: Formats) -> None:
+        super().__init__(model, formats)
         self.chain = chain
         for module in self.names:
             self.check_settings(module)
@@ -277,7 +273,7 @@ class _Plan(Plan):
             self.need(activation is None, conv, "residuals without an activation before the sum")
         if x is not None and conv.kernel_size == (1, 1):
             self.need(conv.stride == (1, 1) and conv.padding == (0, 0), conv, "1x1 convolutions of stride 1")
-            linear = self.pack.linear(weight.flatten(1), bias, groups=conv.groups)
+            linear = self.pack.map_linear(weight.flatten(1), bias, groups=conv.groups)
             options: dict[str, Any] = dict(groups=conv.groups, activation=activation, affine=factors)
             return self.pointwise(x, conv.out_channels, linear, added=added, sums=sums, **options)
         self.need(factors < 0, conv, "1x1 convolutions after squeeze-and-excitation")

@@ -1,6 +1,8 @@
 """Weights as the deployed kernels read them: one tensor, and offsets into it."""
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +18,38 @@ def padded(channels: int) -> int:
     return -(-channels // LANES) * LANES
 
 
+class Rounding(NamedTuple):
+    """Say how the inputs x of a product become bytes: x * scale + zero, rounded, from 0 to 255."""
+
+    scale: float  # a float32
+    zero: int
+
+
+class Formats(NamedTuple):
+    """Say how a network's weights are stored, and with which inputs it multiplies them.
+
+    Args:
+        dtype: of maps and matrices, float32 or bfloat16; all else is float32.
+        weights: of the matrices of linear layers over rows, where they are narrower.
+        rounding: None, or how products over maps round their inputs, by their numbers, which begin with 1.
+            The weights of these are int8; products that are not there can be calibrated.
+    """
+
+    dtype: torch.dtype = torch.float32
+    weights: torch.dtype | None = None
+    rounding: Mapping[int, Rounding] | None = None
+
+
 class Packer:
     """Gathers tensors; each begins at a multiple of 16 floats. Offsets count floats.
 
     Args:
-        dtype: of the matrices; all else is float32.
-        weights: of the matrices of linear layers over rows, where they are narrower.
+        formats: of the weights.
     """
 
-    def __init__(self, dtype: torch.dtype, weights: torch.dtype | None = None) -> None:
-        self.dtype, self.weights = dtype, weights
+    def __init__(self, formats: Formats) -> None:
+        self.formats = formats
+        self.products = 0  # over maps
         self._parts: list[Tensor] = []
         self.size = 0
 
@@ -68,6 +92,46 @@ class Packer:
             biases[:outputs] = bias.detach()
         return Linear(inputs, padded(outputs), self.add(values), self.add(biases))
 
+    def map_linear(
+        self, weight: Tensor, bias: Tensor | None = None, *, runs: int = 1, groups: int = 1
+    ) -> Linear:
+        """Pack the same of a product over a map, whose matrix may be int8.
+
+        Then four inputs of an output share the place of a float, and each panel ends with the integers that
+        sums begin with, which take away what `zero` adds, and the factors of the sums.
+        """
+        self.products += 1
+        if self.formats.rounding is None:
+            return self.linear(weight, bias, runs=runs, groups=groups)
+        rounding = self.formats.rounding.get(self.products)
+        if rounding is None:
+            return self.linear(weight, bias, runs=runs, groups=groups)._replace(zero=self.products)
+        full = dense(weight.detach().double(), groups)
+        values, factors = narrowed(full, torch.int8)
+        panels: list[Tensor] = []
+        for rows, panel in self._panels(values, groups):
+            sums = -rounding.zero * panel.int().sum(1)
+            last = torch.stack([sums.int(), (factors[rows] / rounding.scale).float().view(torch.int32)])
+            fours = _together(_wide(panel.t()).reshape(runs, -1, LANES), 4)
+            panels += [fours.flatten(), _wide(last).flatten().view(torch.int8)]
+        outputs, inputs = full.shape
+        biases = torch.zeros(padded(outputs), dtype=torch.float64)
+        if bias is not None:
+            biases[:outputs] = bias.detach()
+        offsets = self.add(torch.cat(panels)), self.add(biases)
+        return Linear(inputs, padded(outputs), *offsets, bits_of_float(rounding.scale), rounding.zero)
+
+    def _panels(self, matrix: Tensor, groups: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield 16 rows after the other of a matrix, and these: of several groups the inputs of theirs."""
+        outputs, inputs = matrix.shape
+        for o in range(0, outputs, LANES):
+            place = slice(o, min(o + LANES, outputs))
+            rows = matrix[place]
+            if groups > 1:
+                first, last = (i * groups // outputs for i in (place.start, place.stop - 1))
+                rows = rows[:, first * inputs // groups : (last + 1) * inputs // groups]
+            yield place, rows
+
     def row_linear(self, weight: Tensor, bias: Tensor | None = None, factor: Tensor | float = 1.0) -> Linear:
         """Pack a matrix times a factor (of each output), and its bias, of a layer over tokens or means.
 
@@ -76,9 +140,9 @@ class Packer:
         outputs, inputs = weight.shape
         factors = torch.as_tensor(factor, dtype=torch.float64).detach().expand(outputs)
         weight = weight.detach().double()
-        if self.weights is None:
+        if self.formats.weights is None:
             return self.linear(weight * factors[:, None], bias)
-        values, scales = narrowed(weight, self.weights)
+        values, scales = narrowed(weight, self.formats.weights)
         width = padded(outputs)
         panels = nn.functional.pad(values.t(), (0, width - outputs)).view(inputs, -1, LANES).transpose(0, 1)
         last = torch.zeros(2, width, dtype=torch.float64)
@@ -91,19 +155,13 @@ class Packer:
         self, weight: Tensor, *, runs: int = 1, groups: int = 1, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Return the values of `linear` in their order and stored dtype, not added yet."""
-        dtype, panels = dtype or self.dtype, []
-        full = dense(weight.detach().double(), groups)
-        outputs, inputs = full.shape
-        for o in range(0, outputs, LANES):
-            rows = full[o : o + LANES]
-            if groups > 1:
-                first, last = (i * groups // outputs for i in (o, min(o + LANES, outputs) - 1))
-                rows = rows[:, first * inputs // groups : (last + 1) * inputs // groups]
-            columns = nn.functional.pad(rows.t(), (0, padded(len(rows)) - len(rows)))
-            panels.append(
-                _in_pairs(columns.view(runs, -1, columns.shape[1])) if dtype == torch.bfloat16 else columns
-            )
-        return torch.cat([panel.flatten() for panel in panels]).to(dtype)
+        dtype, panels = dtype or self.formats.dtype, []
+        for _, rows in self._panels(dense(weight.detach().double(), groups), groups):
+            columns = _wide(rows.t())
+            if dtype == torch.bfloat16:
+                columns = _together(columns.reshape(runs, -1, columns.shape[1]), 2)
+            panels.append(columns.flatten())
+        return torch.cat(panels).to(dtype)
 
     def mixed(self, kernels: Sequence[Tensor]) -> tuple[int, int]:
         """Pack values of several kernels, the first 16 of each, then the next.
@@ -143,11 +201,21 @@ def taps(weight: Tensor, slots: Sequence[int]) -> Tensor:
     return spread(weight.detach().double().flatten(1), slots).t().flatten()
 
 
-def _in_pairs(rows: Tensor) -> Tensor:
-    """Turn (runs, inputs, outputs) into (pairs, outputs, 2), in bfloat16."""
+def _together(rows: Tensor, count: int) -> Tensor:
+    """Turn (runs, inputs, outputs) into (blocks of so many inputs, outputs, inputs of a block)."""
     _, inputs, outputs = rows.shape
-    even = nn.functional.pad(rows, (0, 0, 0, inputs % 2)).bfloat16()
-    return even.view(-1, 2, outputs).transpose(1, 2)
+    whole = nn.functional.pad(rows, (0, 0, 0, -inputs % count))
+    return whole.view(-1, count, outputs).transpose(1, 2)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """Each row with zeros up to the outputs of a panel."""
+    return nn.functional.pad(rows, (0, padded(rows.shape[-1]) - rows.shape[-1]))
+
+
+def bits_of_float(value: float) -> int:
+    (bits,) = struct.unpack("i", struct.pack("f", value))
+    return bits
 
 
 def padded_slots(inputs: int, numbers: Sequence[int] | None = None) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import steps
 from .deployed import Deployed
-from .packing import padded, padded_rows, padded_slots
+from .packing import Formats, padded, padded_rows, padded_slots
 from .planner import Planner
 from .pyramid import DeployedPyramid, Wanted
 from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, Linear, MapOut
@@ -57,8 +57,8 @@ NO_SLOPES = Slopes()
 class Plan(Planner):
     """A plan in the making. Steps that write a map return it, in memory that no living map has."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, weights: torch.dtype | None = None) -> None:
-        super().__init__(model, dtype, weights)
+    def __init__(self, model: nn.Module, formats: Formats) -> None:
+        super().__init__(model, formats)
         self.steps: list[int] = []
         self.parts: list[str] = []
         self.part = ""
@@ -133,7 +133,11 @@ class Plan(Planner):
         fits = conv.groups == 1 and conv.kernel_size == (size, size) and size % 2 == 1 and size < MOST_SIZE
         fits = fits and conv.padding == (size // 2, size // 2) and conv.stride in ((1, 1), (2, 2))
         self.need(fits, conv, "dense convolutions of odd squares, padded by half of them, of stride 1 or 2")
-        linear = self.pack.linear(weight.permute(0, 2, 3, 1).flatten(1), bias, runs=size if x is None else 1)
+        matrix = weight.permute(0, 2, 3, 1).flatten(1)
+        if x is None:
+            linear = self.pack.linear(matrix, bias, runs=size)
+        else:
+            linear = self.pack.map_linear(matrix, bias)
         kind, number = ("image_conv", -1) if x is None else ("dense_conv", x.number)
         out, act = self.out(outputs, 0, bridges), ACTIVATIONS.index(activation)
         return self.made(kind, steps.Conv(out, number, inputs, size, conv.stride[0], act, linear))
@@ -217,7 +221,7 @@ class Plan(Planner):
 
     def weigh(self, x: Map, stride: int, bridges: Bridges) -> Map:
         """Add the weights of the tokens at each position, from what `bridges` gathers with."""
-        twice = 2 if self.pack.dtype == torch.bfloat16 else 1  # its numbers are float32 all the same
+        twice = 2 if self.pack.formats.dtype == torch.bfloat16 else 1  # its numbers are float32 all the same
         out = self.out(padded(bridges.tokens) * twice)
         numbers = (stride, bridges.heads, bridges.tokens, bridges.row, bridges.gather)
         return self.made("weigh", steps.Weigh(out, *x, *numbers))
@@ -337,16 +341,18 @@ class Plan(Planner):
         return DeployedPyramid(wanted, self.pack.tensor(), plan, **options)
 
     def _options(self, in_channels: int, parts: list[str]) -> dict[str, Any]:
-        return dict(dtype=self.pack.dtype, narrow=self.pack.weights, in_channels=in_channels, parts=parts)
+        return dict(formats=self.pack.formats, in_channels=in_channels, parts=parts)
 
     def _header(self, in_channels: int, features: int, linears: int) -> steps.Header:
         count = len(self.parts)
         if count > MOST_STEPS:
             raise ValueError(f"deploy: at most {MOST_STEPS} steps can be deployed, got {count}")
-        bf16 = int(self.pack.dtype == torch.bfloat16)
-        narrow = 0 if self.pack.weights is None else self.pack.weights.itemsize
+        bf16 = int(self.pack.formats.dtype == torch.bfloat16)
+        weights = self.pack.formats.weights
+        narrow = 0 if weights is None else weights.itemsize
+        int8 = int(self.pack.formats.rounding is not None)
         counts = (self.maps, self.state, features, linears, count)
-        return steps.Header(self.pack.size, bf16, narrow, in_channels, *counts)
+        return steps.Header(self.pack.size, bf16, narrow, int8, in_channels, *counts)
 
 
 def _bits(value: float) -> int:

@@ -2,17 +2,16 @@
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
 
-from .packing import Packer
+from .packing import Formats, Packer
 
 
 class Planner:
     """Packs weights, and refuses what a plan cannot say by the names of the parts in `model`."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, weights: torch.dtype | None = None) -> None:
-        self.pack = Packer(dtype, weights)
+    def __init__(self, model: nn.Module, formats: Formats) -> None:
+        self.pack = Packer(formats)
         self.names = {module: name for name, module in model.named_modules()}
 
     def refuse(self, module: nn.Module, why: str) -> ValueError:

@@ -58,7 +58,7 @@ class DeployedPyramid(Deployed):
         Raises:
             TypeError, ValueError: an input that does not fit, named.
         """
-        self._check(x)
+        self.check(x)
         run: Any = torch.ops.mfkernels.deployed_maps
         maps = run(x.float(), self.weights, self.plan, self._channels, self._reductions)
         return [maps[i].to(x.dtype) for i in self._order]

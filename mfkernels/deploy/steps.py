@@ -16,12 +16,15 @@ class Linear(NamedTuple):
     outputs: int  # padded
     weight: int
     bias: int
+    scale: int = 0
+    zero: int = 0
 
 
 class Header(NamedTuple):
     weights: int
     bf16: int
     narrow: int
+    int8: int
     in_channels: int
     maps: int
     state: int

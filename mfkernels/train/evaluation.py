@@ -12,7 +12,9 @@ from ..deploy import deploy
 from ..models import create_model
 from .data import Batch, EvaluationData, class_names, open_reader
 from .processes import Processes
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
+
+CALIBRATION = 64  # images
 
 
 class Accuracy(NamedTuple):
@@ -89,7 +91,16 @@ def compare(networks: list[Callable[[Tensor], Tensor]], data: Iterable[Batch]) -
     return Comparison(accuracies, [count / max(s, 1e-9) for s in seconds], 100 * agreed / count)
 
 
-def report(data: str, model: str, checkpoint: Path, *, split: str, size: int, batch: int) -> str:
+def report(
+    data: str,
+    model: str,
+    checkpoint: Path,
+    *,
+    split: str,
+    size: int,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+) -> str:
     """Return a table of a network's accuracy and speed, as it is and deployed, on the images of a folder.
 
     Args:
@@ -99,6 +110,7 @@ def report(data: str, model: str, checkpoint: Path, *, split: str, size: int, ba
         split: of the folder.
         size: side of the images in pixels.
         batch: images in a batch.
+        dtype: of the deployed network, see `deploy`; int8 is calibrated with images of the split "train".
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -110,7 +122,9 @@ def report(data: str, model: str, checkpoint: Path, *, split: str, size: int, ba
         raise ValueError(f"evaluate: {data} does not name its classes")
     network = create_model(model, num_classes=len(names), checkpoint=checkpoint).eval()
     recipe = load_recipe(model.removesuffix("_faster"), image_size=size, workers=0)
-    result = compare([network, deploy(network)], EvaluationData(reader, recipe, 0, 1, batch))
+    calibration = _spread_images(data, recipe, batch) if dtype == torch.int8 else None
+    deployed = deploy(network, dtype=dtype, calibration=calibration)
+    result = compare([network, deployed], EvaluationData(reader, recipe, 0, 1, batch))
     lines = [f"{'':10}{'top-1, %':>10}{'top-5, %':>10}{'images/s':>10}"]
     for name, own, speed in zip(
         ("modules", "deployed"), result.accuracies, result.images_per_second, strict=True
@@ -120,3 +134,10 @@ def report(data: str, model: str, checkpoint: Path, *, split: str, size: int, ba
     if result.accuracies[0].unreadable:
         lines.append(f"{result.accuracies[0].unreadable} images could not be read")
     return "\n".join(lines)
+
+
+def _spread_images(data: str, recipe: Recipe, batch: int) -> list[Tensor]:
+    """Return some images for a calibration, from all over the split "train"."""
+    reader = open_reader(data, split="train")
+    every = max(1, len(reader) // CALIBRATION)
+    return [one.images for one in EvaluationData(reader, recipe, 0, every, batch) if len(one.files)]

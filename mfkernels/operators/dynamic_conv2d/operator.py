@@ -94,7 +94,7 @@ def _by_library(
     products, taps = x.shape[0] * pixels * weight.numel(), kernel[0] * kernel[1]
     if kernel == [1, 1] and max(padding) == 0:
         many = inputs > _MANY_INPUTS or (tracked and products >= _DENSE)
-        return max(stride) > 1 or (many and x.is_cpu and native.instruction_set() == "avx2")
+        return max(stride) > 1 or (many and x.is_cpu and native.instruction_set().startswith("avx2"))
     if tracked:
         return False  # the gradients of PyTorch's convolution are three times as inexact as the definition's
     fills = inputs * outputs >= _CHANNELS * groups and inputs // parts_of(inputs, taps) >= 8
