@@ -11,6 +11,7 @@ their number before they make one: `--case` makes it again. Fails if there was a
 
 import argparse
 import copy
+import math
 import mmap
 import os
 import random
@@ -30,6 +31,7 @@ from torch import Tensor
 
 import mfkernels
 from mfkernels.checks import tensors_in
+from mfkernels.deploy import int8
 from mfkernels.models import DynamicMobileFormer, IFormer, MobileFormer
 from mfkernels.models.features import FeaturePyramid
 from mfkernels.nn import Attention2d, PreNormModulationAttention
@@ -299,6 +301,9 @@ def small_networks() -> list:
     pyramids = [FeaturePyramid(copy.deepcopy(model)).eval() for model in models[:3]]
     image = torch.randn(1, 3, 20, 25)
     made = [mfkernels.deploy(model) for model in (*models, *pyramids, mobilenets.make("v3"))]
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    int8.BUDGET = math.inf  # all parts
+    made += [mfkernels.deploy(model, dtype=torch.int8, calibration=images) for model in models[:3]]
     narrow = zip(models, (torch.int8, torch.bfloat16, torch.int8), strict=False)
     made += [mfkernels.deploy(model, weights=weights) for model, weights in narrow]
     return [(deployed, image, tensors_in(deployed(image))[0]) for deployed in made]
