@@ -243,13 +243,13 @@ def test_state_of_deployed_networks(deployed):
     old = {"weights": state["weights"], "plan": deployed.plan[3:]}
     for wrong, message in (
         (old, "plan is of an older version of mfkernels"),
-        ({"weights": state["weights"]}, r"_extra_state must be \[6, .*got NoneType"),
+        ({"weights": state["weights"]}, r"_extra_state must be \[7, .*got NoneType"),
         (unlike.state_dict(), "weights must be float32 of shape"),
         (
             {**state, "weights": state["weights"].double()},
             "weights must be float32 of shape .* got torch.float64",
         ),
-        ({**state, "_extra_state": unlike.get_extra_state()}, r"_extra_state must be \[6, .*another network"),
+        ({**state, "_extra_state": unlike.get_extra_state()}, r"_extra_state must be \[7, .*another network"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.nn.Sequential(other).load_state_dict({f"0.{name}": value for name, value in wrong.items()})

@@ -60,6 +60,7 @@ def test_structs_are_the_same_in_both_languages():
         ("PlanActivation", steps.ACTIVATIONS),
         ("PlanGating", steps.GATINGS),
         ("PlanNorm", steps.NORMS),
+        ("PlanResampling", steps.RESAMPLINGS),
     ],
 )
 def test_enumerations_are_the_same_in_both_languages(enum, names):

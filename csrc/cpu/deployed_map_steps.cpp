@@ -74,11 +74,48 @@ struct MapSteps : MapTasks {
     constexpr int64_t n = 16;
     for (int64_t c = 0; c < count; c += n) memcpy(to + c, from + c, n * sizeof(T));
   }
+  // Rows of the input, with zeros around them, are themselves what is multiplied: a pixel's neighbours lie
+  // beside it. A task's rows of the output take the panels of weights one pair after the other.
+  void direct_conv(const ConvStep& step, int64_t begin, int64_t end) {
+    constexpr int64_t kOutputs = 2 * kPanel;
+    const int64_t k = step.kernel, channels = step.in_channels, width = args.in.width, s = step.stride;
+    const int64_t line =
+        ((args.out.width - 1) * s + k > width + k / 2 ? (args.out.width - 1) * s + k : width + k / 2) *
+        channels;
+    const int64_t most = (args.group - 1) * s + k, inputs = weight_rows(k * channels) * k;
+    const auto space = room<1>({most * line});
+    Stored* lines = space.stored(0);
+    memset(lines, 0, most * line * sizeof(Stored));
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
+      for (int64_t i = 0; i < (r1 - r0 - 1) * s + k; ++i) {
+        const Stored* from = in_row(r0, r0 * s + i - k / 2, channels, nullptr);
+        Stored* to = lines + i * line + k / 2 * channels;
+        if (from == nullptr) {
+          memset(to, 0, width * channels * sizeof(Stored));
+        } else {
+          memcpy(to, from, width * channels * sizeof(Stored));
+        }
+      }
+      for (int64_t o = 0; o < step.linear.outputs; o += kOutputs) {
+        const int64_t rest = step.linear.outputs - o;
+        const Weights weights{at(step.linear.weight) + o * inputs, rest < kOutputs ? rest : kOutputs,
+                              &fetched};
+        with_activation(step.activation, at(step.linear.bias) + o, [&](auto epilogue) {
+          for (int64_t r = r0; r < r1; ++r) {
+            gemm(args.out.width,
+                 Rows<Stored>{lines + (r - r0) * s * line, s * channels, k, k * channels, line}, weights,
+                 out_row(r) + o, out_channels, epilogue);
+          }
+        });
+      }
+    });
+  }
   // Each output's inputs side by side, then one product.
   void dense_conv(const ConvStep& step, int64_t begin, int64_t end) {
 #if MFK_INT8
     if (rounds(step.linear)) return dense_conv_of_bytes(step, begin, end);
 #endif
+    if (args.calibration == nullptr && is_direct(step, args.in.count)) return direct_conv(step, begin, end);
     const int64_t k = step.kernel, pixel = padded(step.in_channels);
     const int64_t patch = padded(k * k * step.in_channels), width = args.out.width;
     const auto space = room<2>({args.group * width * patch + 16, pixel});

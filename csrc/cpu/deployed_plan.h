@@ -51,6 +51,9 @@ enum PlanKind : int64_t {
   kAdd,
   kMapNorm,
   kWeigh,
+  kResize,
+  kStateRows,
+  kDynamicLite,
   // write the state
   kCopy,
   kLinear,
@@ -87,6 +90,10 @@ struct ConvStep {
   int64_t input, in_channels, kernel, stride, activation;
   PlanLinear linear;
 };
+// Whether it reads its input where it lies; see MapSteps::direct_conv.
+MFK_PLAN_FUNCTION bool is_direct(const ConvStep& step, int64_t windows) {
+  return step.in_channels % 16 == 0 && windows == 1;
+}
 // A 1x1 convolution, perhaps in groups (see gemm_groups). `affine`: -1, or the place of a factor and, padded
 // channels later, a summand for each channel of the input, after which comes a GELU where `affine_gelu`.
 struct PointwiseStep {
@@ -189,6 +196,33 @@ struct MapNormStep {
 struct WeighStep {
   MapOut out;
   int64_t input, in_channels, stride, heads, tokens, row, queries;
+};
+
+// Of a ResizeStep: another size than that of a map.
+enum PlanSize : int64_t { kSizeOfImage = -1, kTwiceTheSize = -2, kHalfTheSize = -3 };
+// How it finds a pixel's value. By two: as if the result were twice the input, whatever its size is.
+enum PlanResampling : int64_t { kNearest, kBilinear, kBilinearByTwo };
+// The input in another size, and another map added to it. Half the size, rounded up, takes every second
+// pixel.
+struct ResizeStep {
+  MapOut out;
+  int64_t input;
+  int64_t like;   // the map whose size it becomes, or a PlanSize
+  int64_t added;  // a map of this size, or -1
+  int64_t resampling;
+};
+// Rows of the state as a map of one column.
+struct StateRowsStep {
+  MapOut out;
+  int64_t input;  // -1
+  int64_t source, rows, stride;
+};
+// LiteStep with a dynamic ReLU in the place of relu6, of stride 1, that adds its input.
+struct DynamicLiteStep {
+  MapOut out;
+  int64_t input, in_channels;
+  int64_t hidden, taps, slopes;
+  PlanLinear project;
 };
 
 // Steps over the state. `source`, `target`, `at` and so on: places; `stride`s: floats from row to row.
@@ -330,6 +364,7 @@ constexpr int64_t kAttentionTile = 28;  // queries
 // The state: one; kMix: one for kMixTask blocks; kPooled: one for kOutputsTask outputs.
 MFK_DECLARE_INT8_KERNEL(map_step, StepArgs, args.plan->bf16, args.plan->int8)
 MFK_DECLARE_INT8_KERNEL(block_step, StepArgs, args.plan->bf16, args.plan->int8)
+MFK_DECLARE_DEPLOYED_KERNEL(detector_step, StepArgs, args.plan->bf16)
 MFK_DECLARE_DEPLOYED_KERNEL(state_step, StepArgs, args.plan->bf16)
 
 }  // namespace mfk

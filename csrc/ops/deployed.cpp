@@ -70,16 +70,19 @@ Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan, i
   return run(image, weights, plan, classes, [] {})[0];
 }
 
-// The maps of a pyramid, the finest first: each with its channels and a pixel for so many of the image's,
-// which are there for those that trace the operator without running it.
+// The maps that are results: each with its channels and a pixel for so many of the image's, or where that is
+// negative with so many rows and one column; this is there for those that trace the operator without running
+// it.
 std::vector<Tensor> maps(const Tensor& image, const Tensor& weights, const Tensor& plan,
                          const std::vector<int64_t>& channels, const std::vector<int64_t>& reductions) {
   auto found = run(image, weights, plan, 0, [] {});
   bool fits = channels.size() == found.size() && reductions.size() == found.size();
   for (size_t i = 0; fits && i < found.size(); ++i) {
-    fits = reductions[i] >= 1 && found[i].size(1) == channels[i] &&
-           found[i].size(2) == blocks_of(image.size(2), reductions[i]) &&
-           found[i].size(3) == blocks_of(image.size(3), reductions[i]);
+    const int64_t by = reductions[i], height = found[i].size(2), width = found[i].size(3);
+    const bool sized = by >= 1
+                           ? height == blocks_of(image.size(2), by) && width == blocks_of(image.size(3), by)
+                           : height + by == 0 && width == 1;
+    fits = sized && found[i].size(1) == channels[i];
   }
   STD_TORCH_CHECK(fits, kOp, ": channels and reductions must be those of the plan's maps");
   return found;

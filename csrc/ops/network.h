@@ -88,6 +88,8 @@ class Network {
         args.products = step.products;
         if (kind == kLite || kind == kBlock || kind == kDown) {
           run(step.tasks, [&](int64_t begin, int64_t end) { block_step(args, begin, end); });
+        } else if (kind == kResize || kind == kStateRows || kind == kDynamicLite) {
+          run(step.tasks, [&](int64_t begin, int64_t end) { detector_step(args, begin, end); });
         } else {
           run(step.tasks, [&](int64_t begin, int64_t end) { map_step(args, begin, end); });
         }
@@ -133,6 +135,7 @@ class Network {
   // The number of the map that a step adds to it; -1 for none.
   static int64_t added(const PlanStep* step) {
     if (step->kind == kAdd) return fields_of<AddStep>(step).added;
+    if (step->kind == kResize) return fields_of<ResizeStep>(step).added;
     return step->kind == kPointwise ? fields_of<PointwiseStep>(step).added : -1;
   }
 
@@ -169,6 +172,8 @@ class Network {
         return of(fields_of<BlockStep>(step).expand) + of(fields_of<BlockStep>(step).project);
       case kDown:
         return of(fields_of<DownStep>(step).project1) + of(fields_of<DownStep>(step).project2);
+      case kDynamicLite:
+        return of(fields_of<DynamicLiteStep>(step).project);
       default:
         return 0;
     }
@@ -181,6 +186,20 @@ class Network {
       step->next = std::min(step->plan->behind, end);
       step->next_end = end;
       end = step->next;
+    }
+  }
+
+  static constexpr int64_t kMostSide = 1 << 16;
+  Shape resized(const ResizeStep& step, const Shape& from, const Shape* maps) const {
+    switch (step.like) {
+      case kSizeOfImage:
+        return {1, images_.height, images_.width, 0, 0};
+      case kTwiceTheSize:
+        return {1, 2 * from.height, 2 * from.width, 0, 0};
+      case kHalfTheSize:
+        return {1, blocks_of(from.height, 2), blocks_of(from.width, 2), 0, 0};
+      default:
+        return maps[step.like];
     }
   }
 
@@ -200,6 +219,10 @@ class Network {
         stride = conv.stride;
         if (kind == kDenseConv) floats = padded(conv.in_channels * conv.kernel * conv.kernel);
         most = 98304;
+        if (kind == kDenseConv && is_direct(conv, from.count)) {
+          floats = conv.in_channels * conv.stride;
+          most = 65536;
+        }
         break;
       }
       case kDepthwise:
@@ -238,13 +261,24 @@ class Network {
         stride = fields_of<DownStep>(plan).stride;
         floats = 2 * std::max(fields_of<DownStep>(plan).hidden1, fields_of<DownStep>(plan).hidden2);
         break;
+      case kResize:
+        to = resized(fields_of<ResizeStep>(plan), from, maps);
+        need(to.whole_height == 0, "has the size of a map in windows");
+        need(to.height <= kMostSide && to.width <= kMostSide, "makes too large a map");
+        break;
+      case kStateRows:
+        to = {1, fields_of<StateRowsStep>(plan).rows, 1, 0, 0};
+        break;
+      case kDynamicLite:
+        floats = 2 * fields_of<DynamicLiteStep>(plan).hidden;
+        break;
     }
-    need(added(plan) < 0 || maps[added(plan)] == from, "adds a map of another size");
-    if (kind == kLite || kind == kBlock || kind == kDown) {
+    if (kind == kLite || kind == kBlock || kind == kDown || kind == kResize || kind == kDynamicLite) {
       need(from.whole_height == 0, "reads a map in windows");
     }
     to.height = blocks_of(to.height, stride);
     to.width = blocks_of(to.width, stride);
+    need(added(plan) < 0 || maps[added(plan)] == to, "adds a map of another size");
     need(attention(plan) < 0 || maps[attention(plan)] == to, "mixes slopes by a map of another size");
     step.in = from;
     maps[made.map] = step.out = to;

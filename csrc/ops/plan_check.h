@@ -10,7 +10,7 @@
 namespace mfk {
 namespace {
 
-constexpr int64_t kMostSteps = 4096, kMostMaps = 8, kMostHandedOut = 8;
+constexpr int64_t kMostSteps = 4096, kMostMaps = 16, kMostHandedOut = 16;
 constexpr int64_t kMostOf = 1 << 20;     // of whatever is counted: products of three stay far from overflow
 constexpr int64_t kMostState = 1 << 24;  // floats
 constexpr int64_t kMostPairs = 1 << 16;  // of heads and tokens
@@ -20,10 +20,10 @@ constexpr int64_t kMostProducts = 1 << 14;  // that are calibrated
 
 // In the order of PlanKind.
 constexpr const char* kKindNames[] = {
-    "image_conv", "dense_conv", "pointwise", "depthwise", "inverted", "attention", "split",
-    "join",       "lite",       "block",     "down",      "add",      "map_norm",  "weigh",
-    "copy",       "linear",     "norm",      "attend",    "combine",  "gate",      "slopes",
-    "kernels",    "mix",        "affine",    "pool",      "pooled",   "hand_out"};
+    "image_conv",   "dense_conv", "pointwise", "depthwise", "inverted", "attention", "split",  "join",
+    "lite",         "block",      "down",      "add",       "map_norm", "weigh",     "resize", "state_rows",
+    "dynamic_lite", "copy",       "linear",    "norm",      "attend",   "combine",   "gate",   "slopes",
+    "kernels",      "mix",        "affine",    "pool",      "pooled",   "hand_out"};
 
 inline const PlanLayer* layers_of(const Plan& plan) { return reinterpret_cast<const PlanLayer*>(&plan + 1); }
 inline const PlanStep* first_step(const Plan& plan) {
@@ -411,6 +411,32 @@ class PlanCheck {
     out(s.out, s.input);
   }
 
+  void resize(const ResizeStep& s) {
+    read(s.input, s.out.channels);
+    in_range(s.like, kHalfTheSize, kMostMaps - 1, "has an unknown size");
+    if (s.like >= 0)
+      need(s.like < plan_.maps && channels_[s.like] > 0, "has the size of a map that is not there");
+    if (s.added != -1) {
+      read(s.added, s.out.channels);
+      need(s.added != s.out.map, "writes a map that it may not");
+    }
+    in_range(s.resampling, kNearest, kBilinearByTwo, "has an unknown resampling");
+    out(s.out, s.input);
+  }
+  void state_rows(const StateRowsStep& s) {
+    need(s.input == -1, "reads a map");
+    count(s.out.channels, "has a wrong number of channels");
+    in_state(s.source, s.rows, s.stride, padded(s.out.channels));
+    out(s.out, s.input);
+  }
+  void dynamic_lite(const DynamicLiteStep& s) {
+    read(s.input, s.in_channels);
+    residual(1, s.in_channels, s.out, 1);
+    multiplied(s.in_channels, s.hidden, s.taps, s.project, s.out.channels);
+    in_state(s.slopes, 2 * s.hidden);
+    out(s.out, s.input);
+  }
+
   // --- steps that write the state ------------------------------------------------------------------------
 
   void copy(const CopyStep& s) const {
@@ -534,6 +560,12 @@ class PlanCheck {
         return map_norm(fields<MapNormStep>(at));
       case kWeigh:
         return weigh(fields<WeighStep>(at));
+      case kResize:
+        return resize(fields<ResizeStep>(at));
+      case kStateRows:
+        return state_rows(fields<StateRowsStep>(at));
+      case kDynamicLite:
+        return dynamic_lite(fields<DynamicLiteStep>(at));
       case kCopy:
         return copy(fields<CopyStep>(at));
       case kLinear:

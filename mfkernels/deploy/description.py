@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from . import steps
-from .steps import ACTIVATIONS, GATINGS, KINDS, Linear
+from .steps import ACTIVATIONS, GATINGS, KINDS, RESAMPLINGS, SIZES, Linear
 
 
 class _Shape(NamedTuple):
@@ -55,7 +55,14 @@ def _made(kind: str, fields: Any, maps: dict[int, _Shape], whole: _Shape) -> _Sh
     """Return the map that a step writes, or reads where it writes none."""
     if kind == "join":
         return whole
+    if kind == "state_rows":
+        return _Shape(1, fields.rows, 1)
     shape = maps[getattr(fields, "input", -1)]
+    if kind == "resize":
+        sizes = {"image": maps[-1], "twice": _Shape(1, 2 * shape.height, 2 * shape.width)}
+        sizes["half"] = _Shape(1, -(-shape.height // 2), -(-shape.width // 2))
+        named = {number: sizes[name] for name, number in SIZES.items()}
+        return named[fields.like] if fields.like < 0 else maps[fields.like]
     if kind == "split":
         window = fields.window
         return _Shape(-(-shape.height // window) * -(-shape.width // window), window, window)
@@ -67,7 +74,8 @@ def _what(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> str:
     if hasattr(fields, "out"):
         out = fields.out
         number = f"{shape.windows} x " if shape.windows > 1 else ""
-        text = f"map {fields.input} -> " if fields.input >= 0 else "image -> "
+        source = "rows" if kind == "state_rows" else "image"
+        text = f"map {fields.input} -> " if fields.input >= 0 else f"{source} -> "
         text += f"map {out.map}: {number}{out.channels} x {shape.height} x {shape.width}"
         text += f", {fields.kernel}x{fields.kernel}" if getattr(fields, "kernel", 0) else ""
         text += _then(getattr(fields, "activation", 0))
@@ -75,6 +83,7 @@ def _what(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> str:
         text += f", weights of {fields.tokens} tokens" if kind == "weigh" else ""
         text += f", mixed by map {fields.attention}" if getattr(fields, "attention", -1) >= 0 else ""
         text += f", {GATINGS[fields.gating]}" if kind == "attention" else ""
+        text += f", {RESAMPLINGS[fields.resampling]}" if kind == "resize" else ""
         text += ", the larger" if getattr(fields, "maximum", 0) else ""
         text += ", from tokens" if out.scatter >= 0 else ""
         return text + (", to tokens" if out.gather >= 0 else "")
@@ -143,7 +152,7 @@ def _linears(fields: Any) -> list[Linear]:
 def _taps(kind: str, fields: Any) -> int:
     if kind in ("depthwise", "inverted"):
         return fields.kernel**2 * fields.out.channels
-    if kind in ("lite", "block"):
+    if kind in ("lite", "block", "dynamic_lite"):
         return 9 * fields.hidden
     return 9 * (fields.hidden1 + fields.hidden2) if kind == "down" else 0
 

@@ -43,7 +43,7 @@ def deployed_dynamic_mobile_former(
 ) -> Deployed:
     """Return what `deploy` makes of a `DynamicMobileFormer`, or of these maps of it."""
     plan = _Plan(model, formats, wanted)
-    return plan.run() if wanted is None else plan.pyramid(wanted)
+    return plan.deployed(wanted)
 
 
 class _Plan(Plan):

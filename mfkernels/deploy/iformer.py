@@ -45,7 +45,7 @@ def deployed_iformer(model: IFormer, formats: Formats, wanted: Wanted | None = N
     """Return what `deploy` makes of an `IFormer`, or of these maps of it."""
     Plan(model, formats).check_parts(_KNOWN)
     plan = _Plan(copy.deepcopy(model).double().fuse(), formats)
-    return plan.run() if wanted is None else plan.pyramid(wanted)
+    return plan.deployed(wanted)
 
 
 class _Plan(Plan):
@@ -185,8 +185,8 @@ class _Plan(Plan):
             gating, scale = "silu_gate", mixer.q.out_channels**-0.5
         depth, width = mixer.q.out_channels // heads, len(values[0][0]) // heads
         parts = [(mixer.q.weight * scale, mixer.q.bias * scale), (mixer.k.weight, mixer.k.bias), *values]
-        weights = torch.cat([_by_head(w.flatten(1), heads) for w, _ in parts])
-        biases = torch.cat([_by_head(b[:, None], heads)[:, 0] for _, b in parts])
+        weights = torch.cat([by_head(w.flatten(1), heads) for w, _ in parts])
+        biases = torch.cat([by_head(b[:, None], heads)[:, 0] for _, b in parts])
         normed = self.map_norm(x, mixer.norm) if hasattr(mixer, "norm") else x
         made = self.pointwise(normed, len(biases), self.pack.map_linear(weights, biases))
         if normed is not x:
@@ -194,10 +194,10 @@ class _Plan(Plan):
         outside = getattr(mixer, "form", "") == "paper"
         out = self.attention(made, width, depth, heads=heads, gating=gating, outside=outside)
         self.free(made)
-        return out, self.pack.map_linear(weight if heads == 1 else _by_head(weight.t(), heads).t(), bias)
+        return out, self.pack.map_linear(weight if heads == 1 else by_head(weight.t(), heads).t(), bias)
 
 
-def _by_head(rows: Tensor, heads: int) -> Tensor:
+def by_head(rows: Tensor, heads: int) -> Tensor:
     """(heads * n, inputs) with zeros after the rows of each head."""
     each = rows.unflatten(0, (heads, -1))
     return nn.functional.pad(each, (0, 0, 0, padded(each.shape[1]) - each.shape[1])).flatten(0, 1)

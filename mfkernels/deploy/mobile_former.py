@@ -61,11 +61,11 @@ _KNOWN = (
 
 def deployed_mobile_former(model: MobileFormer, formats: Formats, wanted: Wanted | None = None) -> Deployed:
     """Return what `deploy` makes of a `MobileFormer`, or of these maps of it."""
-    plan = _Plan(model, formats)
-    return plan.run() if wanted is None else plan.pyramid(wanted)
+    plan = MobileFormerPlan(model, formats)
+    return plan.deployed(wanted)
 
 
-class _Wanted(NamedTuple):
+class Outputs(NamedTuple):
     """A layer, which of its outputs are wanted, -1 for zeros, and what multiplies them."""
 
     layer: Any
@@ -73,7 +73,9 @@ class _Wanted(NamedTuple):
     factor: float = 1.0
 
 
-class _Plan(Plan):
+class MobileFormerPlan(Plan):
+    """A Mobile-Former as steps."""
+
     def __init__(self, model: MobileFormer, formats: Formats) -> None:
         super().__init__(model, formats)
         self.check_parts(_KNOWN)
@@ -160,7 +162,7 @@ class _Plan(Plan):
 
         Return, in `places`, what the tokens give to the block and to the bridge that reads its map.
         """
-        made: list[_Wanted] = []
+        made: list[Outputs] = []
         slopes: list[Slopes] = []
         attention = None
         heads = 0
@@ -175,8 +177,8 @@ class _Plan(Plan):
             heads = scatter.num_heads
             keys, values = self.slots_of(scatter, "q")
             made += [
-                _Wanted(scatter.k, keys, (scatter.channels // heads) ** -0.5),
-                _Wanted(scatter.proj, values),
+                Outputs(scatter.k, keys, (scatter.channels // heads) ** -0.5),
+                Outputs(scatter.proj, values),
             ]
         scattered = len(made)
         if bridge is not None:
@@ -184,13 +186,13 @@ class _Plan(Plan):
             self.need(heads in (0, bridge.num_heads), bridge, "the heads of the Mobile <- Former before it")
             heads = bridge.num_heads
             keys, gates = self.slots_of(bridge, "k")
-            made += [_Wanted(bridge.q, keys, (bridge.channels // heads) ** -0.5)]
+            made += [Outputs(bridge.q, keys, (bridge.channels // heads) ** -0.5)]
             if hasattr(bridge, "alpha"):
-                made += [_Wanted(bridge.alpha[0], gates)]
+                made += [Outputs(bridge.alpha[0], gates)]
         if not made:
             return Made(None, slopes, attention)
         if hasattr(scatter, "alpha"):
-            made += [_Wanted(scatter.alpha[0], values)]
+            made += [Outputs(scatter.alpha[0], values)]
         fits = heads * self.tokens <= MOST_PAIRS
         self.need(fits, bridge or block, f"at most {MOST_PAIRS} pairs of heads and tokens")
         linear = self.side_by_side(made)
@@ -260,14 +262,18 @@ class _Plan(Plan):
             mlp = former.channel_mlp
             self.linear(count, mixed, linear(mlp.weight, mlp.bias), at, added=True)
         self.norm(count, former.layer_norm, at, at)
-        if not hasattr(former, "ffn"):
-            return
-        first, last = former.ffn[0], former.ffn[2]
+        if hasattr(former, "ffn"):
+            self.feed_forward(former.ffn, former.ffn_norm)
+
+    def feed_forward(self, layers: Any, norm: Any) -> None:
+        """Add a feed-forward network of the tokens, its residual, and the norm after it."""
+        count, at, linear = self.tokens, self.at, self.pack.row_linear
+        first, last = layers[0], layers[2]
         expand = linear(first.weight, first.bias)
         with self.places(count * expand.outputs) as (hidden,):
             self.linear(count, at, expand, hidden, activation="gelu")
             self.linear(count, hidden, linear(padded_rows(last.weight), last.bias), at, added=True)
-        self.norm(count, former.ffn_norm, at, at)
+        self.norm(count, norm, at, at)
 
     def generated(
         self, each: list[Activated], places: ExitStack, attention: Map | None = None
@@ -281,7 +287,7 @@ class _Plan(Plan):
             return [NO_SLOPES] * len(each)
         rows, first = (1, dynamic[0].hyper.token_id) if attention is None else (self.tokens, 0)
         first_layers = [one.hyper.hyper[0] for one in dynamic]
-        squeeze = self.side_by_side([_Wanted(layer, range(layer.out_features)) for layer in first_layers])
+        squeeze = self.side_by_side([Outputs(layer, range(layer.out_features)) for layer in first_layers])
         slopes = []
         with self.places(rows * squeeze.outputs) as (hidden,):
             self.linear(rows, self.at + first * padded(self.width), squeeze, hidden, activation="relu")
@@ -303,10 +309,10 @@ class _Plan(Plan):
         rows = [-1 if slot < 0 else slot + f * size for f in range(functions) for slot in slots]
         return self.pack.row_linear(spread(weight, rows), spread(bias, rows))
 
-    def side_by_side(self, layers: list[_Wanted]) -> Linear:
+    def side_by_side(self, layers: list[Outputs]) -> Linear:
         """Pack layers of the same input as one matrix, each with padded outputs."""
 
-        def of(rows: Tensor, wanted: _Wanted) -> Tensor:
+        def of(rows: Tensor, wanted: Outputs) -> Tensor:
             return padded_rows(spread(rows.double(), wanted.slots).t()).t()
 
         weights = [of(wanted.layer.weight, wanted) for wanted in layers]

@@ -13,7 +13,7 @@ from .deployed import Deployed
 from .packing import Formats, padded, padded_rows, padded_slots
 from .planner import Planner
 from .pyramid import DeployedPyramid, Wanted
-from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, Linear, MapOut
+from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, RESAMPLINGS, SIZES, Linear, MapOut
 
 MOST_STEPS, MOST_SIZE = 4096, 16  # of a plan; of a dense convolution's kernel, less one
 MOST_PAIRS = 65536  # of heads and tokens
@@ -63,8 +63,25 @@ class Plan(Planner):
         self.parts: list[str] = []
         self.part = ""
         self.living: set[int] = set()
+        self.keeps = False  # whether maps that are handed out are kept for what follows
+        self.kept: list[Map] = []
         self.maps = self.state = 0
         self.spare: list[tuple[int, int]] = []  # (floats, place) of the state
+
+    def run(self) -> Deployed:
+        """Add all steps, and return the network."""
+        raise NotImplementedError
+
+    def pyramid(self, wanted: Wanted) -> Any:
+        """Add the steps of these maps, and return the network."""
+        raise NotImplementedError
+
+    def deployed(self, wanted: Wanted | None) -> Any:
+        """Return the network, or that of these maps, or what is made of them."""
+        if wanted is None:
+            return self.run()
+        self.keeps = wanted.following is not None
+        return self.pyramid(wanted)
 
     @contextmanager
     def named(self, part: str) -> Iterator[None]:
@@ -94,7 +111,13 @@ class Plan(Planner):
         self.spare += taken
 
     def free(self, used: Map) -> None:
-        self.living.remove(used.number)
+        if used not in self.kept:
+            self.living.remove(used.number)
+
+    def release(self, kept: Map) -> None:
+        """Free a map that was kept."""
+        self.kept.remove(kept)
+        self.free(kept)
 
     def replaced(self, old: Map, new: Map) -> Map:
         """Return `new`, after which nobody reads `old`."""
@@ -236,6 +259,27 @@ class Plan(Planner):
         """Or the larger of both."""
         return self.made("add", steps.Add(self.out(x.channels, 0, bridges), x.number, other.number, maximum))
 
+    def resize(
+        self, x: Map, like: Map | str, resampling: str = "nearest", *, added: Map | None = None
+    ) -> Map:
+        """Add a map in another size: that of a map, or one of `steps.SIZES`; and another map of this size."""
+        size = like.number if isinstance(like, Map) else SIZES[like]
+        other = -1 if added is None else added.number
+        numbers = (x.number, size, other, RESAMPLINGS.index(resampling))
+        return self.made("resize", steps.Resize(self.out(x.channels), *numbers))
+
+    def state_rows(self, source: int, rows: int, channels: int) -> Map:
+        """Add a map of one column: rows of the state, which lie together."""
+        numbers = (-1, source, rows, padded(channels))
+        return self.made("state_rows", steps.StateRows(self.out(channels), *numbers))
+
+    def dynamic_lite(
+        self, x: Map, hidden: int, taps: int, slopes: int, project: Linear, bridges: Bridges
+    ) -> Map:
+        """Depthwise to `hidden` channels, dynamic ReLU, pointwise, and x."""
+        out = self.out(x.channels, 0, bridges)
+        return self.made("dynamic_lite", steps.DynamicLite(out, *x, hidden, taps, slopes, project))
+
     # --- steps that write numbers of the state -----------------------------------------------------------
 
     def copy_weights(self, values: Tensor, target: int) -> None:
@@ -253,9 +297,10 @@ class Plan(Planner):
         *,
         activation: str | None = None,
         added: bool = False,
+        stride: int | None = None,
     ) -> None:
-        """Of rows that lie together, each padded."""
-        numbers = (rows, source, padded(linear.inputs), target, linear.outputs)
+        """Of rows that lie together, each padded; those of the target may lie `stride` floats apart."""
+        numbers = (rows, source, padded(linear.inputs), target, stride or linear.outputs)
         self._step("linear", steps.LinearStep(*numbers, ACTIVATIONS.index(activation), added, linear))
 
     def norm(self, rows: int, norm: nn.LayerNorm, source: int, target: int) -> None:
@@ -311,7 +356,10 @@ class Plan(Planner):
     # --- a step that writes neither ----------------------------------------------------------------------
 
     def hand_out(self, x: Map) -> None:
-        """Hand out a map that is a result."""
+        """Hand out a map that is a result, or keep it where something follows."""
+        if self.keeps:
+            self.kept.append(x)
+            return
         self._step("hand_out", steps.HandOut(*x))
 
     def finished(
@@ -334,11 +382,19 @@ class Plan(Planner):
         options = self._options(in_channels, [*self.parts, *names])
         return Deployed(self.pack.tensor(), plan, classes=classes, **options)
 
-    def finished_pyramid(self, wanted: Wanted, in_channels: int) -> DeployedPyramid:
-        """Return the network whose results are the maps that were handed out."""
+    def finished_pyramid(self, wanted: Wanted, in_channels: int) -> Any:
+        """Return the network whose results are the maps that were handed out, or what is made of them."""
+        if wanted.following is None:
+            return self.finished_maps(DeployedPyramid, in_channels, wanted)
+        self.keeps, ordered = False, sorted(wanted.order)
+        maps = list(self.kept)
+        return wanted.following(self, [maps[ordered.index(i)] for i in wanted.order])
+
+    def finished_maps(self, kind: Any, in_channels: int, *arguments: Any) -> Any:
+        """Return the network, of a class of `DeployedMaps`, whose results were handed out."""
         plan = [*self._header(in_channels, 0, 0), *self.steps]
         options = self._options(in_channels, self.parts)
-        return DeployedPyramid(wanted, self.pack.tensor(), plan, **options)
+        return kind(*arguments, self.pack.tensor(), plan, **options)
 
     def _options(self, in_channels: int, parts: list[str]) -> dict[str, Any]:
         return dict(formats=self.pack.formats, in_channels=in_channels, parts=parts)

@@ -1,6 +1,6 @@
 """What the plans of all networks begin with."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -21,9 +21,11 @@ class Planner:
         if not condition:
             raise self.refuse(module, f"only {what} can be deployed")
 
-    def check_parts(self, known: Collection[type[nn.Module]]) -> None:
+    def check_parts(
+        self, known: Collection[type[nn.Module]], modules: Iterable[nn.Module] | None = None
+    ) -> None:
         """All modules must be of the known classes, or compute as these do, and without hooks."""
-        for module in self.names:
+        for module in self.names if modules is None else modules:
             if not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in known):
                 raise self.refuse(module, "unknown to deploy")
             self.check_settings(module)

@@ -1,7 +1,7 @@
-"""What `deploy` returns for a `FeaturePyramid`."""
+"""What `deploy` returns where the results are maps, as those of a `FeaturePyramid`."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,20 @@ class Wanted:
 
     Args:
         pyramid: whose results they are.
+        order: others than the pyramid returns.
+        following: a function that makes the network of the plan and of these maps, in this order, which are
+            then no results but kept.
     """
 
-    def __init__(self, pyramid: FeaturePyramid) -> None:
+    def __init__(
+        self,
+        pyramid: FeaturePyramid,
+        order: Sequence[int] | None = None,
+        following: Callable[[Any, list[Any]], Any] | None = None,
+    ) -> None:
         self.feature_info = pyramid.feature_info
-        self.order = [int(i) for i in pyramid.return_layers.values()]
+        self.order = [int(i) for i in pyramid.return_layers.values()] if order is None else list(order)
+        self.following = following
         self._stages = pyramid.network.feature_stages
 
     @property
@@ -31,23 +40,34 @@ class Wanted:
         return [self._stages[i] for i in sorted(self.order)]
 
 
-class DeployedPyramid(Deployed):
-    """A network without its head, prepared for inference on a CPU.
+# Makes the network of a pyramid's maps, or of what follows them.
+Run = Callable[[FeaturePyramid, Wanted], Any]
 
-    Args:
-        wanted: its maps.
-        operator, weights, plan, **options: of `Deployed`, all but the classes.
 
-    Attributes:
-        feature_info: that of the network.
+class Result(NamedTuple):
+    """A map that is a result: its channels, and image pixels for one of its own.
+
+    Where these are negative, it has one column of so many rows.
     """
 
-    def __init__(self, wanted: Wanted, weights: Tensor, plan: list[int], **options: Any) -> None:
+    channels: int
+    reduction: int
+
+
+class DeployedMaps(Deployed):
+    """A network whose results are maps, prepared for inference on a CPU.
+
+    Args:
+        results: in the order in which the plan hands them out.
+        weights, plan, **options: of `Deployed`, all but the classes.
+    """
+
+    def __init__(
+        self, results: Sequence[Result | Stage], weights: Tensor, plan: list[int], **options: Any
+    ) -> None:
         super().__init__(weights, plan, classes=0, **options)
-        self.feature_info = wanted.feature_info
-        self._channels = [stage.channels for stage in wanted.stages]
-        self._reductions = [stage.reduction for stage in wanted.stages]
-        self._order = [sorted(wanted.order).index(i) for i in wanted.order]
+        self._channels = [result.channels for result in results]
+        self._reductions = [result.reduction for result in results]
 
     def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
         """Run (B, C, H, W) images on the CPU and return the maps, in the images' dtype and memory format.
@@ -61,7 +81,32 @@ class DeployedPyramid(Deployed):
         self.check(x)
         run: Any = torch.ops.mfkernels.deployed_maps
         maps = run(x.float(), self.weights, self.plan, self._channels, self._reductions)
-        return [maps[i].to(x.dtype) for i in self._order]
+        return [one.to(x.dtype) for one in maps]
+
+    def _results(self) -> str:
+        return f"channels={self._channels}"
+
+
+class DeployedPyramid(DeployedMaps):
+    """A network without its head, prepared for inference on a CPU.
+
+    Args:
+        wanted: its maps.
+        weights, plan, **options: of `Deployed`, all but the classes.
+
+    Attributes:
+        feature_info: that of the network.
+    """
+
+    def __init__(self, wanted: Wanted, weights: Tensor, plan: list[int], **options: Any) -> None:
+        super().__init__(wanted.stages, weights, plan, **options)
+        self.feature_info = wanted.feature_info
+        self._order = [sorted(wanted.order).index(i) for i in wanted.order]
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """Return the maps as `DeployedMaps` does, in the order of the pyramid."""
+        maps = super().forward(x)
+        return [maps[i] for i in self._order]
 
     def _results(self) -> str:
         return f"channels={self.feature_info.channels()}"
@@ -72,7 +117,7 @@ def _fake(
 ) -> list[Tensor]:
     batch, _, height, width = x.shape
     return [
-        empty_map(x, (batch, c, (height + r - 1) // r, (width + r - 1) // r))
+        empty_map(x, (batch, c, -r, 1) if r < 0 else (batch, c, (height + r - 1) // r, (width + r - 1) // r))
         for c, r in zip(channels, reductions, strict=True)
     ]
 

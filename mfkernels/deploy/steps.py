@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 ACTIVATIONS = (None, "gelu", "hardswish", "relu", "relu6", "dynamic_relu", "scaled_relu6", "hardsigmoid")
 GATINGS = ("ungated", "sigmoid_gate", "silu_gate")
+SIZES = {"image": -1, "twice": -2, "half": -3}  # of a resized map; else that of another one
+RESAMPLINGS = ("nearest", "bilinear", "bilinear_by_two")
 NORMS = ("group_norm", "response_norm", "response_norm_of_channels")
 
 
@@ -191,6 +193,32 @@ class Weigh(NamedTuple):
     queries: int
 
 
+class Resize(NamedTuple):
+    out: MapOut
+    input: int
+    like: int
+    added: int
+    resampling: int
+
+
+class StateRows(NamedTuple):
+    out: MapOut
+    input: int
+    source: int
+    rows: int
+    stride: int
+
+
+class DynamicLite(NamedTuple):
+    out: MapOut
+    input: int
+    in_channels: int
+    hidden: int
+    taps: int
+    slopes: int
+    project: Linear
+
+
 class Copy(NamedTuple):
     weights: int
     source: int
@@ -316,6 +344,9 @@ KINDS: dict[str, Any] = {
     "add": Add,
     "map_norm": MapNorm,
     "weigh": Weigh,
+    "resize": Resize,
+    "state_rows": StateRows,
+    "dynamic_lite": DynamicLite,
     "copy": Copy,
     "linear": LinearStep,
     "norm": Norm,
