@@ -1,5 +1,6 @@
 """Whole networks prepared for inference."""
 
+import sys
 from typing import Any
 
 import torch
@@ -97,8 +98,15 @@ def deploy(
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"deploy: the model must be in eval mode (model.eval()), but {training[0]} is not")
-    chain = None if on_gpu or type(model) in _KNOWN else mobilenet_chain(model)
-    if type(model) not in _KNOWN and chain is None:
+    detectors = _detectors()
+    if type(model) in detectors and on_gpu:
+        raise ValueError(
+            f"deploy: model must be on the CPU if it is a {type(model).__name__}; on a GPU its pyramid alone "
+            "can be deployed"
+        )
+    known = (*_KNOWN, *detectors)
+    chain = None if on_gpu or type(model) in known else mobilenet_chain(model)
+    if type(model) not in known and chain is None:
         model = _published(model)
     if on_gpu:
         return deployed_on_gpu(model, dtype)
@@ -108,16 +116,34 @@ def deploy(
             f"{native.instruction_set()} is in use and the processor has {', '.join(_C.cpu_features())}"
         )
 
-    def build(formats: Formats) -> Deployed:
+    def build(formats: Formats) -> Any:
         if chain is not None:
             return deployed_mobilenet(model, chain, formats)
+
+        def run(pyramid: FeaturePyramid, wanted: Wanted) -> Any:
+            return _FAMILIES[type(pyramid.network)](pyramid.network, formats, wanted)
+
+        if type(model) in detectors:
+            return detectors[type(model)](model, run)
         if isinstance(model, FeaturePyramid):
-            return _FAMILIES[type(model.network)](model.network, formats, Wanted(model))
+            return run(model, Wanted(model))
         return _FAMILIES[type(model)](model, formats)
 
     if calibration is None:
         return build(Formats(dtype, weights))
+    if type(model) in detectors:
+        raise TypeError(f"deploy: a {type(model).__name__} cannot be in torch.int8 yet, only in other dtypes")
     return quantised(lambda rounding: build(Formats(torch.float32, weights, rounding)), calibration)
+
+
+def _detectors() -> dict[type, Any]:
+    """Return what deploys each class of detectors; those that need torchvision, if they can be there."""
+    found: dict[type, Any] = {}
+    if "mfkernels.fpn" in sys.modules:
+        from .detectors import DETECTORS, deployed_detector
+
+        found |= dict.fromkeys(DETECTORS, deployed_detector)
+    return found
 
 
 def _check_weights(weights: torch.dtype | None, dtype: torch.dtype, on_gpu: bool) -> None:
