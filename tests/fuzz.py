@@ -27,12 +27,16 @@ from collections import Counter
 import mobilenets
 import torch
 from cases import modules
-from torch import Tensor
+from torch import Tensor, nn
 
 import mfkernels
 from mfkernels.checks import tensors_in
 from mfkernels.deploy import int8
-from mfkernels.models import DynamicMobileFormer, IFormer, MobileFormer
+from mfkernels.deploy.convolutions import Convolution
+from mfkernels.deploy.packing import Formats
+from mfkernels.deploy.plan import Plan
+from mfkernels.deploy.pyramid import DeployedMaps, Result
+from mfkernels.models import DynamicMobileFormer, EndToEndMobileFormer, IFormer, MobileFormer
 from mfkernels.models.features import FeaturePyramid
 from mfkernels.nn import Attention2d, PreNormModulationAttention
 
@@ -300,13 +304,42 @@ def small_networks() -> list:
     models = [model.eval() for model in models]
     pyramids = [FeaturePyramid(copy.deepcopy(model)).eval() for model in models[:3]]
     image = torch.randn(1, 3, 20, 25)
-    made = [mfkernels.deploy(model) for model in (*models, *pyramids, mobilenets.make("v3"))]
+    rows = [rows[0], *(("D", 3, width, 1, 2, 2) for width in (12, 16, 20, 24))]
+    backbone = MobileFormer(rows, stem_channels=8, features=32, token_dim=32, token_num=3, token_id=-1)
+    detector = EndToEndMobileFormer(
+        FeaturePyramid(backbone), (1, 1), num_classes=4, queries=5, channels=24, num_heads=2, expansion=2
+    ).eval()
+    made = [mfkernels.deploy(model) for model in (*models, *pyramids, mobilenets.make("v3"), detector)]
+    made.append(resizing())
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     int8.BUDGET = math.inf  # all parts
     made += [mfkernels.deploy(model, dtype=torch.int8, calibration=images) for model in models[:3]]
     narrow = zip(models, (torch.int8, torch.bfloat16, torch.int8), strict=False)
     made += [mfkernels.deploy(model, weights=weights) for model, weights in narrow]
-    return [(deployed, image, tensors_in(deployed(image))[0]) for deployed in made]
+    return [(deployed, image, result_of(deployed, image)) for deployed in made]
+
+
+def result_of(deployed, image: Tensor) -> Tensor:
+    """The first one of its operator."""
+    run = getattr(OPERATORS, deployed_operator(deployed))
+    return tensors_in(run(image, deployed.weights, deployed.plan, *arguments_after(deployed)))[0]
+
+
+def resizing() -> DeployedMaps:
+    """A network whose steps are convolutions and maps in other sizes, as of a feature pyramid network."""
+    plan = Plan(nn.Identity(), Formats())
+    conv, other = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2, 1)
+    plan.names |= {conv: "conv", other: "other"}
+    with plan.named("levels"):
+        finest = plan.dense(None, conv, conv.weight, conv.bias)
+        layer, levels = Convolution(plan, [other]), [finest]
+        levels += [layer(finest), plan.resize(finest, "half")]
+        plan.hand_out(plan.resize(levels[1], finest, "nearest", added=finest))
+        plan.hand_out(plan.resize(levels[2], finest, "bilinear_by_two", added=finest))
+        plan.hand_out(plan.resize(layer(levels[2]), "image", "bilinear"))
+        plan.hand_out(plan.resize(plan.resize(levels[1], "twice", "bilinear"), "half"))
+    results = [Result(16, 1)] * 3 + [Result(16, 2)]
+    return plan.finished_maps(DeployedMaps, 3, results)
 
 
 # --- processes ------------------------------------------------------------

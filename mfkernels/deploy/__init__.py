@@ -10,11 +10,13 @@ from .. import _C, native
 from ..acceleration.accelerate import as_ours
 from ..acceleration.adopt import Unfit
 from ..models.dynamic_mobile_former import DynamicMobileFormer
+from ..models.end_to_end import EndToEndMobileFormer
 from ..models.features import FeaturePyramid
 from ..models.iformer import IFormer
 from ..models.mobile_former import MobileFormer
 from .deployed import Deployed
 from .dynamic_mobile_former import deployed_dynamic_mobile_former
+from .end_to_end import deployed_end_to_end
 from .graph import deployed_on_gpu
 from .iformer import deployed_iformer
 from .int8 import Calibration, quantised
@@ -138,7 +140,7 @@ def deploy(
 
 def _detectors() -> dict[type, Any]:
     """Return what deploys each class of detectors; those that need torchvision, if they can be there."""
-    found: dict[type, Any] = {}
+    found: dict[type, Any] = {EndToEndMobileFormer: deployed_end_to_end}
     if "mfkernels.fpn" in sys.modules:
         from .detectors import DETECTORS, deployed_detector
 
