@@ -71,7 +71,8 @@ def deployed_operator(deployed) -> str:
 
 def arguments_after(deployed) -> list:
     """Of the operator, those that follow the plan."""
-    return [deployed.classes] if deployed.classes else [deployed._channels, deployed._reductions]
+    of_maps = [] if deployed.classes else [deployed._channels, deployed._reductions, deployed._margins]
+    return of_maps or [deployed.classes]
 
 
 def laid_out(rng: random.Random, x: Tensor) -> Tensor:
@@ -298,8 +299,12 @@ def small_networks() -> list:
             token_num=3, token_id=-1, kernel_size=(3, 5),
         ),
         IFormer((1, 0, 0, 2), (12, 20, 36, 40), [types[0], types[2], types[2]], num_classes=5),
+        IFormer(
+            (1, 1, 1, 0), (12, 20, 36, 12), [types[0], "SHMABlock_r1_ws3_wsp1_wre1", types[2]], num_classes=5,
+            norm="layer", stem="ConvNeXt", downsample=False,
+        ),
     )  # fmt: skip
-    for block, mixer in zip(models[-1].stages[3], (Attention2d(40, num_heads=2), before), strict=True):
+    for block, mixer in zip(models[4].stages[3], (Attention2d(40, num_heads=2), before), strict=True):
         block.block.token_channel_mixer.m = mixer
     models = [model.eval() for model in models]
     pyramids = [FeaturePyramid(copy.deepcopy(model)).eval() for model in models[:3]]

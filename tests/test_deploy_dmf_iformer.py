@@ -48,6 +48,11 @@ WINDOWED = (
     *("SHMABlock_r1_hdrr2_nh1_ws4_wsp1", "RepCPE_k3", "SHMABlock_r1_hdrr2_nh1_ws4_wre1"),
     "SHMABlock_r1_hdrr4_nh1_ws2",
 )
+NESTED = (
+    *WINDOWED[:4],
+    *("SHMABlock_r1_hdrr2_nh1_ws5_wsp1", "SHMABlock_r1_hdrr2_nh1_ws2", "SHMABlock_r1_hdrr2_nh1_ws5_wre1"),
+    "FFN2d_r2",
+)
 
 
 def halving_dmf() -> DynamicMobileFormer:
@@ -100,7 +105,18 @@ SMALL = {
     "iformer, windows at the end": lambda: small_iformer(
         (*TYPES[:7], "SHMABlock_r1_hdrr2_nh1_ws4_wsp1_wre1")
     ),
+    "iformer, windows in windows": lambda: small_iformer(NESTED),
+    "iformer, nothing in the last stage": lambda: small_iformer(TYPES[:7], depths=(2, 2, 3, 0)),
+    "iformer, layer norms": lambda: small_iformer(norm="layer"),
+    "iformer, layer norms and windows": lambda: small_iformer(NESTED, norm="layer", layer_scale=0.3),
+    "iformer, ConvNeXt's stem": lambda: small_iformer(stem="ConvNeXt", in_channels=5),
+    "iformer, as ConvNeXt": lambda: small_iformer(norm="layer", stem="ConvNeXt", dims=(16, 20, 48, 40)),
+    "iformer, one size, layer norm": lambda: small_iformer(
+        norm="layer", downsample=False, dims=(12,) * 4, stem="ConvNeXt"
+    ),
+    "iformer, kernels of other sizes": lambda: small_iformer(kernels=(1, 4, 2, 7), stem="conv_stem"),
 }
+SIZES_OF_SMALL = ((2, 64, 64), (1, 37, 51), (1, 90, 20), (1, 1, 1))
 
 
 def make_small(name: str) -> torch.nn.Module:
@@ -114,10 +130,18 @@ def make_small(name: str) -> torch.nn.Module:
 def test_variants(name, instruction_set):
     model = make_small(name)
     deployed = mfkernels.deploy(model)
-    for size in ((2, 64, 64), (1, 37, 51), (1, 90, 20), (1, 1, 1)):
+    taken = 0
+    for size in SIZES_OF_SMALL:
         x = torch.randn(size[0], model.in_channels, *size[1:])
-        expected = truth(model, x)
+        try:
+            expected = truth(model, x)
+        except RuntimeError:  # a convolution without padding finds too few pixels
+            with pytest.raises(RuntimeError, match=r"deploy: x has a size .* would make an empty map"):
+                deployed(x)
+            continue
         assert (deployed(x) - expected).abs().max() < 2e-5 * expected.abs().max()
+        taken += 1
+    assert taken == len(SIZES_OF_SMALL) or "norm" in name or "ConvNeXt" in name
 
 
 @pytest.mark.parametrize("shift", [10.0, 1000.0])
@@ -204,8 +228,6 @@ def test_foreign_plans_are_an_error():
 @pytest.mark.parametrize(
     ("make_model", "message"),
     [
-        (lambda: small_iformer(norm="layer"), r"norm \(LayerNorm\): unknown"),
-        (lambda: small_iformer(stem="ConvNeXt"), r"downsample_layers\.0 \(Sequential\): only stems of"),
         (lambda: small_iformer(("ConvBlock_k9_r2",) * 8), "only depthwise convolutions of 3x3, 5x5 or 7x7"),
         (lambda: small_dmf(rows=[(20, 12, 1, 2, 17, 4)]), "only up to 16 kernels"),
     ],
@@ -224,7 +246,8 @@ def test_settings_are_checked():
     for change, message in (
         (lambda m: setattr(layers(m)[2], "approximate", "tanh"), "GELU"),
         (lambda m: setattr(m.downsample_layers[1][0].c, "dilation", (2, 2)), "without dilation"),
-        (lambda m: setattr(m.downsample_layers[1][0].c, "padding", (0, 0)), "padded by half"),
+        (lambda m: setattr(m.downsample_layers[1][0].c, "padding", (0, 1)), "padded by half"),
+        (lambda m: setattr(m.downsample_layers[1][0].c, "padding", (2, 2)), "padded by half"),
         (
             lambda m: setattr(m.stages[0][0].block.token_channel_mixer.m[0].c, "stride", (3, 3)),
             "keep the size",

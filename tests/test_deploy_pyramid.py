@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from test_deploy import BF16, plain, truth
-from test_deploy_dmf_iformer import TYPES, WINDOWED, small_dmf, small_iformer
+from test_deploy_dmf_iformer import NESTED, TYPES, WINDOWED, small_dmf, small_iformer
 from threads import on_threads
 
 import mfkernels
@@ -36,6 +36,10 @@ SMALL = {
     "iformer, one size": lambda: small_iformer(downsample=False, dims=(16,) * 4),
     "iformer, fused": lambda: small_iformer().eval().fuse(),
     "iformer, five channels": lambda: small_iformer(in_channels=5),
+    "iformer, windows in windows": lambda: small_iformer(NESTED),
+    "iformer, layer norms": lambda: small_iformer(norm="layer"),
+    "iformer, ConvNeXt's stem": lambda: small_iformer(stem="ConvNeXt"),
+    "iformer, as ConvNeXt": lambda: small_iformer(norm="layer", stem="ConvNeXt"),
 }
 small = pytest.mark.parametrize("name", ["mobile_former", "dmf", "iformer, windows"])
 
@@ -61,9 +65,12 @@ def test_same_maps(name, instruction_set):
         pytest.skip("large ones by one instruction set")
     pyramid = make(name)
     deployed = mfkernels.deploy(pyramid)
-    for size in ((2, 64, 64), (1, 37, 51), (1, 1, 1), (3, 7, 90)):
+    unpadded = "layer norms" in name or "ConvNeXt" in name
+    for size in ((2, 64, 64), (1, 37, 51), *(((1, 70, 93),) if unpadded else ((1, 1, 1), (3, 7, 90)))):
         x = torch.randn(size[0], pyramid.in_channels, *size[1:])
         check(deployed(x), truth(pyramid, x))
+        without_numbers = copy.deepcopy(deployed).to("meta")(x.to("meta"))
+        assert [m.shape for m in without_numbers] == [m.shape for m in deployed(x)]
 
 
 @small
@@ -126,7 +133,8 @@ def test_export_and_opcheck(name):
     assert all(torch.equal(a, b) for a, b in zip(program.module()(other), deployed(other), strict=True))
     operator = torch.ops.mfkernels.deployed_maps.default
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
-        arguments = (image, deployed.weights, deployed.plan, deployed._channels, deployed._reductions)
+        numbers = deployed._channels, deployed._reductions, deployed._margins
+        arguments = (image, deployed.weights, deployed.plan, *numbers)
         torch.library.opcheck(operator, arguments)
 
 
@@ -136,18 +144,21 @@ def test_other_channels_and_other_operators_are_an_error(name):
     deployed, scores = mfkernels.deploy(pyramid), mfkernels.deploy(scored(name))
     maps = torch.ops.mfkernels.deployed_maps
     x, channels, reductions = torch.randn(1, 3, 33, 32), deployed._channels, deployed._reductions
-    made = deployed.weights, deployed.plan
+    made, margins = (deployed.weights, deployed.plan), deployed._margins
     for wrong in (
-        (channels[1:], reductions),
-        ([channels[0] + 1, *channels[1:]], reductions),
-        (channels, [0, *reductions[1:]]),
-        (channels, [2 * r for r in reductions]),
-        ([], []),
+        (channels[1:], reductions, margins),
+        ([channels[0] + 1, *channels[1:]], reductions, margins),
+        (channels, [0, *reductions[1:]], margins),
+        (channels, [2 * r for r in reductions], margins),
+        (channels, reductions, [0] * len(margins)),
+        (channels, reductions, [1 << 62] * len(margins)),
+        (channels, reductions, margins[1:]),
+        ([], [], []),
     ):
-        with pytest.raises(RuntimeError, match="channels and reductions must be those of the plan's maps"):
+        with pytest.raises(RuntimeError, match="channels, reductions and margins must be those of the plan"):
             maps(x, *made, *wrong)
     with pytest.raises(RuntimeError, match="deploy: "):
-        maps(x, scores.weights, scores.plan, channels, reductions)
+        maps(x, scores.weights, scores.plan, channels, reductions, margins)
     one = torch.ops.mfkernels.deployed
     for classes in (0, 1, -1, 7):
         with pytest.raises(RuntimeError, match="deploy: "):

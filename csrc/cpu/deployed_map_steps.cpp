@@ -39,7 +39,7 @@ struct MapSteps : MapTasks {
 
   void image_conv(const ConvStep& step, int64_t begin, int64_t end) {
     const int64_t k = step.kernel, channels = step.in_channels;
-    const int64_t line = round_up(((args.out.width - 1) * step.stride + 2 * k) * channels, 2);
+    const int64_t line = round_up((args.out.width * step.stride + k) * channels, 2);
     const auto space = room<1>({k * line});
     Stored* lines = space.stored(0);  // (kernel, pixels, channels)
     memset(lines, 0, k * line * sizeof(Stored));
@@ -49,8 +49,8 @@ struct MapSteps : MapTasks {
         const int64_t kept = r > r0 && step.stride < k ? k - step.stride : 0;
         memmove(lines, lines + (k - kept) * line, kept * line * sizeof(Stored));
         for (int64_t i = kept; i < k; ++i) {
-          image_line(*args.images, channels, args.sample, r * step.stride - k / 2 + i,
-                     lines + i * line + k / 2 * channels);
+          image_line(*args.images, channels, args.sample, r * step.stride - step.padding + i,
+                     lines + i * line + step.padding * channels);
         }
         convolve(step, args.out.width, Rows<Stored>{lines, step.stride * channels, k, k * channels, line},
                  out_row(r));
@@ -79,17 +79,17 @@ struct MapSteps : MapTasks {
   void direct_conv(const ConvStep& step, int64_t begin, int64_t end) {
     constexpr int64_t kOutputs = 2 * kPanel;
     const int64_t k = step.kernel, channels = step.in_channels, width = args.in.width, s = step.stride;
-    const int64_t line =
-        ((args.out.width - 1) * s + k > width + k / 2 ? (args.out.width - 1) * s + k : width + k / 2) *
-        channels;
+    const int64_t line = ((args.out.width - 1) * s + k > width + step.padding ? (args.out.width - 1) * s + k
+                                                                              : width + step.padding) *
+                         channels;
     const int64_t most = (args.group - 1) * s + k, inputs = weight_rows(k * channels) * k;
     const auto space = room<1>({most * line});
     Stored* lines = space.stored(0);
     memset(lines, 0, most * line * sizeof(Stored));
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t i = 0; i < (r1 - r0 - 1) * s + k; ++i) {
-        const Stored* from = in_row(r0, r0 * s + i - k / 2, channels, nullptr);
-        Stored* to = lines + i * line + k / 2 * channels;
+        const Stored* from = in_row(r0, r0 * s + i - step.padding, channels, nullptr);
+        Stored* to = lines + i * line + step.padding * channels;
         if (from == nullptr) {
           memset(to, 0, width * channels * sizeof(Stored));
         } else {
@@ -123,7 +123,7 @@ struct MapSteps : MapTasks {
     memset(zeros, 0, pixel * sizeof(Stored));
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       convolve_patches<Stored>(step, r0, r1, zeros, patches, [&](int64_t r, int64_t ky) {
-        return in_row(r, r % args.out.height * step.stride + ky - k / 2, pixel, nullptr);
+        return in_row(r, r % args.out.height * step.stride + ky - step.padding, pixel, nullptr);
       });
     });
   }
@@ -142,12 +142,13 @@ struct MapSteps : MapTasks {
       for (int64_t r = r0, next; r < r1; r = next) {
         const int64_t y = r % args.out.height, window = r / args.out.height * args.in.height;
         next = r1 - r < args.out.height - y ? r1 : r + args.out.height - y;
-        int64_t from = y * step.stride - k / 2, until = (y + next - r - 1) * step.stride - k / 2 + k;
+        int64_t from = y * step.stride - step.padding,
+                until = (y + next - r - 1) * step.stride - step.padding + k;
         from = from < 0 ? 0 : from;
         until = until < args.in.height ? until : args.in.height;
         bytes.round(in_row(window + from, pixel), (until - from) * row, part(2));
         convolve_patches<uint8_t>(step, r, next, part(1), part(0), [&](int64_t at, int64_t ky) {
-          const int64_t line = at % args.out.height * step.stride + ky - k / 2;
+          const int64_t line = at % args.out.height * step.stride + ky - step.padding;
           return line < from || line >= until ? static_cast<uint8_t*>(nullptr)
                                               : part(2) + (line - from) * row;
         });
@@ -166,7 +167,7 @@ struct MapSteps : MapTasks {
       const T* rows[16];
       for (int64_t ky = 0; ky < k; ++ky) rows[ky] = input(r, ky);
       for (int64_t x = 0; x < width; ++x, to += patch) {
-        const int64_t left = x * step.stride - k / 2;
+        const int64_t left = x * step.stride - step.padding;
         T* tap = to;
         for (int64_t ky = 0; ky < k; ++ky) {
           const T* row = rows[ky] == nullptr ? nullptr : rows[ky] + left * pixel;
@@ -423,13 +424,15 @@ struct MapSteps : MapTasks {
   // Rows of windows, or of the map that they are put together to.
   void split(const WindowsStep& step, int64_t begin, int64_t end) {
     const int64_t window = step.window, columns = blocks_of(args.in.width, window), pixel = out_channels;
+    const int64_t windows = blocks_of(args.in.height, window) * columns;  // of a map, or of a window
     const auto space = room<1>({0});
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
-        const int64_t index = r / window, y = index / columns * window + r % window;
+        const int64_t cut = r / window / windows, index = r / window % windows;
+        const int64_t y = index / columns * window + r % window;
         const int64_t x = index % columns * window, rest = args.in.width - x;
         const int64_t inside = y >= args.in.height ? 0 : (rest < window ? rest : window);
-        const auto* from = static_cast<const Stored*>(args.in.data) + (y * args.in.width + x) * pixel;
+        const Stored* from = in_row(cut * args.in.height + y, pixel) + x * pixel;
         Stored* to = out_row(r);
         memcpy(to, from, inside * pixel * sizeof(Stored));
         memset(to + inside * pixel, 0, (window - inside) * pixel * sizeof(Stored));
@@ -439,13 +442,15 @@ struct MapSteps : MapTasks {
   void join(const WindowsStep& step, int64_t begin, int64_t end) {
     const int64_t window = step.window, width = args.out.width, pixel = out_channels;
     const int64_t columns = blocks_of(width, window);
+    const int64_t windows = blocks_of(args.out.height, window) * columns;  // of a map, or of a window
     const auto space = room<1>({0});
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
-      for (int64_t y = r0; y < r1; ++y) {
+      for (int64_t r = r0; r < r1; ++r) {
+        const int64_t first = r / args.out.height * windows, y = r % args.out.height;
         for (int64_t x = 0; x < width; x += window) {
-          const int64_t row = (y / window * columns + x / window) * window + y % window;
+          const int64_t row = (first + y / window * columns + x / window) * window + y % window;
           const int64_t count = width - x < window ? width - x : window;
-          memcpy(out_row(y) + x * pixel, static_cast<const Stored*>(args.in.data) + row * window * pixel,
+          memcpy(out_row(r) + x * pixel, static_cast<const Stored*>(args.in.data) + row * window * pixel,
                  count * pixel * sizeof(Stored));
         }
       }

@@ -84,10 +84,10 @@ struct MapOut {
   int64_t gather;   // of the next Mobile -> Former: the place of the queries; -1: none
 };
 
-// A dense convolution, its padding half its kernel; of the image or of a map.
+// A dense convolution, of the image or of a map.
 struct ConvStep {
   MapOut out;
-  int64_t input, in_channels, kernel, stride, activation;
+  int64_t input, in_channels, kernel, stride, padding, activation;
   PlanLinear linear;
 };
 // Whether it reads its input where it lies; see MapSteps::direct_conv.
@@ -140,7 +140,7 @@ MFK_PLAN_FUNCTION int64_t attention_pixel(const AttentionStep& step) {
 MFK_PLAN_FUNCTION int64_t attention_result(const AttentionStep& step) {
   return step.heads == 1 ? step.channels : step.heads * padded(step.channels);
 }
-// Cuts a map into windows, padded with zeros; joins them again.
+// Cuts a map, or each window of one, into windows, padded with zeros; joins them again.
 struct WindowsStep {
   MapOut out;
   int64_t input, window;
@@ -236,9 +236,10 @@ struct LinearStep {
   int64_t added;  // 0 or 1
   PlanLinear linear;
 };
-// Layer norm of each row, epsilon 1e-5; gamma, then beta, padded.
+// Layer norm of each row; gamma, then beta, padded.
 struct NormStep {
   int64_t rows, width, source, target, gamma;
+  int64_t eps;  // the bits of a double
 };
 // softmax(q k^T / sqrt(depth)) v of each head; columns of the target beyond the heads become zero.
 struct AttendStep {

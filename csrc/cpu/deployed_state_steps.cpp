@@ -71,11 +71,11 @@ struct StateSteps {
     }
   }
 
-  // Epsilon 1e-5.
   void norm(const NormStep& step) const {
     constexpr int64_t n = kLanes<float>;
     const int64_t width = step.width, stride = padded(width);
     const float *gamma = at(step.gamma), *beta = gamma + stride;
+    const double eps = from_bits(step.eps);
     for (int64_t t = 0; t < step.rows; ++t) {
       const float* x = place(step.source) + t * stride;
       float* to = place(step.target) + t * stride;
@@ -88,7 +88,7 @@ struct StateSteps {
       }
       // The padding, too, was `mean` off.
       const double variance = (sum_lanes<float>(squares) - (stride - width) * (double{mean} * mean)) / width;
-      const float scale = static_cast<float>(1 / __builtin_sqrt(variance + 1e-5));
+      const float scale = static_cast<float>(1 / __builtin_sqrt((variance > 0 ? variance : 0) + eps));
       for (int64_t i = 0; i < stride; i += n) {  // gamma and beta are zero there
         store(to + i, (load(x + i) - mean) * scale * load(gamma + i) + load(beta + i));
       }

@@ -70,21 +70,23 @@ Tensor forward(const Tensor& image, const Tensor& weights, const Tensor& plan, i
   return run(image, weights, plan, classes, [] {})[0];
 }
 
-// The maps that are results: each with its channels and a pixel for so many of the image's, or where that is
-// negative with so many rows and one column; this is there for those that trace the operator without running
-// it.
+// The maps that are results: each with its channels and its size, (side + margin) / reduction of an image's
+// side, or where the reduction is negative with so many rows and one column; these are there for those that
+// trace the operator without running it.
 std::vector<Tensor> maps(const Tensor& image, const Tensor& weights, const Tensor& plan,
-                         const std::vector<int64_t>& channels, const std::vector<int64_t>& reductions) {
+                         const std::vector<int64_t>& channels, const std::vector<int64_t>& reductions,
+                         const std::vector<int64_t>& margins) {
   auto found = run(image, weights, plan, 0, [] {});
-  bool fits = channels.size() == found.size() && reductions.size() == found.size();
-  for (size_t i = 0; fits && i < found.size(); ++i) {
-    const int64_t by = reductions[i], height = found[i].size(2), width = found[i].size(3);
-    const bool sized = by >= 1
-                           ? height == blocks_of(image.size(2), by) && width == blocks_of(image.size(3), by)
-                           : height + by == 0 && width == 1;
-    fits = sized && found[i].size(1) == channels[i];
+  const size_t count = found.size();
+  bool fits = channels.size() == count && reductions.size() == count && margins.size() == count;
+  for (size_t i = 0; fits && i < count; ++i) {
+    const int64_t by = reductions[i], margin = margins[i];
+    const int64_t height = found[i].size(2), width = found[i].size(3);
+    fits = margin > -kMostRows && margin < kMostOf && by > -kMostOf && found[i].size(1) == channels[i] &&
+           (by >= 1 ? height == (image.size(2) + margin) / by && width == (image.size(3) + margin) / by
+                    : height + by == 0 && width == 1);
   }
-  STD_TORCH_CHECK(fits, kOp, ": channels and reductions must be those of the plan's maps");
+  STD_TORCH_CHECK(fits, kOp, ": channels, reductions and margins must be those of the plan's maps");
   return found;
 }
 
@@ -134,7 +136,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
   m.def(
       "deployed_calibrated(Tensor x, Tensor weights, Tensor plan, int classes, Tensor ranges, int bins) -> "
       "Tensor");
-  m.def("deployed_maps(Tensor x, Tensor weights, Tensor plan, int[] channels, int[] reductions) -> Tensor[]");
+  m.def(
+      "deployed_maps(Tensor x, Tensor weights, Tensor plan, int[] channels, int[] reductions, int[] margins) "
+      "-> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {

@@ -111,7 +111,8 @@ class Network {
   // Of a map: so many windows, and what they were cut from, or one map.
   struct Shape {
     int64_t count, height, width;
-    int64_t whole_height, whole_width;  // 0 where it is one map
+    int64_t whole_height = 0, whole_width = 0;  // 0 where it is one map
+    int64_t outer_height = 0, outer_width = 0;  // what the whole was cut from; 0 where that is one map
 
     bool operator==(const Shape& other) const {
       return count == other.count && height == other.height && width == other.width;
@@ -209,14 +210,17 @@ class Network {
     const int64_t kind = plan->kind, in = input(plan);
     auto need = [&](bool fits, const char* what) { need_of_step(fits, i, kind, what); };
     const auto& made = fields_of<MapOut>(plan);
-    const Shape from = in < 0 ? Shape{1, images_.height, images_.width, 0, 0} : maps[in];
+    const Shape from = in < 0 ? Shape{1, images_.height, images_.width} : maps[in];
     Shape to = from;
     int64_t floats = padded(made.channels), most = kSecondCache, stride = 1;  // of a position's memory
     switch (kind) {
       case kImageConv:
       case kDenseConv: {
         const auto& conv = fields_of<ConvStep>(plan);
-        stride = conv.stride;
+        const int64_t grown = 2 * conv.padding - conv.kernel + conv.stride;
+        to.height = (from.height + grown) / conv.stride;
+        to.width = (from.width + grown) / conv.stride;
+        need_of_image(to.height >= 1 && to.width >= 1, i, kind, "would make an empty map");
         if (kind == kDenseConv) floats = padded(conv.in_channels * conv.kernel * conv.kernel);
         most = 98304;
         if (kind == kDenseConv && is_direct(conv, from.count)) {
@@ -236,18 +240,23 @@ class Network {
         floats += fields_of<InvertedStep>(plan).expand.outputs;
         break;
       case kSplit: {
-        need(from.whole_height == 0, "cuts windows into windows");
+        need(from.outer_height == 0, "cuts windows of windows into windows");
         const int64_t window = fields_of<WindowsStep>(plan).window;
-        to = {blocks_of(from.height, window) * blocks_of(from.width, window), window, window, from.height,
-              from.width};
+        to = {from.count * blocks_of(from.height, window) * blocks_of(from.width, window),
+              window,
+              window,
+              from.height,
+              from.width,
+              from.whole_height,
+              from.whole_width};
         break;
       }
       case kJoin: {
         const int64_t window = fields_of<WindowsStep>(plan).window;
         const int64_t count = blocks_of(from.whole_height, window) * blocks_of(from.whole_width, window);
-        need(from.whole_height > 0 && from == Shape{count, window, window, 0, 0},
+        need(from.whole_height > 0 && from == Shape{from.count / count * count, window, window},
              "joins what are not the windows of a map");
-        to = {1, from.whole_height, from.whole_width, 0, 0};
+        to = {from.count / count, from.whole_height, from.whole_width, from.outer_height, from.outer_width};
         break;
       }
       case kLite:
@@ -283,6 +292,7 @@ class Network {
     step.in = from;
     maps[made.map] = step.out = to;
     const int64_t rows = to.count * to.height, pixels = rows * to.width;
+    need(pixels <= kMostPixels, "makes a map of too many pixels");
     step.group = task_rows(rows, to.width, floats, most);
     step.products = products(plan) * pixels;
     step.tasks = blocks_of(rows, step.group);

@@ -17,6 +17,8 @@ constexpr int64_t kMostPairs = 1 << 16;  // of heads and tokens
 constexpr int64_t kMostWindow = 64;
 constexpr int64_t kMostRounded = 1 << 16;   // inputs of an int8 matrix: their sum fits 32 bits
 constexpr int64_t kMostProducts = 1 << 14;  // that are calibrated
+constexpr int64_t kMostKernel = 15;         // of a convolution: rows, columns, stride
+constexpr int64_t kMostPixels = 1LL << 33;  // of a map
 
 // In the order of PlanKind.
 constexpr const char* kKindNames[] = {
@@ -46,6 +48,12 @@ inline void need_of_step(bool fits, int64_t number, int64_t kind, const char* wh
   const bool known = kind >= 0 && kind <= kHandOut;
   const std::string name = known ? kKindNames[kind] : std::to_string(kind);
   need_of_plan(false, "step " + std::to_string(number) + " (" + name + "):", what);
+}
+// Throws where an image does not fit a step of a plan that is in order.
+inline void need_of_image(bool fits, int64_t number, int64_t kind, const std::string& what) {
+  if (fits) return;
+  throw std::runtime_error("deploy: x has a size that this network cannot take: step " +
+                           std::to_string(number) + " (" + kKindNames[kind] + ") " + what);
 }
 
 class PlanCheck {
@@ -256,9 +264,9 @@ class PlanCheck {
     } else {
       read(s.input, s.in_channels);
     }
-    need(s.kernel % 2 == 1, "has a wrong kernel");
-    in_range(s.kernel, 1, 15, "has a wrong kernel");
-    in_range(s.stride, 1, 2, "has a wrong stride");
+    in_range(s.kernel, 1, kMostKernel, "has a wrong kernel");
+    in_range(s.stride, 1, kMostKernel, "has a wrong stride");
+    in_range(s.padding, 0, s.kernel / 2, "has a wrong padding");
     activated(s.activation);
     linear(s.linear, s.kernel * s.kernel * s.in_channels, s.out.channels,
            image ? s.kernel * s.in_channels : 0, !image);

@@ -31,7 +31,7 @@ class Convolution:
         if rest:
             raise plan.refuse(rest[0], "unknown to deploy behind a convolution of a detector")
         size = conv.kernel_size[0]
-        fits = conv.groups == 1 and conv.kernel_size == (size, size) and size % 2 == 1 and size < MOST_SIZE
+        fits = conv.groups == 1 and conv.kernel_size == (size, size) and size % 2 == 1 and size <= MOST_SIZE
         fits = fits and conv.padding == (size // 2, size // 2)
         fits = fits and (conv.stride == (1, 1) or (conv.stride == (2, 2) and size > 1))
         plan.need(fits, conv, "dense convolutions of odd squares, padded by half of them, of stride 1 or 2")
@@ -44,6 +44,6 @@ class Convolution:
         """Add it for one map."""
         if self.size == 1:
             return self.plan.pointwise(x, self.outputs, self.linear, activation=self.activation)
-        numbers = (x.number, self.inputs, self.size, self.stride)
+        numbers = (x.number, self.inputs, self.size, self.stride, self.size // 2)
         out, act = self.plan.out(self.outputs), ACTIVATIONS.index(self.activation)
         return self.plan.made("dense_conv", steps.Conv(out, *numbers, act, self.linear))

@@ -27,14 +27,14 @@ def description(plan: list[int], parts: list[str], side: int) -> str:
     header = steps.read(steps.Header, words)
     layers = [steps.read(steps.Layer, words) for _ in range(header.linears)]
     maps = {-1: _Shape(1, side, side)}
-    whole = maps[-1]
+    cut: list[_Shape] = []  # what was cut into windows, the latest last
     rows = []
     for part in parts[: header.steps]:
         kind = list(KINDS)[steps.read(steps.Step, words).kind]
         fields = steps.read(KINDS[kind], words)
         if kind == "split":
-            whole = maps[fields.input]
-        shape = _made(kind, fields, maps, whole)
+            cut.append(maps[fields.input])
+        shape = cut.pop() if kind == "join" else _made(kind, fields, maps)
         if hasattr(fields, "out"):
             maps[fields.out.map] = shape
         operations, floats = _cost(kind, fields, shape, header)
@@ -51,10 +51,8 @@ def description(plan: list[int], parts: list[str], side: int) -> str:
     )
 
 
-def _made(kind: str, fields: Any, maps: dict[int, _Shape], whole: _Shape) -> _Shape:
+def _made(kind: str, fields: Any, maps: dict[int, _Shape]) -> _Shape:
     """Return the map that a step writes, or reads where it writes none."""
-    if kind == "join":
-        return whole
     if kind == "state_rows":
         return _Shape(1, fields.rows, 1)
     shape = maps[getattr(fields, "input", -1)]
@@ -65,7 +63,11 @@ def _made(kind: str, fields: Any, maps: dict[int, _Shape], whole: _Shape) -> _Sh
         return named[fields.like] if fields.like < 0 else maps[fields.like]
     if kind == "split":
         window = fields.window
-        return _Shape(-(-shape.height // window) * -(-shape.width // window), window, window)
+        windows = -(-shape.height // window) * -(-shape.width // window)
+        return _Shape(shape.windows * windows, window, window)
+    if kind.endswith("conv"):
+        margin = 2 * fields.padding - fields.kernel + fields.stride
+        return _Shape(1, (shape.height + margin) // fields.stride, (shape.width + margin) // fields.stride)
     stride = getattr(fields, "stride", 1) if hasattr(fields, "out") else 1
     return _Shape(shape.windows, -(-shape.height // stride), -(-shape.width // stride))
 

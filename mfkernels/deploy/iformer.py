@@ -37,7 +37,7 @@ _KNOWN = (
     *(IFormerClassifier, IFormerStage, RepCPE, ReparameterizedDepthwise, Residual, SHMABlock),
     *(Attention2d, LayerNorm2d, PreNormModulationAttention),
     *(SingleHeadModulationAttention, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.GELU, nn.Identity),
-    *(nn.Linear, nn.ModuleList, nn.Sequential, FusedSequential),
+    *(nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential, FusedSequential),
 )
 
 
@@ -54,17 +54,24 @@ class _Plan(Plan):
     def __init__(self, model: IFormer, formats: Formats) -> None:
         super().__init__(model, formats)
         self.model = model
-        self.windows = False
 
     def run(self) -> Deployed:
         model: Any = self.model
-        self.need(len(model.stages[3]) > 0, model, "networks with blocks in their last stage")
         x: Any = None
         for i in range(4):
             x = self.stage(x, i, sums=int(i == 3))
         features = self.place(x.channels)
         with self.named("pool"):
+            if len(model.stages[3]) == 0:
+                x = self.replaced(x, self.summed(x))
             self.pool(x.channels, features)
+        if hasattr(model, "head"):
+            with self.named("norm"):
+                self.norm(1, model.norm, features, features)
+            last = self.pack.row_linear(model.head.weight, model.head.bias)
+            return self.finished(
+                features, [(last, None)], ["head"], model.in_channels, model.head.out_features
+            )
         linears: list[tuple[Linear, str | None]] = []
         if hasattr(model, "proj"):
             linears.append((self.pack.row_linear(model.proj.weight, model.proj.bias), "gelu"))
@@ -80,7 +87,21 @@ class _Plan(Plan):
             if i in wanted.order:
                 with self.named(f"stages.{i}"):
                     self.hand_out(x)
-        return self.finished_pyramid(wanted, self.model.in_channels)
+        return self.finished_pyramid(wanted, self.model.in_channels, self.margins(sorted(wanted.order)))
+
+    def margins(self, stages: list[int]) -> list[int]:
+        """Return those of `DeployedPyramid` of these stages' maps."""
+        found, margin, reduction = [], 0, 1
+        for layers in self.model.downsample_layers:
+            for conv in layers.modules():
+                if isinstance(conv, nn.Conv2d):
+                    stride, kernel, padding = (
+                        pair[0] for pair in (conv.stride, conv.kernel_size, conv.padding)
+                    )
+                    margin += reduction * (2 * int(padding) - kernel + stride)
+                    reduction *= stride
+            found.append(margin)
+        return [found[i] for i in stages]
 
     def stage(self, x: Map | None, i: int, sums: int = 0) -> Map:
         """Add the i-th stage, and what halves the map before it; `sums` are of its last block."""
@@ -94,9 +115,9 @@ class _Plan(Plan):
         return made
 
     def stem(self, layers: Any) -> Map:
-        self.need(
-            isinstance(layers[0], nn.Conv2d) and len(layers) == 3, layers, "stems of two convolutions or more"
-        )
+        if isinstance(layers[-1], LayerNorm2d):
+            x = self.conv(None, layers[0])
+            return self.replaced(x, self.map_norm(x, layers[1]))
         first, _, second = layers
         x = self.conv(None, first, activation="gelu")
         if not isinstance(second, FusedInvertedBottleneck):
@@ -107,8 +128,9 @@ class _Plan(Plan):
     def halve(self, x: Map, layers: Any) -> Map:
         if isinstance(layers, nn.Identity):
             return x
-        self.need(isinstance(layers[0], nn.Conv2d), layers[0], "halving by a convolution alone")
-        return self.replaced(x, self.conv(x, layers[0]))
+        if isinstance(layers[0], LayerNorm2d):
+            x = self.replaced(x, self.map_norm(x, layers[0]))
+        return self.replaced(x, self.conv(x, layers[-1]))
 
     def conv(self, x: Map | None, conv: Any, activation: str | None = None) -> Map:
         return self.dense(x, conv, conv.weight, conv.bias, activation)
@@ -119,7 +141,7 @@ class _Plan(Plan):
 
     def block(self, x: Map, block: Any, sums: int) -> Map:
         if block.split:
-            self.windows, x = True, self.replaced(x, self.split(x, block.split))
+            x = self.replaced(x, self.split(x, block.split))
         inner = block.block
         sums_now = 0 if block.join else sums
         if isinstance(inner, ConvBlock | FFN2d):
@@ -130,7 +152,7 @@ class _Plan(Plan):
         else:
             x = self.attend_to_pixels(x, inner.token_channel_mixer, sums_now)
         if block.join:
-            self.windows, x = False, self.replaced(x, self.join(x, block.join, sums))
+            x = self.replaced(x, self.join(x, block.join, sums))
         return x
 
     def depth(self, x: Map, conv: Any, sums: int) -> Map:
@@ -158,7 +180,6 @@ class _Plan(Plan):
         mixer = residual.m
         window = getattr(mixer, "window_size", None)
         if window is not None:
-            self.need(not self.windows, mixer, "windows that are not in others")
             x = self.replaced(x, self.split(x, window))
         inside, linear = self.attended(x, mixer, *self.scale(residual, mixer.proj))
         last = sums if window is None else 0

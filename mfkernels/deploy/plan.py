@@ -12,10 +12,10 @@ from . import steps
 from .deployed import Deployed
 from .packing import Formats, padded, padded_rows, padded_slots
 from .planner import Planner
-from .pyramid import DeployedPyramid, Wanted
+from .pyramid import DeployedPyramid, Result, Wanted
 from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, RESAMPLINGS, SIZES, Linear, MapOut
 
-MOST_STEPS, MOST_SIZE = 4096, 16  # of a plan; of a dense convolution's kernel, less one
+MOST_STEPS, MOST_SIZE = 4096, 15  # of a plan; of a dense convolution's kernel and stride
 MOST_PAIRS = 65536  # of heads and tokens
 
 
@@ -153,9 +153,11 @@ class Plan(Planner):
     ) -> Map:
         """Add a dense convolution, folded to this weight and bias; of the image where x is None."""
         outputs, inputs, size, _ = weight.shape
-        fits = conv.groups == 1 and conv.kernel_size == (size, size) and size % 2 == 1 and size < MOST_SIZE
-        fits = fits and conv.padding == (size // 2, size // 2) and conv.stride in ((1, 1), (2, 2))
-        self.need(fits, conv, "dense convolutions of odd squares, padded by half of them, of stride 1 or 2")
+        (stride, across), padding = conv.stride, conv.padding[0]
+        fits = conv.groups == 1 and conv.kernel_size == (size, size) and size <= MOST_SIZE
+        fits = fits and stride == across <= MOST_SIZE and conv.padding == (padding, padding)
+        limits = f"squares up to {MOST_SIZE}x{MOST_SIZE}, padded by half of them or less"
+        self.need(fits and 0 <= padding <= size // 2, conv, f"dense convolutions of {limits}")
         matrix = weight.permute(0, 2, 3, 1).flatten(1)
         if x is None:
             linear = self.pack.linear(matrix, bias, runs=size)
@@ -163,7 +165,7 @@ class Plan(Planner):
             linear = self.pack.map_linear(matrix, bias)
         kind, number = ("image_conv", -1) if x is None else ("dense_conv", x.number)
         out, act = self.out(outputs, 0, bridges), ACTIVATIONS.index(activation)
-        return self.made(kind, steps.Conv(out, number, inputs, size, conv.stride[0], act, linear))
+        return self.made(kind, steps.Conv(out, number, inputs, size, stride, padding, act, linear))
 
     def pointwise(
         self,
@@ -249,6 +251,10 @@ class Plan(Planner):
         numbers = (stride, bridges.heads, bridges.tokens, bridges.row, bridges.gather)
         return self.made("weigh", steps.Weigh(out, *x, *numbers))
 
+    def summed(self, x: Map) -> Map:
+        """Return the same map, whose sums are kept for the next steps."""
+        return self.made("add", steps.Add(self.out(x.channels, 1), x.number, x.number, 1))
+
     def split(self, x: Map, window: int) -> Map:
         return self.made("split", steps.Windows(self.out(x.channels), x.number, window))
 
@@ -304,10 +310,9 @@ class Plan(Planner):
         self._step("linear", steps.LinearStep(*numbers, ACTIVATIONS.index(activation), added, linear))
 
     def norm(self, rows: int, norm: nn.LayerNorm, source: int, target: int) -> None:
-        self.need(norm.eps == 1e-5, norm, "layer norms with eps 1e-5")
         (width,) = norm.normalized_shape
         gamma = self.pack.add(torch.cat([padded_rows(norm.weight), padded_rows(norm.bias)]))
-        self._step("norm", steps.Norm(rows, width, source, target, gamma))
+        self._step("norm", steps.Norm(rows, width, source, target, gamma, _bits(norm.eps)))
 
     def attend(
         self, rows: int, heads: int, width: int, places: tuple[int, int, int], stride: int, target: int
@@ -382,10 +387,22 @@ class Plan(Planner):
         options = self._options(in_channels, [*self.parts, *names])
         return Deployed(self.pack.tensor(), plan, classes=classes, **options)
 
-    def finished_pyramid(self, wanted: Wanted, in_channels: int) -> Any:
-        """Return the network whose results are the maps that were handed out, or what is made of them."""
+    def finished_pyramid(self, wanted: Wanted, in_channels: int, margins: Sequence[int] | None = None) -> Any:
+        """Return the network whose results are the maps that were handed out, or what is made of them.
+
+        `margins` are those of `Result`, of the maps in the order of the network.
+        """
+        stages = wanted.stages
+        rounded_up = [stage.reduction - 1 for stage in stages]
+        margins = rounded_up if margins is None else list(margins)
         if wanted.following is None:
-            return self.finished_maps(DeployedPyramid, in_channels, wanted)
+            results = [
+                Result(stage.channels, stage.reduction, margin)
+                for stage, margin in zip(stages, margins, strict=True)
+            ]
+            return self.finished_maps(DeployedPyramid, in_channels, wanted, results)
+        if margins != rounded_up:
+            raise ValueError("deploy: detectors over maps whose sizes are not rounded up cannot be deployed")
         self.keeps, ordered = False, sorted(wanted.order)
         maps = list(self.kept)
         return wanted.following(self, [maps[ordered.index(i)] for i in wanted.order])

@@ -47,11 +47,16 @@ Run = Callable[[FeaturePyramid, Wanted], Any]
 class Result(NamedTuple):
     """A map that is a result: its channels, and image pixels for one of its own.
 
-    Where these are negative, it has one column of so many rows.
+    Its size is (side + margin) // reduction of an image's side; without a margin that is rounded up. Where the
+    reduction is negative, it has one column of so many rows.
     """
 
     channels: int
     reduction: int
+    margin: int | None = None
+
+    def margin_or_default(self) -> int:
+        return max(self.reduction - 1, 0) if self.margin is None else self.margin
 
 
 class DeployedMaps(Deployed):
@@ -62,25 +67,24 @@ class DeployedMaps(Deployed):
         weights, plan, **options: of `Deployed`, all but the classes.
     """
 
-    def __init__(
-        self, results: Sequence[Result | Stage], weights: Tensor, plan: list[int], **options: Any
-    ) -> None:
+    def __init__(self, results: Sequence[Result], weights: Tensor, plan: list[int], **options: Any) -> None:
         super().__init__(weights, plan, classes=0, **options)
         self._channels = [result.channels for result in results]
         self._reductions = [result.reduction for result in results]
+        self._margins = [result.margin_or_default() for result in results]
 
     def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
         """Run (B, C, H, W) images on the CPU and return the maps, in the images' dtype and memory format.
 
-        Maps are (B, channels, H / reduction, W / reduction), rounded up. The dtype is float32, or that of the
-        network.
+        Maps are (B, channels, H / reduction, W / reduction), rounded as the network does it: up, but for an
+        iFormer's convolutions of 2x2 and 4x4. The dtype is float32, or that of the network.
 
         Raises:
             TypeError, ValueError: an input that does not fit, named.
         """
         self.check(x)
         run: Any = torch.ops.mfkernels.deployed_maps
-        maps = run(x.float(), self.weights, self.plan, self._channels, self._reductions)
+        maps = run(x.float(), self.weights, self.plan, self._channels, self._reductions, self._margins)
         return [one.to(x.dtype) for one in maps]
 
     def _results(self) -> str:
@@ -92,14 +96,16 @@ class DeployedPyramid(DeployedMaps):
 
     Args:
         wanted: its maps.
-        weights, plan, **options: of `Deployed`, all but the classes.
+        results, weights, plan, **options: of `DeployedMaps`.
 
     Attributes:
         feature_info: that of the network.
     """
 
-    def __init__(self, wanted: Wanted, weights: Tensor, plan: list[int], **options: Any) -> None:
-        super().__init__(wanted.stages, weights, plan, **options)
+    def __init__(
+        self, wanted: Wanted, results: Sequence[Result], weights: Tensor, plan: list[int], **options: Any
+    ) -> None:
+        super().__init__(results, weights, plan, **options)
         self.feature_info = wanted.feature_info
         self._order = [sorted(wanted.order).index(i) for i in wanted.order]
 
@@ -113,12 +119,17 @@ class DeployedPyramid(DeployedMaps):
 
 
 def _fake(
-    x: Tensor, weights: Tensor, plan: Tensor, channels: Sequence[int], reductions: Sequence[int]
+    x: Tensor,
+    weights: Tensor,
+    plan: Tensor,
+    channels: Sequence[int],
+    reductions: Sequence[int],
+    margins: Sequence[int],
 ) -> list[Tensor]:
     batch, _, height, width = x.shape
     return [
-        empty_map(x, (batch, c, -r, 1) if r < 0 else (batch, c, (height + r - 1) // r, (width + r - 1) // r))
-        for c, r in zip(channels, reductions, strict=True)
+        empty_map(x, (batch, c, -r, 1) if r < 0 else (batch, c, (height + m) // r, (width + m) // r))
+        for c, r, m in zip(channels, reductions, margins, strict=True)
     ]
 
 

@@ -63,6 +63,7 @@ class Conv(NamedTuple):
     in_channels: int
     kernel: int
     stride: int
+    padding: int
     activation: int
     linear: Linear
 
@@ -243,6 +244,7 @@ class Norm(NamedTuple):
     source: int
     target: int
     gamma: int
+    eps: int
 
 
 class Attend(NamedTuple):
