@@ -2,7 +2,7 @@
 
 #include "dynamic_kernels.h"
 #include "dynamic_planes.h"
-#include "tile_gemm.h"
+#include "pointwise.h"
 
 namespace mfk {
 namespace MFK_ISA {
@@ -45,8 +45,8 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
       // The row blocks of a single group's outputs share their kernels.
       if (groups > 1 || outer != mixed) mix<1, T>(args, b, 1, first, outputs, depth, static_cast<C*>(kernel));
       mixed = outer;
-      multiply_pixels<C>(out, run, nullptr, 0, outputs, Matrix<C>{kernel, depth, 1}, depth,
-                         RowsAt<C>{planes + i * args.inputs * shape.channel, places}, run);
+      multiply<256, C, C>(out, run, outputs, Matrix<C>{kernel, depth, 1}, depth,
+                          RowsAt<C>{planes + i * args.inputs * shape.channel, places}, run);
       for (int64_t j = 0; j < outputs; ++j) {
         const C bias = mixed_bias<T, C>(args, b, first + j);
         C* line = out + j * run;
@@ -113,9 +113,9 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
         for (int64_t tap = 0; tap < taps; ++tap) {
           C* out = planes + group * inputs * all.channel + all.tap(tap / args.kernel_w, tap % args.kernel_w) +
                    r * all.columns;
-          multiply_pixels<C>(out, all.channel, out, all.channel, inputs,
-                             Matrix<C>{turned + tap * inputs * args.outputs, args.outputs, 1}, args.outputs,
-                             static_cast<const C*>(g), shape.run<C>(), shape.run<C>());
+          multiply<256, C, C>(out, all.channel, inputs,
+                              Matrix<C>{turned + tap * inputs * args.outputs, args.outputs, 1}, args.outputs,
+                              RowsBy<C>{g, shape.run<C>()}, shape.run<C>(), AddTo<C>{});
         }
       }
     }
@@ -216,9 +216,13 @@ void backward_weight_of_many(const DynamicConvArgs& args, int64_t begin, int64_t
           C* out = grad + tap * outputs * lanes;
           const int64_t place =
               tap / args.kernel_w * args.dilation_h * columns + tap % args.kernel_w * args.dilation_w;
-          multiply_pixels<C>(out, lanes, r == 0 ? nullptr : out, lanes, outputs,
-                             Matrix<C>{g.data, g.stride, 1}, count, RowsAt<C>{pixels + place * lanes, places},
-                             lanes);
+          const Matrix<C> left{g.data, g.stride, 1};
+          const RowsAt<C> right{pixels + place * lanes, places};
+          if (r == 0) {
+            multiply<32, C, C>(out, lanes, outputs, left, count, right, lanes);
+          } else {
+            multiply<32, C, C>(out, lanes, outputs, left, count, right, lanes, AddTo<C>{});
+          }
         }
         for (int64_t j = 0; sums.biased && j < outputs; ++j) {
           WideSum<C> sum;

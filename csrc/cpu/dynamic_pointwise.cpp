@@ -14,7 +14,10 @@ struct AddBias {
   const C* bias;
   struct At {
     vec<C> bias;
-    MFK_INLINE vec<C> operator()(vec<C> y) const { return y + bias; }
+    template <class T>
+    MFK_INLINE vec<C> operator()(vec<C> y, const T*) const {
+      return y + bias;
+    }
   };
   MFK_INLINE At at(int64_t o) const { return {splat(bias[o])}; }
 };
@@ -71,7 +74,7 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     for (int64_t s = 0; s < samples; ++s) {
       for (int64_t i = 0; i < outputs; ++i) bias[i] = mixed_bias<T, C>(args, b + s, first + i);
       multiply<256, T, C>(y.at(b + s, first, p), y.stride_c, outputs, Matrix<C>{kernels.of(s), depth, 1},
-                          depth, x.at(b + s, g * depth, p), x.stride_c, least(args.pixel_block, pixels - p),
+                          depth, RowsBy<T>{x.at(b + s, g * depth, p), x.stride_c}, least(args.pixel_block, pixels - p),
                           AddBias<C>{bias});
     }
   }
@@ -96,7 +99,7 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     for (int64_t s = 0; s < samples; ++s) {
       multiply<256, T, C>(grad_x.at(b + s, g * depth + i, p), grad_x.stride_c, inputs,
                           Matrix<C>{kernels.of(s) + i, 1, depth}, args.outputs,
-                          grad_y.at(b + s, g * args.outputs, p), grad_y.stride_c,
+                          RowsBy<T>{grad_y.at(b + s, g * args.outputs, p), grad_y.stride_c},
                           least(args.pixel_block, pixels - p));
     }
   }
@@ -107,33 +110,36 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t depth = args.inputs, pixels = args.height * args.width;
   const int64_t blocks = blocks_of(args.outputs, args.out_block);
-  Buffer<C> pixel_rows(pixels * round_up(depth, kLanes<C>));
-  Buffer<C> wide(sizeof(T) == sizeof(C) ? 0 : args.out_block * round_up(pixels, kLanes<C>));
+  // So many pixels at a time that, channels side by side, they stay in the second-level cache, and that few
+  // short chains add them up: sums of some of them go into doubles.
+  const int64_t fit = 131072 / depth / 32 * 32, part = fit < 128 ? 128 : least(fit, 1024);
+  const bool in_parts = pixels > part;
+  Buffer<C> pixel_rows(least(part, pixels) * round_up(depth, kLanes<C>));
+  Buffer<C> wide(sizeof(T) == sizeof(C) ? 0 : args.out_block * round_up(least(part, pixels), kLanes<C>));
   const auto x = args.x.as<const T>(), grad_y = args.grad_y.as<const T>();
   // The map with channels and pixels exchanged: as a tile, pixels down the rows.
   const FeatureMap<const T> turned{x.data, x.stride_b, x.stride_p, x.stride_c};
   KernelSums<T> sums(args, args.out_block, depth);
-  // Where there are more pixels than fit into a few short chains, sums of some of them go into doubles.
-  constexpr int64_t kPixels = 1024;
-  const bool in_parts = pixels > kPixels;
   Buffer<double> total(in_parts ? args.out_block * depth : 0);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t o = task % blocks * args.out_block, g = task / blocks;
     const int64_t outputs = least(args.out_block, args.outputs - o), first = g * args.outputs + o;
     sums.start(first, outputs);
     for (int64_t b = 0; b < args.batch; ++b) {
-      const Tile<C> right = load_tile<T>(turned, b, 0, pixels, g * depth, depth, pixel_rows);
-      Tile<C> left;
-      if constexpr (sizeof(T) == sizeof(C)) {
-        left = {grad_y.at(b, first, 0), grad_y.stride_c};
-      } else {
-        left = load_tile<T>(grad_y, b, first, outputs, 0, pixels, wide);
-      }
-      if (in_parts) memset(total, 0, sums.size * sizeof(double));
-      for (int64_t p = 0; p < pixels; p += kPixels) {
-        multiply<32, C, C>(sums.grad, depth, outputs, Matrix<C>{left.data + p, left.stride, 1},
-                           least(kPixels, pixels - p), right.data + p * right.stride, right.stride, depth);
-        for (int64_t i = 0; in_parts && i < sums.size; ++i) total[i] += sums.grad[i];
+      for (int64_t p = 0; p < pixels; p += part) {
+        const int64_t count = least(part, pixels - p);
+        const Tile<C> right = load_tile<T>(turned, b, p, count, g * depth, depth, pixel_rows);
+        Tile<C> left;
+        if constexpr (sizeof(T) == sizeof(C)) {
+          left = {grad_y.at(b, first, p), grad_y.stride_c};
+        } else {
+          left = load_tile<T>(grad_y, b, first, outputs, p, count, wide);
+        }
+        multiply<32, C, C>(sums.grad, depth, outputs, Matrix<C>{left.data, left.stride, 1}, count,
+                           RowsBy<C>{right.data, right.stride}, depth);
+        for (int64_t i = 0; in_parts && i < sums.size; ++i) {
+          total[i] = p == 0 ? sums.grad[i] : total[i] + sums.grad[i];
+        }
       }
       for (int64_t i = 0; in_parts && i < sums.size; ++i) sums.grad[i] = static_cast<C>(total[i]);
       for (int64_t i = 0; sums.biased && i < outputs; ++i) {

@@ -1,4 +1,4 @@
-// Products of a matrix with a map as it lies: pixels in the lanes.
+// Products of a matrix with the rows of a map as they lie: pixels in the lanes.
 #pragma once
 
 #include "sizes.h"
@@ -7,11 +7,22 @@
 namespace mfk {
 namespace MFK_ISA {
 
-// What is done to a sum before it is stored: `at(i)` loads what depends on the row alone. Here, nothing.
+// What is done to a sum before it is stored at `to`: `at(i)` loads what depends on the row alone. Here, nothing.
 template <class C>
 struct AsItIs {
   struct At {
-    MFK_INLINE vec<C> operator()(vec<C> y) const { return y; }
+    template <class T>
+    MFK_INLINE vec<C> operator()(vec<C> y, const T*) const {
+      return y;
+    }
+  };
+  MFK_INLINE At at(int64_t) const { return {}; }
+};
+// It is added to what is there, a whole vector.
+template <class C>
+struct AddTo {
+  struct At {
+    MFK_INLINE vec<C> operator()(vec<C> y, const C* to) const { return load(to) + y; }
   };
   MFK_INLINE At at(int64_t) const { return {}; }
 };
@@ -31,32 +42,33 @@ constexpr int64_t kCached = 6144;
 #endif
 constexpr int kVectors = 3;
 
-// A part of a product: a(i, j) b[j][p] for j from `begin` to `end`. The sums of the parts before it are added
+// A part of a product: a(i, j) b.at(j)[p] for j from `begin` to `end`. The sums of the parts before it are added
 // to it, and its own kept for the next one.
-template <class T, class C, class Epilogue>
+template <class T, class C, class Right, class Epilogue>
 struct Product {
   T* out;
   int64_t out_stride;
   Matrix<C> a;
-  const T* b;
-  int64_t b_stride, begin, end, partial_stride;
+  Right b;
+  int64_t begin, end, partial_stride;
   bool last;  // j reaches its end
   Epilogue epilogue;
 };
 
 // Some rows from `first` on, and vectors of pixels from p on, of the last of which only `rest` lanes exist.
 // `partial` has the sums of these pixels, a row each `partial_stride`.
-template <int kRows, int kVectors, bool kWhole, class T, class C, class Epilogue>
-MFK_INLINE void block(const Product<T, C, Epilogue>& by, int64_t first, int64_t p, C* partial, int64_t rest) {
+template <int kRows, int kVectors, bool kWhole, class T, class C, class Right, class Epilogue>
+MFK_INLINE void block(const Product<T, C, Right, Epilogue>& by, int64_t first, int64_t p, C* partial,
+                      int64_t rest) {
   constexpr int n = kLanes<C>;
   const Matrix<C> a{by.a.data + first * by.a.row, by.a.row, by.a.column};
-  const T* b = by.b + p;
   // All indices are constants: only so do these stay in registers.
   vec<C> sums[kRows * kVectors] = {};
   for (int64_t j = by.begin; j < by.end; ++j) {
     vec<C> column[kVectors];
+    const auto* b = by.b.at(j) + p;
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      const T* at = b + j * by.b_stride + v * n;
+      const auto* at = b + v * n;
       column[v] = in_register(kWhole || v + 1 < kVectors ? load(at) : load_upto(at, rest));
     });
     unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
@@ -81,7 +93,7 @@ MFK_INLINE void block(const Product<T, C, Epilogue>& by, int64_t first, int64_t 
     const auto finish = by.epilogue.at(first + r);
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       T* to = by.out + (first + r) * by.out_stride + p + v * n;
-      const vec<C> y = finish(sums[r * kVectors + v]);
+      const vec<C> y = finish(sums[r * kVectors + v], to);
       kWhole || v + 1 < kVectors ? store(to, y) : store_upto(to, y, rest);
     });
   });
@@ -101,12 +113,12 @@ MFK_INLINE void for_rows(int64_t rows, F f) {
 
 // A few pixels, which would leave most lanes of a vector empty: inputs in the lanes. The rows of `a` lie in
 // one piece.
-template <int kChain, int kPixels, class T, class C, class Epilogue>
-void few_pixels(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t depth, const T* b,
-                int64_t b_stride, Epilogue epilogue) {
+template <int kChain, int kPixels, class T, class C, class Right, class Epilogue>
+void few_pixels(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t depth, Right b, int64_t first,
+                Epilogue epilogue) {
   Buffer<C> columns(kPixels * depth);
   for (int64_t j = 0; j < depth; ++j) {
-    for (int p = 0; p < kPixels; ++p) columns[p * depth + j] = to_compute(b[j * b_stride + p]);
+    for (int p = 0; p < kPixels; ++p) columns[p * depth + j] = to_compute(b.at(j)[first + p]);
   }
   for (int64_t i = 0; i < rows; ++i) {
     vec<C> total[kPixels] = {};
@@ -121,7 +133,7 @@ void few_pixels(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t d
     }
     const auto finish = epilogue.at(i);
     for (int p = 0; p < kPixels; ++p) {
-      const vec<C> y = finish(splat(static_cast<C>(sum_lanes<C>(total[p]))));
+      const vec<C> y = finish(splat(static_cast<C>(sum_lanes<C>(total[p]))), out + i * out_stride + p);
       store_scalar(out + i * out_stride + p, y[0]);
     }
   }
@@ -129,11 +141,11 @@ void few_pixels(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t d
 
 }  // namespace pointwise
 
-// out[i][p] = epilogue_i(sum_j a(i, j) b[j][p]) for i < rows, j < depth, p < width. No more than kLongest
+// out[i][p] = epilogue_i(sum_j a(i, j) b.at(j)[p]) for i < rows, j < depth, p < width. No more than kLongest
 // products are summed at a time, of doubles 16: long chains gather rounding errors.
-template <int kLongest, class T, class C, class Epilogue = AsItIs<C>>
-void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t depth, const T* b,
-              int64_t b_stride, int64_t width, Epilogue epilogue = {}) {
+template <int kLongest, class T, class C, class Right, class Epilogue = AsItIs<C>>
+void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t depth, Right b, int64_t width,
+              Epilogue epilogue = {}) {
   using namespace pointwise;
   constexpr int kChain = sizeof(C) == 8 && kLongest > 16 ? 16 : kLongest;
   constexpr int64_t n = kLanes<C>, whole = kVectors * n, most = n / 4;
@@ -146,8 +158,7 @@ void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t dep
     constexpr int v = decltype(vectors)::value;
     for (int64_t j = 0; j < depth; j += kChain) {
       const int64_t j_end = depth - j < kChain ? depth : j + kChain;
-      const Product<T, C, Epilogue> by{out, out_stride,     a,       b, b_stride, j, j_end,
-                                       fit, j_end == depth, epilogue};
+      const Product<T, C, Right, Epilogue> by{out, out_stride, a, b, j, j_end, fit, j_end == depth, epilogue};
       for_rows(rows, [&](auto count, int64_t i) __attribute__((always_inline)) {
         for (int64_t p = first; p < end; p += v * n) {
           block<decltype(count)::value, v, decltype(is_whole)::value>(by, i, p, partial + (p - first), rest);
@@ -169,8 +180,8 @@ void multiply(T* out, int64_t out_stride, int64_t rows, Matrix<C> a, int64_t dep
         vectors_end - blocks_end - (decltype(vectors)::value - 1) * n);
   });
   with_constant<most>(few, [&](auto pixels) {
-    few_pixels<kChain, decltype(pixels)::value>(out + vectors_end, out_stride, rows, a, depth,
-                                                b + vectors_end, b_stride, epilogue);
+    few_pixels<kChain, decltype(pixels)::value>(out + vectors_end, out_stride, rows, a, depth, b, vectors_end,
+                                                epilogue);
   });
 }
 

@@ -15,7 +15,8 @@ struct Normalize {
   const C *mean, *factor, *bias;
   struct At {
     vec<C> mean, factor, bias;
-    MFK_INLINE vec<C> operator()(vec<C> sum) const {
+    template <class T>
+    MFK_INLINE vec<C> operator()(vec<C> sum, const T*) const {
       const vec<C> y = (sum - mean) * factor + bias;
       return kGelu ? strict_gelu(y) : y;
     }
@@ -39,8 +40,8 @@ void forward(const PointwiseConvBnArgs& args, int64_t begin, int64_t end) {
   }
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / parts, p = task % parts * kPointwisePixels, rest = args.pixels - p;
-    multiply<256, T, C>(y.at(b, 0, p), y.stride_c, args.outputs, weight, args.inputs, x.at(b, 0, p),
-                        x.stride_c, rest < kPointwisePixels ? rest : kPointwisePixels,
+    multiply<256, T, C>(y.at(b, 0, p), y.stride_c, args.outputs, weight, args.inputs,
+                        RowsBy<T>{x.at(b, 0, p), x.stride_c}, rest < kPointwisePixels ? rest : kPointwisePixels,
                         Normalize<C, kGelu>{mean, factor, bias});
   }
 }

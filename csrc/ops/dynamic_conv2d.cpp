@@ -245,12 +245,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     // The sums of a task stay in the second-level cache.
     if (pointwise || args.group_block == 1) {
       const int64_t fit = 131072 / ((args.kernels + 2) * call.depth());
-      args.out_block = std::min(std::max<int64_t>(fit, 6), args.outputs);
+      args.out_block = std::min(std::max<int64_t>(fit / 8 * 8, 8), args.outputs);  // rows of the products
     }
     args.inputs_in_lanes = !pointwise && args.group_block == 1 && args.inputs >= kManyInputs;
     if (args.inputs_in_lanes) {
       args.x = map_of(x, true, holder_last);
-      args.out_block = std::min(std::max<int64_t>(args.out_block / 6 * 6, 12), args.outputs);
+      args.out_block = std::min(std::max<int64_t>(args.out_block, 16), args.outputs);
     }
   }
   const int64_t blocks = depthwise ? call.depthwise_blocks() : pointwise ? args.groups : call.group_blocks();
