@@ -8,6 +8,8 @@ namespace mfk {
 namespace MFK_ISA {
 namespace {
 
+constexpr int64_t kWholeMap = 262144;
+
 template <class T>
 void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
@@ -17,8 +19,11 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   const int64_t group_blocks = blocks_of(args.groups, args.group_block);
   const int64_t most_rows = least(args.rows, args.out_height),
                 most_outputs = args.group_block * args.out_block;
-  const Planes widest(args, most_rows);
-  Buffer<C> planes(widest.size<C>(args.group_block * args.inputs));
+  // All rows of a map at once where they stay in the second-level cache: then they are copied once for all
+  // outputs.
+  const Planes widest(args, most_rows), all(args, args.out_height);
+  const bool whole = all.size<C>(args.group_block * args.inputs) <= kWholeMap;
+  Buffer<C> planes((whole ? all : widest).size<C>(args.group_block * args.inputs));
   Buffer<C> row(args.group_block * args.inputs * round_up(args.width, kLanes<C>));
   Buffer<C> kernel(args.out_block * depth), y(most_outputs * widest.run<C>());
   Buffer<int64_t> places(depth);
@@ -31,14 +36,17 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
                   outputs = least(args.out_block, args.outputs - o);
     const Planes shape(args, least(args.rows, args.out_height - r));
     const int64_t run = shape.run<C>();
-    if (sample * row_blocks + task % row_blocks != filled) {
-      shape.fill<T>(b, g * args.inputs, groups * args.inputs, r, static_cast<C*>(planes),
-                    static_cast<C*>(row));
+    const Planes& held = whole ? all : shape;
+    const int64_t wanted = whole ? sample : sample * row_blocks + task % row_blocks;
+    if (wanted != filled) {
+      held.fill<T>(b, g * args.inputs, groups * args.inputs, whole ? 0 : r, static_cast<C*>(planes),
+                   static_cast<C*>(row));
       for (int64_t i = 0; i < depth; ++i) {
-        places[i] = i / taps * shape.channel + shape.tap(i % taps / args.kernel_w, i % args.kernel_w);
+        places[i] = i / taps * held.channel + held.tap(i % taps / args.kernel_w, i % args.kernel_w);
       }
-      filled = sample * row_blocks + task % row_blocks;
+      filled = wanted;
     }
+    const C* first_pixel = planes + (whole ? r * held.columns : 0);
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t first = (g + i) * args.outputs + o;
       C* out = y + i * outputs * run;
@@ -46,7 +54,7 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
       if (groups > 1 || outer != mixed) mix<1, T>(args, b, 1, first, outputs, depth, static_cast<C*>(kernel));
       mixed = outer;
       multiply<256, C, C>(out, run, outputs, Matrix<C>{kernel, depth, 1}, depth,
-                          RowsAt<C>{planes + i * args.inputs * shape.channel, places}, run);
+                          RowsAt<C>{first_pixel + i * args.inputs * held.channel, places}, run);
       for (int64_t j = 0; j < outputs; ++j) {
         const C bias = mixed_bias<T, C>(args, b, first + j);
         C* line = out + j * run;
@@ -62,23 +70,6 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Kernels of all outputs with those of an input's tap side by side: (taps, inputs, outputs) of (outputs,
-// depth), from input `first` on.
-template <class C>
-void turn_kernels(const C* kernel, int64_t outputs, int64_t depth, int64_t taps, int64_t first,
-                  int64_t inputs, C* turned) {
-  constexpr int64_t kRun = 16;  // a cache line of results
-  for (int64_t o = 0; o < outputs; o += kRun) {
-    const int64_t end = least(o + kRun, outputs);
-    for (int64_t i = 0; i < inputs; ++i) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        C* to = turned + (tap * inputs + i) * outputs;
-        for (int64_t j = o; j < end; ++j) to[j] = kernel[j * depth + (first + i) * taps + tap];
-      }
-    }
-  }
-}
-
 // The gradient of a map, in its planes: for each tap, kernels^T times the gradient of the outputs.
 template <class T>
 void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
@@ -87,10 +78,10 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   const int64_t in_blocks = blocks_of(args.inputs, args.in_block);
   const int64_t group_blocks = blocks_of(args.groups, args.group_block);
   const Planes all(args, args.out_height);
-  const int64_t channels = args.group_block * args.in_block;
+  const int64_t channels = args.group_block * args.in_block, across = round_up(args.outputs, kLanes<C>);
   const Planes widest(args, least(args.rows, args.out_height));
   Buffer<C> planes(all.size<C>(channels)), row(channels * round_up(args.width, kLanes<C>));
-  Buffer<C> kernel(args.outputs * depth), turned(args.in_block * taps * args.outputs);
+  Buffer<C> kernel(args.outputs * depth), turned(args.in_block * taps * across);
   Buffer<C> g(args.outputs * widest.run<C>());
   Buffer<C> scratch(args.outputs * round_up(widest.rows * args.out_width, kLanes<C>));
   int64_t mixed = -1;
@@ -106,7 +97,9 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
       if (groups > 1 || outer != mixed)
         mix<1, T>(args, b, 1, first, args.outputs, depth, static_cast<C*>(kernel));
       mixed = outer;
-      turn_kernels<C>(kernel, args.outputs, depth, taps, i0, inputs, turned);
+      // The outputs' kernels side by side: (inputs, taps, outputs) of (outputs, depth).
+      copy_tile<C>(FeatureMap<const C>{kernel + i0 * taps, 0, 1, depth}, 0, 0, inputs * taps, 0, args.outputs,
+                   static_cast<C*>(turned), across);
       for (int64_t r = 0; r < args.out_height; r += args.rows) {
         const Planes shape(args, least(args.rows, args.out_height - r));
         load_outputs<T>(args, shape, b, first, args.outputs, r, static_cast<C*>(g), static_cast<C*>(scratch));
@@ -114,7 +107,7 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
           C* out = planes + group * inputs * all.channel + all.tap(tap / args.kernel_w, tap % args.kernel_w) +
                    r * all.columns;
           multiply<256, C, C>(out, all.channel, inputs,
-                              Matrix<C>{turned + tap * inputs * args.outputs, args.outputs, 1}, args.outputs,
+                              Matrix<C>{turned + tap * across, taps * across, 1}, args.outputs,
                               RowsBy<C>{g, shape.run<C>()}, shape.run<C>(), AddTo<C>{});
         }
       }
@@ -175,6 +168,20 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// out[i * taps + tap] = from[tap * stride + i] for i < inputs; whole vectors are read.
+template <class C>
+void side_by_side(const C* from, int64_t stride, int64_t taps, int64_t inputs, C* out) {
+  constexpr int64_t n = kLanes<C>;
+  for (int64_t i = 0; i < inputs; i += n) {
+    for (int64_t t = 0; t < taps; t += n) {
+      vec<C> rows[n];
+      for (int64_t r = 0; r < n; ++r) rows[r] = t + r < taps ? load(from + (t + r) * stride + i) : vec<C>{};
+      transpose<C>(rows);
+      for (int64_t r = 0; r < n && i + r < inputs; ++r) store_upto(out + (i + r) * taps + t, rows[r], taps - t);
+    }
+  }
+}
+
 // The same of one group with its inputs in the lanes, x being channels last: for each tap, the outputs'
 // gradient times the pixels that the tap reads.
 template <class T>
@@ -232,11 +239,7 @@ void backward_weight_of_many(const DynamicConvArgs& args, int64_t begin, int64_t
         }
       }
       for (int64_t j = 0; j < outputs; ++j) {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const C* from = grad + (tap * outputs + j) * lanes;
-          C* to = sums.grad + j * depth + tap;
-          for (int64_t i = 0; i < args.inputs; ++i) to[i * taps] = from[i];
-        }
+        side_by_side<C>(grad + j * lanes, outputs * lanes, taps, args.inputs, sums.grad + j * depth);
       }
       sums.end_sample(b, task);
     }
