@@ -1,4 +1,4 @@
-"""Calls that PyTorch's own operators do in the place of the kernels keep the one tolerance."""
+"""Calls that other operators, PyTorch's or ours, do in the place of the kernels keep the one tolerance."""
 
 import importlib
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from cases import modules
 from test_contract import Comparison, channels_last, expect, same
-from tolerance import Errors
 
 import mfkernels
 
@@ -21,14 +20,6 @@ TRAINING = {
         dict(B=3, C=9, H=7, W=5, O=20, activation="none"),
     ),
 }
-# Convolutions whose gradients are left to our kernels.
-INFERENCE = (
-    dict(B=1, C=32, H=28, W=28, O=24, K=4, k=3, groups=1, padding=1, biases=True),
-    dict(B=5, C=32, H=39, W=37, O=32, K=3, k=3, groups=2, padding=1, stride=2, biases=True),
-    dict(B=2, C=16, H=40, W=30, O=40, K=2, k=(5, 3), groups=1, padding=(2, 1)),
-    dict(B=2, C=32, H=29, W=27, O=32, K=3, k=3, groups=1, padding=2, dilation=2),
-    dict(B=1, C=256, H=17, W=19, O=64, K=2, k=3, groups=1, padding=1, biases=True),
-)
 layout = pytest.mark.parametrize("layout", (same, channels_last), ids=lambda f: f.__name__)
 
 
@@ -67,22 +58,6 @@ def test_with_gradients(op, layout, calls):
             comparison.add(expect(op, op.make(shape, generator), generator, torch.float32), layout)
         comparison.check(f"{shape}")
         check(calls, 4, layout)
-
-
-@pytest.mark.parametrize("shape", INFERENCE, ids=str)
-@layout
-def test_convolutions(shape, layout, calls):
-    (op,) = (op for op in modules() if op.NAME == "dynamic_conv2d")
-    errors = Errors()
-    for seed in range(4):
-        sample = op.make(shape, torch.Generator().manual_seed(seed)).map(torch.Tensor.float)
-        truth = sample.map(torch.Tensor.double).call(op.REFERENCE)
-        errors.reference(sample.call(op.REFERENCE), truth)
-        errors.kernel(sample.map(layout).call(op.OP), truth)
-    errors.check(f"{shape}")
-    check(calls, 4, layout)
-    sample.map(lambda v: v.requires_grad_()).call(op.OP)
-    check(calls, 0, layout)
 
 
 def test_deep_products_where_registers_are_few(monkeypatch):

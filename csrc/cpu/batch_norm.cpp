@@ -133,7 +133,7 @@ MFK_INLINE void apply(const BatchNormArgs& args, const G& group) {
 // With inv = 1 / sqrt(variance + eps), n pixels, d the gradient before the activation, and the statistics
 // those of x: dx = weight inv (d - sum(d) / n - (x - mean) inv^2 sum(d (x - mean)) / n) + dmean / n
 // + 2 dvariance (x - mean) / n.
-template <class T, bool kGelu, class G>
+template <class T, bool kGelu, bool kMeasured, class G>
 MFK_INLINE void backward(const BatchNormBackwardArgs& args, const G& group) {
   using C = compute_t<T>;
   const auto x = args.x.as<const T>(), grad = args.grad_y.as<const T>();
@@ -145,26 +145,25 @@ MFK_INLINE void backward(const BatchNormBackwardArgs& args, const G& group) {
     vec<C> d = load_upto(grad.at(b, group.c, p), lanes);
     if constexpr (kGelu) {
       d *= gelu_slope(distance * normal.scale + normal.shift);
-      store_upto(out.at(b, group.c, p), d, lanes);  // cheaper to read than to make again
+      if (kMeasured) store_upto(out.at(b, group.c, p), d, lanes);  // cheaper to read than to make again
     }
+    if (!kMeasured) store_upto(out.at(b, group.c, p), d * normal.scale, lanes);
     sum.add(d);
     product.add(d * distance);
   });
   double *sums = args.sums + group.c, *products = args.products + group.c;
   group.store_sums(sum, sums);
   group.store_sums(product, products);
+  if constexpr (!kMeasured) return;
 
   const double count = static_cast<double>(args.batch * args.pixels);
   auto slope = [&](int64_t c) {
-    if (!args.measured) return 0.0;
     const double through = args.factor[c] / (args.variance[c] + args.eps) * args.products[c];
     return (2 * args.grad_variance[c] - through) / count;
   };
   const vec<C> by_distance = group.lanes(slope);
-  const vec<C> constant = group.lanes([&](int64_t c) {
-    if (!args.measured) return 0.0;
-    return (args.grad_mean[c] - args.factor[c] * args.sums[c]) / count;
-  });
+  const vec<C> constant =
+      group.lanes([&](int64_t c) { return (args.grad_mean[c] - args.factor[c] * args.sums[c]) / count; });
   const auto d = kGelu ? args.grad_x.as<const T>() : grad;
   group.each(args, [&](int64_t b, int64_t p, int64_t lanes) __attribute__((always_inline)) {
     const vec<C> distance = load_upto(x.at(b, group.c, p), lanes) - normal.mean;
@@ -190,7 +189,11 @@ void batch_norm_backward(const BatchNormBackwardArgs& args, int64_t begin, int64
   with_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
     each_group<T>(args, false, begin, end, [&](auto group) {
-      args.gelu ? backward<T, true>(args, group) : backward<T, false>(args, group);
+      if (args.measured) {
+        args.gelu ? backward<T, true, true>(args, group) : backward<T, false, true>(args, group);
+      } else {
+        args.gelu ? backward<T, true, false>(args, group) : backward<T, false, false>(args, group);
+      }
     });
   });
 }

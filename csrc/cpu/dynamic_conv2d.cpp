@@ -106,9 +106,8 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
         for (int64_t tap = 0; tap < taps; ++tap) {
           C* out = planes + group * inputs * all.channel + all.tap(tap / args.kernel_w, tap % args.kernel_w) +
                    r * all.columns;
-          multiply<256, C, C>(out, all.channel, inputs,
-                              Matrix<C>{turned + tap * across, taps * across, 1}, args.outputs,
-                              RowsBy<C>{g, shape.run<C>()}, shape.run<C>(), AddTo<C>{});
+          multiply<256, C, C>(out, all.channel, inputs, Matrix<C>{turned + tap * across, taps * across, 1},
+                              args.outputs, RowsBy<C>{g, shape.run<C>()}, shape.run<C>(), AddTo<C>{});
         }
       }
     }
@@ -177,7 +176,8 @@ void side_by_side(const C* from, int64_t stride, int64_t taps, int64_t inputs, C
       vec<C> rows[n];
       for (int64_t r = 0; r < n; ++r) rows[r] = t + r < taps ? load(from + (t + r) * stride + i) : vec<C>{};
       transpose<C>(rows);
-      for (int64_t r = 0; r < n && i + r < inputs; ++r) store_upto(out + (i + r) * taps + t, rows[r], taps - t);
+      for (int64_t r = 0; r < n && i + r < inputs; ++r)
+        store_upto(out + (i + r) * taps + t, rows[r], taps - t);
     }
   }
 }

@@ -74,8 +74,8 @@ void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     for (int64_t s = 0; s < samples; ++s) {
       for (int64_t i = 0; i < outputs; ++i) bias[i] = mixed_bias<T, C>(args, b + s, first + i);
       multiply<256, T, C>(y.at(b + s, first, p), y.stride_c, outputs, Matrix<C>{kernels.of(s), depth, 1},
-                          depth, RowsBy<T>{x.at(b + s, g * depth, p), x.stride_c}, least(args.pixel_block, pixels - p),
-                          AddBias<C>{bias});
+                          depth, RowsBy<T>{x.at(b + s, g * depth, p), x.stride_c},
+                          least(args.pixel_block, pixels - p), AddBias<C>{bias});
     }
   }
 }
@@ -88,17 +88,30 @@ void backward_x(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   Kernels<T> kernels(args, args.outputs * depth);
   const auto grad_x = args.grad_x.as<T>();
   const auto grad_y = args.grad_y.as<const T>();
+  // Where all samples share their kernels these are turned once, (inputs, outputs): read down the columns
+  // they would lie in few sets of the first-level cache.
+  const int64_t across = round_up(args.outputs, kLanes<C>);
+  const bool shared = args.kernels == 0;
+  Buffer<C> turned(shared ? depth * across : 0);
   int64_t taken = -1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t p = task % parts * args.pixel_block, i = task / parts % blocks * args.in_block;
     const int64_t outer = task / parts / blocks;
     const int64_t g = outer % args.groups, b = outer / args.groups * kSamples;
     const int64_t samples = least(kSamples, args.batch - b), inputs = least(args.in_block, args.inputs - i);
-    if (outer != taken) kernels.take(b, samples, g * args.outputs, args.outputs, depth);
-    taken = outer;
+    const int64_t wanted = shared ? g : outer;
+    if (wanted != taken) {
+      kernels.take(b, samples, g * args.outputs, args.outputs, depth);
+      if (shared) {
+        copy_tile<C>(FeatureMap<const C>{kernels.of(0), 0, 1, depth}, 0, 0, depth, 0, args.outputs,
+                     static_cast<C*>(turned), across);
+      }
+    }
+    taken = wanted;
     for (int64_t s = 0; s < samples; ++s) {
-      multiply<256, T, C>(grad_x.at(b + s, g * depth + i, p), grad_x.stride_c, inputs,
-                          Matrix<C>{kernels.of(s) + i, 1, depth}, args.outputs,
+      const Matrix<C> left =
+          shared ? Matrix<C>{turned + i * across, across, 1} : Matrix<C>{kernels.of(s) + i, 1, depth};
+      multiply<256, T, C>(grad_x.at(b + s, g * depth + i, p), grad_x.stride_c, inputs, left, args.outputs,
                           RowsBy<T>{grad_y.at(b + s, g * args.outputs, p), grad_y.stride_c},
                           least(args.pixel_block, pixels - p));
     }
@@ -121,6 +134,10 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   const FeatureMap<const T> turned{x.data, x.stride_b, x.stride_p, x.stride_c};
   KernelSums<T> sums(args, args.out_block, depth);
   Buffer<double> total(in_parts ? args.out_block * depth : 0);
+  // The blocks of outputs of a single sample share its pixels.
+  const bool one = args.batch == 1 && !in_parts;
+  Tile<C> right{};
+  int64_t loaded = -1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t o = task % blocks * args.out_block, g = task / blocks;
     const int64_t outputs = least(args.out_block, args.outputs - o), first = g * args.outputs + o;
@@ -128,7 +145,8 @@ void backward_weight(const DynamicConvArgs& args, int64_t begin, int64_t end) {
     for (int64_t b = 0; b < args.batch; ++b) {
       for (int64_t p = 0; p < pixels; p += part) {
         const int64_t count = least(part, pixels - p);
-        const Tile<C> right = load_tile<T>(turned, b, p, count, g * depth, depth, pixel_rows);
+        if (!one || loaded != g) right = load_tile<T>(turned, b, p, count, g * depth, depth, pixel_rows);
+        loaded = g;
         Tile<C> left;
         if constexpr (sizeof(T) == sizeof(C)) {
           left = {grad_y.at(b, first, p), grad_y.stride_c};

@@ -7,7 +7,8 @@
 namespace mfk {
 namespace MFK_ISA {
 
-// What is done to a sum before it is stored at `to`: `at(i)` loads what depends on the row alone. Here, nothing.
+// What is done to a sum before it is stored at `to`: `at(i)` loads what depends on the row alone. Here,
+// nothing.
 template <class C>
 struct AsItIs {
   struct At {
@@ -42,8 +43,8 @@ constexpr int64_t kCached = 6144;
 #endif
 constexpr int kVectors = 3;
 
-// A part of a product: a(i, j) b.at(j)[p] for j from `begin` to `end`. The sums of the parts before it are added
-// to it, and its own kept for the next one.
+// A part of a product: a(i, j) b.at(j)[p] for j from `begin` to `end`. The sums of the parts before it are
+// added to it, and its own kept for the next one.
 template <class T, class C, class Right, class Epilogue>
 struct Product {
   T* out;

@@ -40,9 +40,9 @@ void forward(const PointwiseConvBnArgs& args, int64_t begin, int64_t end) {
   }
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / parts, p = task % parts * kPointwisePixels, rest = args.pixels - p;
-    multiply<256, T, C>(y.at(b, 0, p), y.stride_c, args.outputs, weight, args.inputs,
-                        RowsBy<T>{x.at(b, 0, p), x.stride_c}, rest < kPointwisePixels ? rest : kPointwisePixels,
-                        Normalize<C, kGelu>{mean, factor, bias});
+    multiply<256, T, C>(
+        y.at(b, 0, p), y.stride_c, args.outputs, weight, args.inputs, RowsBy<T>{x.at(b, 0, p), x.stride_c},
+        rest < kPointwisePixels ? rest : kPointwisePixels, Normalize<C, kGelu>{mean, factor, bias});
   }
 }
 

@@ -24,9 +24,9 @@ class Runner:
         setup_context, backward: the autograd formula, as of `torch.library.register_autograd`; `backward`
             calls `Runner.backward`.
         result: what users get, of what the kernels return and the arguments; by default all that.
-        library: PyTorch's own operators in the place of the kernels, by default, where `by_library` says that
-            on a CPU they are the faster way: given whether gradients are asked for, and the arguments, which
-            are not checked yet. Not asked while compiling, which fixes no sizes.
+        library: other operators, PyTorch's or ours, in the place of the kernels, by default, where
+            `by_library` says that on a CPU they are the faster way: given whether gradients are asked for,
+            and the arguments, which are not checked yet. Not asked while compiling, which fixes no sizes.
         mixed: arguments may be of several dtypes, which autocast then leaves as they are.
 
     These functions take the operator's arguments, all of them, in order.

@@ -14,7 +14,11 @@ CHOSEN = [
     dict(B=2, C=72, H=14, W=14, O=72, K=4, k=3, groups=72, padding=1),
     dict(B=1, C=24, H=28, W=28, O=24, K=8, k=3, groups=24, padding=1),
     dict(B=2, C=48, H=14, W=14, O=48, K=0, k=7, groups=48, padding=3),
-    # dense kernels with many inputs, on a large map and on a small one
+    # with as many inputs as a few outputs' sums have room for, and the same kernels for all samples
+    dict(B=1, C=640, H=5, W=4, O=24, K=8, k=1, groups=1),
+    dict(B=2, C=12, H=5, W=5, O=20, K=0, k=1, groups=2),
+    # dense kernels with many inputs, on a map too large for a cache, on a large and on a small one
+    dict(B=1, C=72, H=62, W=60, O=9, K=2, k=3, groups=1, padding=1, biases=True),
     dict(B=1, C=128, H=20, W=17, O=48, K=2, k=3, groups=1, padding=1, biases=True),
     dict(B=2, C=72, H=9, W=7, O=40, K=2, k=3, groups=2, stride=(1, 2), padding=(2, 1), dilation=(1, 2)),
     # edges

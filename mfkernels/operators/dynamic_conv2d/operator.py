@@ -5,17 +5,15 @@ from ... import native
 from ...checks import check_argument, check_like, check_shape, check_tensor, register_fake
 from ..layout import empty_map, gradients_like, memory_format, without_absent
 from ..runner import Runner
-from .library import dynamic_conv2d_by_library, parts_of
+from .library import dynamic_conv2d_by_library
 from .reference import Pair, dynamic_conv2d_reference, output_size
 
 OP = "dynamic_conv2d"
 MOST = (1 << 63) - 1  # that fits into what operators take
-# PyTorch's operators are the faster ones, in float32 (in other types they are slower, or round the mixed
-# kernels), for convolutions that fill vectors with channels (inputs and outputs of a group, multiplied) and
-# rows with pixels of a map, if they have so many products that a few calls more do not count.
-_CHANNELS, _PIXELS, _DENSE = 256, 256, 4_000_000
-# Where a processor has sixteen vector registers, they are for 1x1 kernels of more inputs than this, too.
-_MANY_INPUTS = 256
+# Where a processor has sixteen vector registers PyTorch's products of matrices are the faster ones, in
+# float32 (in other types they are slower, or round the mixed kernels), for 1x1 kernels of more inputs than
+# this; with gradients, for so many products that a few calls more do not count.
+_MANY_INPUTS, _DENSE = 256, 4_000_000
 
 
 def dynamic_conv2d(
@@ -34,9 +32,7 @@ def dynamic_conv2d(
     """Convolution whose kernel differs from sample to sample: a static one plus a mix of K others.
 
     Sample b is convolved with `weight + basis_scale * sum_k attention[b,k] * basis[k]`; to that come
-    `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used. On a CPU,
-    without gradients and in float32, dense kernels larger than 1x1 on large maps run by PyTorch's
-    convolution.
+    `bias + sum_k attention[b,k] * basis_bias[k]`. The mixed kernels are made where they are used.
 
     Args:
         x: (B, C, H, W), any strides.
@@ -69,6 +65,12 @@ def dynamic_conv2d(
     return _run(x, weight, basis, attention, bias, basis_bias, *settings)
 
 
+def convolve_pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve all samples with the same 1x1 kernels, of which nothing is checked."""
+    none = weight.new_empty(0, *weight.shape), x.new_empty(x.shape[0], 0)
+    return _run(x, weight, *none, None, None, (1, 1), (0, 0), (1, 1), 1, 1.0)
+
+
 def _setting(name: str, value: object, least: int) -> Pair:
     values = value if isinstance(value, tuple | list) else (value, value)
     if len(values) != 2 or any(not isinstance(v, int) or isinstance(v, bool) for v in values):
@@ -89,25 +91,21 @@ def _by_library(
         return False  # and the checks say why
     if isinstance(basis, Tensor) and basis.shape[:1].numel() == 0:
         return False  # nothing to mix
-    outputs, inputs, *kernel = weight.shape
-    pixels = x.shape[2] * x.shape[3] // (stride[0] * stride[1])
-    products, taps = x.shape[0] * pixels * weight.numel(), kernel[0] * kernel[1]
-    if kernel == [1, 1] and max(padding) == 0:
-        many = inputs > _MANY_INPUTS or (tracked and products >= _DENSE)
-        return max(stride) > 1 or (many and x.is_cpu and native.instruction_set().startswith("avx2"))
-    if tracked:
-        return False  # the gradients of PyTorch's convolution are three times as inexact as the definition's
-    fills = inputs * outputs >= _CHANNELS * groups and inputs // parts_of(inputs, taps) >= 8
-    return fills and pixels >= _PIXELS and products >= _DENSE
+    if weight.shape[2:].numel() > 1 or max(padding) > 0:
+        return False
+    products = x.shape[0] * x.shape[2] * x.shape[3] // (stride[0] * stride[1]) * weight.numel()
+    many = weight.shape[1] > _MANY_INPUTS or (tracked and products >= _DENSE)
+    return max(stride) > 1 or (many and x.is_cpu and native.instruction_set().startswith("avx2"))
 
 
-def _library(x, weight, basis, attention, bias, basis_bias, stride, *settings) -> Tensor:
-    if max(stride) > 1 and weight.shape[2:].numel() == 1 and max(settings[0]) == 0:
+def _library(
+    x, weight, basis, attention, bias, basis_bias, stride, padding, dilation, groups, basis_scale
+) -> Tensor:
+    if max(stride) > 1:
         x = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=memory_format(x))
-        return _run(
-            x, weight, basis, attention, bias, basis_bias, (1, 1), *settings
-        )  # without what is skipped
-    y = dynamic_conv2d_by_library(x, weight, basis, attention, bias, basis_bias, stride, *settings)
+        settings = (1, 1), padding, dilation, groups, basis_scale  # without what is skipped
+        return _run(x, weight, basis, attention, bias, basis_bias, *settings)
+    y = dynamic_conv2d_by_library(x, weight, basis, attention, bias, basis_bias, groups, basis_scale)
     return y.contiguous(memory_format=memory_format(x))
 
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ...checks import check_argument, check_tensor, register_fake
 from ..batch_norm import batch_norm
+from ..dynamic_conv2d.operator import convolve_pointwise
 from ..layout import empty_map, memory_format
 from ..runner import Runner
 from .reference import pointwise_conv_bn_reference
@@ -55,25 +56,18 @@ def pointwise_conv_bn(
     return _run(x, weight, gamma, beta, mean, variance, eps, activation)
 
 
-# PyTorch's convolution is the faster one for gradients, for which ours is computed again, except where maps
-# do not stay in a cache and a value of them has few products.
-_CACHED, _FEW = 2_000_000, 50
+def _is_apart(tracked, x, *others) -> bool:
+    return tracked and x.dim() == 4 and x.numel() > 0
 
 
-def _by_library(tracked, x, weight, gamma, beta, mean, variance, eps, activation) -> bool:
-    if not tracked or x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
-        return False
-    if not isinstance(weight, Tensor) or weight.dim() != 4:
-        return False  # and the checks say why
-    outputs, inputs = weight.shape[:2]
-    channels = inputs + outputs
-    is_large = channels * x.numel() > _CACHED * inputs
-    return not (is_large and inputs * outputs < _FEW * channels)
+def _apart(x, weight, gamma, beta, mean, variance, eps, activation) -> Tensor:
+    """Apply the convolution and the norm apart, whose gradients need the map between them.
 
-
-def _library(x, weight, gamma, beta, mean, variance, eps, activation) -> Tensor:
-    """Its convolution, that is, and our norm: in the weights it would make gradients of gamma inexact."""
-    y = batch_norm(F.conv2d(x, weight), gamma, beta, mean, variance, eps, activation)[0]
+    In the convolution's weights the norm would make gradients of gamma inexact.
+    """
+    # Ours reads pixels that lie side by side.
+    convolve = F.conv2d if memory_format(x) == torch.channels_last else convolve_pointwise
+    y = batch_norm(convolve(x, weight), gamma, beta, mean, variance, eps, activation)[0]
     return y.contiguous(memory_format=memory_format(x))
 
 
@@ -156,6 +150,6 @@ def _backward(ctx, grad_y):
 
 _run = Runner(
     *(OP, pointwise_conv_bn_reference, _check, _setup_context, _backward),
-    library=_library,
-    by_library=_by_library,
+    library=_apart,
+    by_library=_is_apart,
 )
