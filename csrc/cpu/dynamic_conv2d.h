@@ -38,8 +38,8 @@ MFK_DECLARE_KERNEL(dynamic_conv2d_backward_x, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_conv2d_backward_weight, DynamicConvArgs)
 
 // The same of maps with pixels side by side and groups of one channel: those with stride 1 and a padding of
-// at most the kernel's reach, and any. Tasks: one for each (sample, channels); (channels): blocks of
-// kDepthwiseChannels.
+// at most the kernel's reach, pixels being in the lanes, and any, forward with channels in the lanes. Tasks:
+// one for each (sample, channels); (channels): blocks of kDepthwiseChannels.
 constexpr int64_t kDepthwiseChannels = 16;
 MFK_DECLARE_KERNEL(dynamic_depthwise_forward, DynamicConvArgs)
 MFK_DECLARE_KERNEL(dynamic_depthwise_backward, DynamicConvArgs)

@@ -1,5 +1,5 @@
-// Depthwise dynamic convolutions with any stride, padding and dilation: pixels of a channel in the lanes, one
-// channel's planes at a time.
+// Depthwise dynamic convolutions with any stride, padding and dilation. The backward pass has pixels of a
+// channel in the lanes, one channel's planes at a time.
 #include "dynamic_planes.h"
 
 namespace mfk {
@@ -44,45 +44,100 @@ struct Channel {
   }
 };
 
-// The outputs of a channel with what lies between their rows.
+// The forward pass has channels in the lanes: of some rows of the output, the pixels that they read lie side
+// by side for as many channels as a vector has lanes, with zeros around the map.
 template <class C>
-void convolve(Channel<C>& x, const C* weights, C bias, C* out) {
-  constexpr int64_t n = kLanes<C>;
-  auto vectors = [&](auto count, int64_t p) __attribute__((always_inline)) {
-    constexpr int most = decltype(count)::value;
-    vec<C> sums[most];
-    for (int v = 0; v < most; ++v) sums[v] = splat(bias);
-    for (int64_t t = 0; t < x.taps; ++t) {
-      const C* from = x.planes + x.places[t] + p;
-      const vec<C> weight = splat(weights[t]);
-      for (int v = 0; v < most; ++v) sums[v] += weight * load(from + v * n);
+struct Band {
+  static constexpr int64_t n = kLanes<C>;
+  const DynamicConvArgs& args;
+  const int64_t columns, width, rows;  // pixels of a row, and those of the map; rows of the output at a time
+  Buffer<C> pixels, out;
+
+  explicit Band(const DynamicConvArgs& a)
+      : args(a),
+        columns((a.out_width - 1) * a.stride_w + (a.kernel_w - 1) * a.dilation_w + 1),
+        width(least(a.width, columns - a.padding_w)),
+        rows(most_rows()),
+        pixels(height(rows) * columns * n),
+        out(rows * a.out_width * n) {}
+  int64_t height(int64_t of) const {
+    return (of - 1) * args.stride_h + (args.kernel_h - 1) * args.dilation_h + 1;
+  }
+  // So many that what they read stays in the first-level cache, or twice what the kernel reads.
+  int64_t most_rows() const {
+    int64_t most = 1;
+    while (most < args.out_height &&
+           (height(most + 1) * columns * n <= 8192 || height(most) < 2 * height(1))) {
+      ++most;
     }
-    for (int v = 0; v < most; ++v) store(out + p + v * n, sums[v]);
-  };
-  int64_t p = 0;
-  for (; p + 4 * n <= x.run; p += 4 * n) vectors(std::integral_constant<int, 4>(), p);
-  for (; p < x.run; p += n) vectors(std::integral_constant<int, 1>(), p);
-}
+    return most;
+  }
+  template <class T>
+  void fill(int64_t b, int64_t c, int64_t channels, int64_t first, int64_t count) {
+    const FeatureMap<const T> x = args.x.as<const T>(), turned{x.data, x.stride_b, x.stride_p, x.stride_c};
+    memset(pixels, 0, height(count) * columns * n * sizeof(C));
+    const int64_t top = first * args.stride_h - args.padding_h;
+    for (int64_t y = top < 0 ? 0 : top; y < args.height && y - top < height(count) && width > 0; ++y) {
+      copy_tile<T>(turned, b, y * args.width, width, c, channels,
+                   pixels + ((y - top) * columns + args.padding_w) * n, n);
+    }
+  }
+  // `weights` has a vector for each tap.
+  void convolve(const C* weights, vec<C> bias, int64_t count) {
+    constexpr int kPixels = 8;
+    const int64_t right = args.dilation_w * n, step = args.stride_w * n;
+    for (int64_t r = 0; r < count; ++r) {
+      const C* line = pixels + r * args.stride_h * columns * n;
+      C* to = out + r * args.out_width * n;
+      for (int64_t first = 0; first < args.out_width; first += kPixels) {
+        with_constant<kPixels>(
+            least(kPixels, args.out_width - first), [&](auto some) __attribute__((always_inline)) {
+              constexpr int most = decltype(some)::value;
+              vec<C> sums[most];
+              for (int i = 0; i < most; ++i) sums[i] = bias;
+              const C* weight = weights;
+              for (int64_t ky = 0; ky < args.kernel_h; ++ky) {
+                const C* from = line + ky * args.dilation_h * columns * n + first * step;
+                for (int64_t kx = 0; kx < args.kernel_w; ++kx, from += right, weight += n) {
+                  const vec<C> factor = load(weight);
+                  for (int i = 0; i < most; ++i) sums[i] += factor * load(from + i * step);
+                }
+              }
+              for (int i = 0; i < most; ++i) store(to + (first + i) * n, sums[i]);
+            });
+      }
+    }
+  }
+  template <class T>
+  void write(int64_t b, int64_t c, int64_t channels, int64_t first, int64_t count) {
+    const FeatureMap<T> y = args.y.as<T>(), turned{y.data, y.stride_b, y.stride_p, y.stride_c};
+    store_tile<T>(turned, b, first * args.out_width, count * args.out_width, c, channels,
+                  static_cast<const C*>(out), n);
+  }
+};
 
 template <class T>
 void forward(const DynamicConvArgs& args, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  Channel<C> x(args);
-  Buffer<C> kernel(round_up(kChannels * x.taps, kLanes<C>)), out(x.run + kLanes<C>);
-  const int64_t blocks = blocks_of(args.groups, kChannels);
+  constexpr int64_t n = kLanes<C>;
+  const int64_t blocks = blocks_of(args.groups, kChannels), taps = args.kernel_h * args.kernel_w;
+  Band<C> band(args);
+  Buffer<C> kernel(kChannels * taps), weights(taps * n);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / blocks, first = task % blocks * kChannels;
-    const int64_t channels = least(kChannels, args.groups - first);
-    mix<1, T>(args, b, 1, first, channels, x.taps, static_cast<C*>(kernel));
-    for (int64_t i = 0; i < channels; ++i) {
-      x.fill(args.x.as<const T>().at(b, first + i, 0));
-      convolve<C>(x, kernel + i * x.taps, mixed_bias<T, C>(args, b, first + i), out);
-      T* y = args.y.as<T>().at(b, first + i, 0);
-      for (int64_t r = 0; r < args.out_height; ++r) {
-        const C* from = out + r * x.shape.columns;
-        for (int64_t c = 0; c < args.out_width; c += kLanes<C>) {
-          store_upto(y + r * args.out_width + c, load(from + c), args.out_width - c);
-        }
+    const int64_t last = least(first + kChannels, args.groups);
+    mix<1, T>(args, b, 1, first, last - first, taps, static_cast<C*>(kernel));
+    for (int64_t c = first; c < last; c += n) {
+      const int64_t channels = least(n, last - c);
+      copy_tile<C>(FeatureMap<const C>{kernel + (c - first) * taps, 0, 1, taps}, 0, 0, taps, 0, channels,
+                   static_cast<C*>(weights), n);
+      C bias[n] = {};
+      for (int64_t i = 0; i < channels; ++i) bias[i] = mixed_bias<T, C>(args, b, c + i);
+      for (int64_t r = 0; r < args.out_height; r += band.rows) {
+        const int64_t count = least(band.rows, args.out_height - r);
+        band.template fill<T>(b, c, channels, r, count);
+        band.convolve(weights, load(bias), count);
+        band.template write<T>(b, c, channels, r, count);
       }
     }
   }

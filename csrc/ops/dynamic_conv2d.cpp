@@ -113,6 +113,8 @@ struct Call {
            args.padding_h <= args.dilation_h * (args.kernel_h - 1) &&
            args.padding_w <= args.dilation_w * (args.kernel_w - 1);
   }
+  // Pixels in the lanes: of small kernels, and of rows that fill half of a vector at least.
+  bool by_rows() const { return unstrided() && args.kernel_h * args.kernel_w < 25 && args.out_width > 8; }
   bool pointwise() const {
     return args.kernel_h == 1 && args.kernel_w == 1 && args.stride_h == 1 && args.stride_w == 1 &&
            args.padding_h == 0 && args.padding_w == 0;
@@ -184,7 +186,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& basis, const
   const int64_t pixels = args.out_height * args.out_width;
   if (call.depthwise()) {
     run(args, args.batch * call.depthwise_blocks(), kDepthwiseChannels * pixels * call.depth(),
-        call.unstrided() ? dynamic_depthwise_forward : dynamic_strided_forward);
+        call.by_rows() ? dynamic_depthwise_forward : dynamic_strided_forward);
   } else if (call.pointwise()) {
     // The mixed kernels of a task stay in the second-level cache; all of them are mixed once.
     if (args.kernels > 0) args.out_block = std::min(std::max<int64_t>(16384 / args.inputs, 8), args.outputs);
