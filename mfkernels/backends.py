@@ -28,9 +28,10 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference" (plain PyTorch, any device), "cpu" (our C++ kernels), "triton", "cuda", or
-            "auto" (the default: the fastest that can run; "reference" where there is no kernel; PyTorch's
-            own operators where they are faster on a CPU: `former_block` for many tokens, `dynamic_conv2d`
-            with dense kernels in inference, `pointwise_conv_bn` with gradients). "cuda",
+            "auto" (the default: the fastest that can run; "reference" where there is no kernel; other
+            operators where they are faster on a CPU: PyTorch's for `former_block` of many tokens and deep
+            `dynamic_conv2d` without AVX-512, our convolution and norm for `pointwise_conv_bn` with
+            gradients). "cuda",
             C++ kernels for CUDA devices, has `former_block` alone, and is chosen by name alone: it has not
             been measured yet.
             The choice holds for the whole process, as PyTorch's own backend flags do.
