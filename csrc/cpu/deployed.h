@@ -26,6 +26,8 @@ enum PlanActivation : int64_t {
   kDynamicRelu,
   kScaledRelu6,
   kHardsigmoid,
+  kSilu,
+  kSigmoid,
 };
 
 // Always inlined: a copy of its own could be the one compiled for AVX-512.
@@ -69,7 +71,7 @@ MFK_PLAN_FUNCTION float float_from_bits(int64_t bits) {
       }),                                                                                                \
       name, Args)
 
-// A linear layer of a whole batch; no activation, kGelu or kHardswish.
+// A linear layer of a whole batch; no activation, kGelu, kHardswish or kSilu.
 struct DeployedLinearArgs {
   bool bf16;
   int64_t narrow;  // as of Plan

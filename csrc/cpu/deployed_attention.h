@@ -1,19 +1,13 @@
 // Attention of one window for deployed networks, gated or not: pixels are rows, products those of gemm.h.
 #pragma once
 
+#include "activation_pass.h"
 #include "deployed_plan.h"
 #include "gemm.h"
 #include "tile.h"
 
 namespace mfk {
 namespace MFK_ISA {
-
-MFK_INLINE vec<float> sigmoid(vec<float> x) {
-  const vec<float> small = exp_nonpositive(-absolute(x)), large = 1.0f / (1.0f + small);
-  return x < 0 ? small * large : large;
-}
-
-MFK_INLINE vec<float> silu(vec<float> x) { return x * sigmoid(x); }
 
 // A panel of a right side that is not packed yet: `row(i, j)` is a vector of the outputs from j on of input
 // i.

@@ -1,3 +1,4 @@
+#include "activation_pass.h"
 #include "as_stored.h"
 #include "deployed_narrow.h"
 
@@ -28,7 +29,11 @@ void deployed_linear(const DeployedLinearArgs& args, int64_t begin, int64_t end)
     case kGelu:
       return run(AddBiasGelu{bias});
     default:
-      return run(AddBias{bias});
+      run(AddBias{bias});
+  }
+  if (!has_pass(args.activation)) return;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    activation_pass(args.activation, args.out + b * args.out_stride + o, until - o);
   }
 }
 

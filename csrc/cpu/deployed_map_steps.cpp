@@ -28,10 +28,15 @@ struct MapSteps : MapTasks {
     with_activation(activation, bias, f);
   }
 
-  // The activation of a step whose slopes are mixed, of rows that it has just written.
+  // An activation that has a pass of its own, of rows that have just been written.
+  void pass(int64_t activation, int64_t r0, int64_t r1) const {
+    if (has_pass(activation))
+      activation_pass(activation, out_row(r0), (r1 - r0) * args.out.width * out_channels);
+  }
+  // The same, or the activation of a step whose slopes are mixed.
   template <class Step>
   void mix(const Step& step, int64_t r0, int64_t r1) const {
-    if (step.attention < 0) return;
+    if (step.attention < 0) return pass(step.activation, r0, r1);
     const int64_t width = args.out.width;
     mixed_slopes(step.activation, step.slopes, step.tokens, out_channels)
         .apply(out_row(r0), r0 * width, (r1 - r0) * width);
@@ -55,6 +60,7 @@ struct MapSteps : MapTasks {
         convolve(step, args.out.width, Rows<Stored>{lines, step.stride * channels, k, k * channels, line},
                  out_row(r));
       }
+      pass(step.activation, r0, r1);
     });
   }
   template <class T>
@@ -108,6 +114,7 @@ struct MapSteps : MapTasks {
           }
         });
       }
+      pass(step.activation, r0, r1);
     });
   }
   // Each output's inputs side by side, then one product.
@@ -185,6 +192,7 @@ struct MapSteps : MapTasks {
       }
     }
     convolve(step, (r1 - r0) * width, Rows<T>{patches, patch, 1, inputs, 0}, out_row(r0));
+    pass(step.activation, r0, r1);
   }
 
   void pointwise(const PointwiseStep& step, int64_t begin, int64_t end) {
@@ -245,11 +253,37 @@ struct MapSteps : MapTasks {
   // The same with a kernel and a stride that are known only now.
   template <class... Args>
   void depthwise_of(int64_t kernel, int64_t stride, Args... rest) const {
+    const bool common = kernel == 7 ? stride == 1 : (kernel == 3 || kernel == 5) && stride <= 2;
+    if (!common) return any_depthwise_of(kernel, stride, rest...);
     if (kernel == 7) return MapTasks::depthwise_of<7, 1>(rest...);
     if (kernel == 5) {
       return stride == 1 ? MapTasks::depthwise_of<5, 1>(rest...) : MapTasks::depthwise_of<5, 2>(rest...);
     }
     stride == 1 ? MapTasks::depthwise_of<3, 1>(rest...) : MapTasks::depthwise_of<3, 2>(rest...);
+  }
+
+  // One output after the other, for kernels that networks rarely have.
+  template <class Epilogue>
+  void any_depthwise_of(int64_t kernel, int64_t stride, int64_t r, int64_t channels, int64_t hidden,
+                        const float* taps, Stored*, Stored* out, Epilogue epilogue) const {
+    const int64_t top = r % args.out.height * stride - kernel / 2;
+    for (int64_t x = 0; x < args.out.width; ++x, out += hidden) {
+      const int64_t left = x * stride - kernel / 2, rest = args.in.width - left;
+      const int64_t from = left < 0 ? -left : 0, to = rest < kernel ? rest : kernel;
+      for (int64_t c = 0, in = 0; c < hidden; c += kLanes<float>, in += kLanes<float>) {
+        if (in == channels) in = 0;
+        const auto finish = epilogue.at(c);
+        vec<float> sum{};
+        for (int64_t ky = 0; ky < kernel; ++ky) {
+          const Stored* row = in_row(r, top + ky, channels, nullptr);
+          if (row == nullptr) continue;
+          for (int64_t kx = from; kx < to; ++kx) {
+            sum += load(row + (left + kx) * channels + in) * load(taps + (ky * kernel + kx) * hidden + c);
+          }
+        }
+        store(out + c, finish.activate(sum + finish.bias));
+      }
+    }
   }
 
   void depthwise(const DepthwiseStep& step, int64_t begin, int64_t end) {
@@ -354,12 +388,13 @@ struct MapSteps : MapTasks {
 
   void weigh(const WeighStep& step, int64_t begin, int64_t end) {
     const int64_t inputs = step.in_channels, columns = padded(step.tokens), width = args.in.width;
-    const auto space = room<3>({weight_rows(inputs) * columns, inputs * kPanel, 3 * width * columns});
+    const auto space =
+        room<3>({weight_rows(inputs) * columns, inputs * kPanel, (step.stride + 1) * width * columns});
     float *matrix = space.part[0], *logits = space.part[2];
     pack_queries(step, matrix, space.part[1]);
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
-        // What adaptive pooling takes the mean of: three rows at most, as there are half as many afterwards.
+        // What adaptive pooling takes the mean of: one row more than the stride at most.
         const int64_t height = args.in.height, y0 = r * height / args.out.height;
         const int64_t y1 = blocks_of((r + 1) * height, args.out.height);
         gemm((y1 - y0) * width, Rows<Stored>{in_row(y0, padded(inputs)), padded(inputs), 1, inputs, 0},
@@ -419,6 +454,28 @@ struct MapSteps : MapTasks {
     }
     const float norm = static_cast<float>(1 / sum_lanes<float>(sums));
     for (int64_t t = 0; t < width; t += n) store(out + t, load(out + t) * norm);
+  }
+
+  void spread(const SpreadStep& step, int64_t begin, int64_t end) {
+    constexpr int64_t n = kLanes<float>;
+    const auto space = room<1>({out_channels});
+    float* inside = space.part[0];  // 1, but 0 in the padding
+    for (int64_t c = 0; c < out_channels; ++c) inside[c] = c < made.channels ? 1.0f : 0.0f;
+    const float* values = place(step.values);
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
+      const Stored* x = in_row(r0, out_channels);
+      Stored* out = out_row(r0);
+      for (int64_t p = r0 * args.out.width; p < r1 * args.out.width;
+           ++p, x += out_channels, out += out_channels) {
+        const float* weights = at(step.weights) + p * step.tokens;
+        const float bias = at(step.bias)[p];
+        for (int64_t c = 0; c < out_channels; c += n) {
+          vec<float> sum = load(inside + c) * bias;
+          for (int64_t t = 0; t < step.tokens; ++t) sum += load(values + t * step.row + c) * weights[t];
+          store(out + c, load(x + c) + sum);
+        }
+      }
+    });
   }
 
   // Rows of windows, or of the map that they are put together to.
@@ -481,6 +538,8 @@ void map_step(const StepArgs& args, int64_t begin, int64_t end) {
       return maps.add(fields_of<AddStep>(args), begin, end);
     case kMapNorm:
       return maps.norm(fields_of<MapNormStep>(args), begin, end);
+    case kSpread:
+      return maps.spread(fields_of<SpreadStep>(args), begin, end);
     case kWeigh:
       return maps.weigh(fields_of<WeighStep>(args), begin, end);
     default:

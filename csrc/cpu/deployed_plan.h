@@ -54,6 +54,7 @@ enum PlanKind : int64_t {
   kResize,
   kStateRows,
   kDynamicLite,
+  kSpread,
   // write the state
   kCopy,
   kLinear,
@@ -67,6 +68,8 @@ enum PlanKind : int64_t {
   kAffine,
   kPool,
   kPooled,
+  kCollect,
+  kTurn,
   // write neither
   kHandOut,
 };
@@ -224,6 +227,13 @@ struct DynamicLiteStep {
   int64_t hidden, taps, slopes;
   PlanLinear project;
 };
+// Mixing of positions: input + bias + the sum of the tokens' rows of values, so many floats apart, with
+// weights (positions, tokens) of their own at each position. Biases are of positions.
+struct SpreadStep {
+  MapOut out;
+  int64_t input, tokens, values, row;
+  int64_t positions, weights, bias;
+};
 
 // Steps over the state. `source`, `target`, `at` and so on: places; `stride`s: floats from row to row.
 // Numbers of the weights, or where `weights` is 0 of the state.
@@ -293,6 +303,19 @@ struct PooledStep {
   int64_t input, in_channels, target, slopes;
   PlanLinear linear;
 };
+// Mixing of positions: a row of padded channels for each token, its bias and the sum of a map's pixels with
+// its weights; or that added to what is there. Weights are (positions, weights_of_position(tokens)).
+struct CollectStep {
+  int64_t input, in_channels, tokens, target;
+  int64_t added;  // 0 or 1
+  int64_t positions, weights, bias;
+};
+// As many rows as there are columns, of padded(rows) floats, and in row c what is in column c of the rows of
+// the source; or that added to what is there.
+struct TurnStep {
+  int64_t rows, columns, source, source_stride, target;
+  int64_t added;  // 0 or 1
+};
 
 // The next of the maps that are results.
 struct HandOutStep {
@@ -314,6 +337,8 @@ MFK_PLAN_FUNCTION double from_bits(int64_t bits) {
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
+// Of a CollectStep; those beyond the tokens are zero.
+MFK_PLAN_FUNCTION int64_t weights_of_position(int64_t tokens) { return blocks_of(tokens, 4) * 4; }
 // Channels of the map that a WeighStep writes for so many tokens.
 MFK_PLAN_FUNCTION int64_t attention_channels(int64_t tokens, bool bf16) {
   return padded(tokens) * (bf16 ? 2 : 1);
@@ -362,7 +387,8 @@ constexpr int64_t kMixTask = 512;       // blocks
 constexpr int64_t kAttentionTile = 28;  // queries
 
 // Tasks. A map: one a group of output rows; kAttention: one for kAttentionTile queries of a window's head.
-// The state: one; kMix: one for kMixTask blocks; kPooled: one for kOutputsTask outputs.
+// The state: one; kMix: one for kMixTask blocks; kPooled: one for kOutputsTask outputs; kCollect: for so
+// many channels.
 MFK_DECLARE_INT8_KERNEL(map_step, StepArgs, args.plan->bf16, args.plan->int8)
 MFK_DECLARE_INT8_KERNEL(block_step, StepArgs, args.plan->bf16, args.plan->int8)
 MFK_DECLARE_DEPLOYED_KERNEL(detector_step, StepArgs, args.plan->bf16)

@@ -1,3 +1,4 @@
+#include "activation_pass.h"
 #include "as_stored.h"
 #include "deployed_narrow.h"
 #include "deployed_plan.h"
@@ -68,6 +69,10 @@ struct StateSteps {
       run(AddBiasHardsigmoid{bias});
     } else {
       run(AddBias{bias});
+      if (!has_pass(step.activation)) return;
+      for (int64_t t = 0; t < step.rows; ++t) {
+        activation_pass(step.activation, target + t * step.target_stride, l.outputs);
+      }
     }
   }
 
@@ -224,6 +229,50 @@ struct StateSteps {
     }
   }
 
+  void collect(const CollectStep& step, int64_t begin, int64_t end) const {
+    constexpr int64_t kRun = 64, n = kLanes<float>;
+    constexpr int kTogether = 4;  // tokens
+    const int64_t columns = padded(step.in_channels), row = weights_of_position(step.tokens);
+    const auto* in = static_cast<const Stored*>(args.in.data);
+    const float* bias = at(step.bias);
+    const int64_t until = end * kOutputsTask < columns ? end * kOutputsTask : columns;
+    for (int64_t c = begin * kOutputsTask; c < until; c += n) {
+      for (int64_t t = 0; t < step.tokens; t += kTogether) {
+        WideSum<float> sums[kTogether];
+        for (int64_t p = 0; p < step.positions; p += kRun) {
+          const int64_t last = p + kRun < step.positions ? p + kRun : step.positions;
+          vec<float> runs[kTogether] = {};
+          for (int64_t i = p; i < last; ++i) {
+            const vec<float> x = load(in + i * columns + c);
+            const float* weights = at(step.weights) + i * row + t;
+            for (int k = 0; k < kTogether; ++k) runs[k] += x * weights[k];
+          }
+          for (int k = 0; k < kTogether; ++k) sums[k].add(runs[k]);
+        }
+        for (int64_t k = 0; k < kTogether && t + k < step.tokens; ++k) {
+          double lanes[n];
+          sums[k].store_upto(lanes, n);
+          float* to = place(step.target) + (t + k) * columns + c;
+          for (int64_t i = 0; i < n; ++i) {
+            const double sum = c + i < step.in_channels ? lanes[i] + bias[t + k] : 0;
+            to[i] = static_cast<float>(step.added ? to[i] + sum : sum);
+          }
+        }
+      }
+    }
+  }
+
+  void turn(const TurnStep& step) const {
+    const int64_t width = padded(step.rows);
+    for (int64_t c = 0; c < step.columns; ++c) {
+      float* to = place(step.target) + c * width;
+      for (int64_t r = 0; r < width; ++r) {
+        const float value = r < step.rows ? place(step.source)[r * step.source_stride + c] : 0.0f;
+        to[r] = step.added ? to[r] + value : value;
+      }
+    }
+  }
+
   void kernels(const KernelsStep& step) const {
     const int64_t width = padded(step.token_dim), inputs = width + padded(step.channels);
     const int64_t hidden = step.hidden.outputs;
@@ -325,6 +374,10 @@ void state_step(const StepArgs& args, int64_t begin, int64_t end) {
     }
     case kAffine:
       return state.affine(fields_of<AffineStep>(args));
+    case kCollect:
+      return state.collect(fields_of<CollectStep>(args), begin, end);
+    case kTurn:
+      return state.turn(fields_of<TurnStep>(args));
     case kPool: {
       const auto& step = fields_of<PoolStep>(args);
       return state.means(step.channels, args.state + step.target);

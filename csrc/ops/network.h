@@ -28,6 +28,11 @@ class Network {
       } else if (at->kind == kPooled) {
         step.in = maps[fields_of<PooledStep>(at).input];
         step.tasks = blocks_of(fields_of<PooledStep>(at).linear.outputs, kOutputsTask);
+      } else if (at->kind == kCollect) {
+        const auto& collect = fields_of<CollectStep>(at);
+        step.in = maps[collect.input];
+        need_of_positions(step.in, collect.positions, i, at->kind);
+        step.tasks = blocks_of(padded(collect.in_channels), kOutputsTask);
       } else if (at->kind == kHandOut) {
         const auto& handed = fields_of<HandOutStep>(at);
         const Shape& map = maps[handed.map];
@@ -100,6 +105,7 @@ class Network {
         next++->write(bf16(), maps[fields_of<HandOutStep>(step.plan).map], sample, run);
       } else {
         if (kind == kPooled) args.in = map(step.in, maps[fields_of<PooledStep>(step.plan).input]);
+        if (kind == kCollect) args.in = map(step.in, maps[fields_of<CollectStep>(step.plan).input]);
         run(step.tasks, [&](int64_t begin, int64_t end) { state_step(args, begin, end); });
       }
       done();
@@ -204,6 +210,15 @@ class Network {
     }
   }
 
+  // Of step i, which has weights for the positions of a map.
+  static void need_of_positions(const Shape& shape, int64_t positions, int64_t i, int64_t kind) {
+    need_of_step(shape.whole_height == 0, i, kind, "reads a map in windows");
+    const int64_t height = shape.height, width = shape.width;
+    need_of_image(height * width == positions, i, kind,
+                  "mixes the positions of maps of " + std::to_string(positions) + " pixels, not of " +
+                      std::to_string(height) + "x" + std::to_string(width));
+  }
+
   // What step i makes of the maps, and in how many tasks.
   void shape(Step& step, Shape* maps, int64_t i) {
     const PlanStep* plan = step.plan;
@@ -235,6 +250,9 @@ class Network {
       case kWeigh:
         need(from.whole_height == 0, "reads a map in windows");
         stride = fields_of<WeighStep>(plan).stride;
+        break;
+      case kSpread:
+        need_of_positions(from, fields_of<SpreadStep>(plan).positions, i, kind);
         break;
       case kInverted:
         floats += fields_of<InvertedStep>(plan).expand.outputs;

@@ -17,15 +17,18 @@ constexpr int64_t kMostPairs = 1 << 16;  // of heads and tokens
 constexpr int64_t kMostWindow = 64;
 constexpr int64_t kMostRounded = 1 << 16;   // inputs of an int8 matrix: their sum fits 32 bits
 constexpr int64_t kMostProducts = 1 << 14;  // that are calibrated
-constexpr int64_t kMostKernel = 15;         // of a convolution: rows, columns, stride
+constexpr int64_t kMostKernel = 15;         // rows and columns of a dense convolution
+constexpr int64_t kMostDepthwise = 255;     // of a depthwise one
+constexpr int64_t kMostStride = 255;
 constexpr int64_t kMostPixels = 1LL << 33;  // of a map
 
 // In the order of PlanKind.
 constexpr const char* kKindNames[] = {
     "image_conv",   "dense_conv", "pointwise", "depthwise", "inverted", "attention", "split",  "join",
     "lite",         "block",      "down",      "add",       "map_norm", "weigh",     "resize", "state_rows",
-    "dynamic_lite", "copy",       "linear",    "norm",      "attend",   "combine",   "gate",   "slopes",
-    "kernels",      "mix",        "affine",    "pool",      "pooled",   "hand_out"};
+    "dynamic_lite", "spread",     "copy",      "linear",    "norm",     "attend",    "combine", "gate",
+    "slopes",       "kernels",    "mix",       "affine",    "pool",     "pooled",    "collect", "turn",
+    "hand_out"};
 
 inline const PlanLayer* layers_of(const Plan& plan) { return reinterpret_cast<const PlanLayer*>(&plan + 1); }
 inline const PlanStep* first_step(const Plan& plan) {
@@ -172,7 +175,8 @@ class PlanCheck {
     kind_ = kLinear;
     for (int64_t i = 0; i < plan_.linears; ++i) {
       const auto& [activation, l] = layers_of(plan_)[i];
-      need(activation == kNoActivation || activation == kGelu || activation == kHardswish,
+      need(activation == kNoActivation || activation == kGelu || activation == kHardswish ||
+               activation == kSilu,
            "has an unknown activation");
       count(l.outputs, "has a wrong number of outputs");
       row_linear(l, l.inputs, l.outputs);
@@ -228,7 +232,8 @@ class PlanCheck {
     activated(s.activation);
   }
   void activated(int64_t activation) const {
-    need(activation >= kNoActivation && activation <= kRelu6, "has an unknown activation");
+    need((activation >= kNoActivation && activation <= kRelu6) || activation == kSilu,
+         "has an unknown activation");
   }
   // Slopes that may be mixed: as many rows as tokens.
   template <class Step>
@@ -254,8 +259,8 @@ class PlanCheck {
   // 3x3, and the bias behind it.
   void taps(int64_t channels, int64_t offset) const { in_weights(offset, 10 * channels); }
   void depthwise_kernel(int64_t kernel, int64_t stride) const {
-    need(kernel == 3 || kernel == 5 || kernel == 7, "has a wrong kernel");
-    need(stride == 1 || (stride == 2 && kernel != 7), "has a wrong stride");
+    need(kernel >= 1 && kernel <= kMostDepthwise && kernel % 2 == 1, "has a wrong kernel");
+    in_range(stride, 1, kMostStride, "has a wrong stride");
   }
 
   void conv(const ConvStep& s, bool image) {
@@ -265,7 +270,7 @@ class PlanCheck {
       read(s.input, s.in_channels);
     }
     in_range(s.kernel, 1, kMostKernel, "has a wrong kernel");
-    in_range(s.stride, 1, kMostKernel, "has a wrong stride");
+    in_range(s.stride, 1, kMostStride, "has a wrong stride");
     in_range(s.padding, 0, s.kernel / 2, "has a wrong padding");
     activated(s.activation);
     linear(s.linear, s.kernel * s.kernel * s.in_channels, s.out.channels,
@@ -410,7 +415,7 @@ class PlanCheck {
   }
   void weigh(const WeighStep& s) {
     read(s.input, s.in_channels);
-    in_range(s.stride, 1, 2, "has a wrong stride");
+    in_range(s.stride, 1, kMostStride, "has a wrong stride");
     count(s.heads, "has a wrong number of heads");
     in_range(s.tokens, 1, kMostPairs, "has a wrong number of tokens");
     in_state(s.queries, s.tokens, s.row, padded(s.in_channels));
@@ -444,6 +449,15 @@ class PlanCheck {
     in_state(s.slopes, 2 * s.hidden);
     out(s.out, s.input);
   }
+  void spread(const SpreadStep& s) {
+    read(s.input, s.out.channels);
+    in_range(s.tokens, 1, kMostPairs, "has a wrong number of tokens");
+    in_state(s.values, s.tokens, s.row, padded(s.out.channels));
+    count(s.positions, "has a wrong number of positions");
+    in_weights(s.weights, s.positions * s.tokens);
+    in_weights(s.bias, s.positions);
+    out(s.out, s.input);
+  }
 
   // --- steps that write the state ------------------------------------------------------------------------
 
@@ -460,7 +474,7 @@ class PlanCheck {
     in_state(s.target, s.rows, s.target_stride, s.linear.outputs);
     flag(s.added, "has a wrong added");
     const bool known = s.activation == kGelu || s.activation == kRelu || s.activation == kRelu6 ||
-                       s.activation == kHardsigmoid;
+                       s.activation == kHardsigmoid || s.activation == kSilu || s.activation == kSigmoid;
     need(s.activation == kNoActivation || (known && !s.added), "has an unknown activation");
     row_linear(s.linear, s.linear.inputs, s.linear.outputs);
   }
@@ -540,6 +554,21 @@ class PlanCheck {
     if (s.slopes != -1) in_state(s.slopes, 2 * s.linear.outputs);
   }
 
+  void collect(const CollectStep& s) const {
+    read(s.input, s.in_channels);
+    in_range(s.tokens, 1, kMostPairs, "has a wrong number of tokens");
+    flag(s.added, "has a wrong added");
+    in_state(s.target, s.tokens * padded(s.in_channels));
+    count(s.positions, "has a wrong number of positions");
+    in_weights(s.weights, s.positions * weights_of_position(s.tokens));
+    in_weights(s.bias, s.tokens);
+  }
+  void turn(const TurnStep& s) const {
+    in_state(s.source, s.rows, s.source_stride, s.columns);
+    flag(s.added, "has a wrong added");
+    in_state(s.target, s.columns * padded(s.rows));
+  }
+
   void step(const PlanStep* at) {
     switch (at->kind) {
       case kImageConv:
@@ -574,6 +603,8 @@ class PlanCheck {
         return state_rows(fields<StateRowsStep>(at));
       case kDynamicLite:
         return dynamic_lite(fields<DynamicLiteStep>(at));
+      case kSpread:
+        return spread(fields<SpreadStep>(at));
       case kCopy:
         return copy(fields<CopyStep>(at));
       case kLinear:
@@ -601,6 +632,10 @@ class PlanCheck {
       }
       case kPooled:
         return pooled(fields<PooledStep>(at));
+      case kCollect:
+        return collect(fields<CollectStep>(at));
+      case kTurn:
+        return turn(fields<TurnStep>(at));
       case kHandOut: {
         const auto& s = fields<HandOutStep>(at);
         read(s.map, s.channels);

@@ -84,6 +84,7 @@ def _what(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> str:
         text += ", int8" if any(linear.scale for linear in _linears(fields)) else ""
         text += f", weights of {fields.tokens} tokens" if kind == "weigh" else ""
         text += f", mixed by map {fields.attention}" if getattr(fields, "attention", -1) >= 0 else ""
+        text += f", of {fields.tokens} tokens" if kind == "spread" else ""
         text += f", {GATINGS[fields.gating]}" if kind == "attention" else ""
         text += f", {RESAMPLINGS[fields.resampling]}" if kind == "resize" else ""
         text += ", the larger" if getattr(fields, "maximum", 0) else ""
@@ -97,6 +98,8 @@ def _what(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> str:
         return f"{_rows(fields)}{_stored(header)}"
     if kind == "pooled":
         return f"map {fields.input} -> {fields.linear.outputs}"
+    if kind == "collect":
+        return f"map {fields.input} -> {fields.tokens} x {fields.in_channels}"
     if kind == "hand_out":
         return f"map {fields.map}"
     counts = ("tokens", "rows", "width", "channels", "kernels", "blocks", "floats")
@@ -131,6 +134,9 @@ def _cost(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> tuple[
             multiplied = shape.height * shape.width * fields.heads * (fields.depth + fields.channels)
         if kind == "weigh":
             multiplied = fields.in_channels * fields.tokens * fields.stride**2
+        if kind == "spread":
+            multiplied += fields.tokens * out.channels
+            floats += fields.positions * (fields.tokens + 1)
         if getattr(fields, "attention", -1) >= 0:
             multiplied += 2 * fields.tokens * _activated(kind, fields)
         if getattr(fields, "mixed", 0):  # its weights are of the state
@@ -141,6 +147,9 @@ def _cost(kind: str, fields: Any, shape: _Shape, header: steps.Header) -> tuple[
         return 2 * size * fields.kernels, size * (fields.kernels + 1) // (2 if bf16 and fields.matrix else 1)
     if kind == "attend":
         return 4 * fields.rows**2 * fields.heads * fields.depth, 0
+    if kind == "collect":
+        tokens, positions = fields.tokens, fields.positions
+        return 2 * tokens * positions * fields.in_channels, positions * (tokens + -tokens % 4) + tokens
     if kind == "copy":
         return 0, fields.floats if fields.weights else 0
     rows = shape.pixels() if kind == "pooled" else getattr(fields, "rows", 1)

@@ -255,6 +255,15 @@ class Plan(Planner):
         """Return the same map, whose sums are kept for the next steps."""
         return self.made("add", steps.Add(self.out(x.channels, 1), x.number, x.number, 1))
 
+    def spread(self, x: Map, mlp: nn.Linear, values: int, row: int, bridges: Bridges | None) -> Map:
+        """Add what `mlp`, from tokens to positions, makes of the tokens' values to each position.
+
+        The values lie at this place in the state, and so many floats apart.
+        """
+        weights, bias = self.pack.add(mlp.weight), self.pack.add(mlp.bias)
+        numbers = (x.number, mlp.in_features, values, row, mlp.out_features, weights, bias)
+        return self.made("spread", steps.Spread(self.out(x.channels, 0, bridges), *numbers))
+
     def split(self, x: Map, window: int) -> Map:
         return self.made("split", steps.Windows(self.out(x.channels), x.number, window))
 
@@ -357,6 +366,19 @@ class Plan(Planner):
 
     def pooled(self, x: Map, linear: Linear, target: int, slopes: int = -1) -> None:
         self._step("pooled", steps.Pooled(*x, target, slopes, linear))
+
+    def collect(self, x: Map, mlp: nn.Linear, target: int, *, added: bool = False) -> None:
+        """Store what `mlp`, from positions to tokens, makes of a map, (tokens, padded channels)."""
+        tokens, positions = mlp.weight.shape
+        weights = nn.functional.pad(mlp.weight.detach().t(), (0, -tokens % 4))
+        numbers = (added, positions, self.pack.add(weights), self.pack.add(mlp.bias))
+        self._step("collect", steps.Collect(*x, tokens, target, *numbers))
+
+    def turn(
+        self, rows: int, columns: int, source: int, stride: int, target: int, *, added: bool = False
+    ) -> None:
+        """Store the columns of these rows as rows, (columns, padded rows)."""
+        self._step("turn", steps.Turn(rows, columns, source, stride, target, added))
 
     # --- a step that writes neither ----------------------------------------------------------------------
 

@@ -6,7 +6,10 @@ That file says what they mean.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-ACTIVATIONS = (None, "gelu", "hardswish", "relu", "relu6", "dynamic_relu", "scaled_relu6", "hardsigmoid")
+ACTIVATIONS = (
+    *(None, "gelu", "hardswish", "relu", "relu6", "dynamic_relu", "scaled_relu6", "hardsigmoid"),
+    *("silu", "sigmoid"),
+)
 GATINGS = ("ungated", "sigmoid_gate", "silu_gate")
 SIZES = {"image": -1, "twice": -2, "half": -3}  # of a resized map; else that of another one
 RESAMPLINGS = ("nearest", "bilinear", "bilinear_by_two")
@@ -220,6 +223,17 @@ class DynamicLite(NamedTuple):
     project: Linear
 
 
+class Spread(NamedTuple):
+    out: MapOut
+    input: int
+    tokens: int
+    values: int
+    row: int
+    positions: int
+    weights: int
+    bias: int
+
+
 class Copy(NamedTuple):
     weights: int
     source: int
@@ -326,6 +340,26 @@ class Pooled(NamedTuple):
     linear: Linear
 
 
+class Collect(NamedTuple):
+    input: int
+    in_channels: int
+    tokens: int
+    target: int
+    added: int
+    positions: int
+    weights: int
+    bias: int
+
+
+class Turn(NamedTuple):
+    rows: int
+    columns: int
+    source: int
+    source_stride: int
+    target: int
+    added: int
+
+
 class HandOut(NamedTuple):
     map: int
     channels: int
@@ -349,6 +383,7 @@ KINDS: dict[str, Any] = {
     "resize": Resize,
     "state_rows": StateRows,
     "dynamic_lite": DynamicLite,
+    "spread": Spread,
     "copy": Copy,
     "linear": LinearStep,
     "norm": Norm,
@@ -361,6 +396,8 @@ KINDS: dict[str, Any] = {
     "affine": Affine,
     "pool": Pool,
     "pooled": Pooled,
+    "collect": Collect,
+    "turn": Turn,
     "hand_out": HandOut,
 }  # in the order of C++'s
 
