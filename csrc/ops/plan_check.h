@@ -24,11 +24,11 @@ constexpr int64_t kMostPixels = 1LL << 33;  // of a map
 
 // In the order of PlanKind.
 constexpr const char* kKindNames[] = {
-    "image_conv",   "dense_conv", "pointwise", "depthwise", "inverted", "attention", "split",  "join",
-    "lite",         "block",      "down",      "add",       "map_norm", "weigh",     "resize", "state_rows",
-    "dynamic_lite", "spread",     "copy",      "linear",    "norm",     "attend",    "combine", "gate",
-    "slopes",       "kernels",    "mix",       "affine",    "pool",     "pooled",    "collect", "turn",
-    "hand_out"};
+    "image_conv", "dense_conv", "pointwise",    "depthwise", "inverted", "attention", "split",
+    "join",       "lite",       "block",        "down",      "add",      "map_norm",  "weigh",
+    "resize",     "state_rows", "dynamic_lite", "spread",    "copy",     "linear",    "norm",
+    "attend",     "combine",    "gate",         "slopes",    "kernels",  "mix",       "affine",
+    "pool",       "pooled",     "collect",      "turn",      "hand_out"};
 
 inline const PlanLayer* layers_of(const Plan& plan) { return reinterpret_cast<const PlanLayer*>(&plan + 1); }
 inline const PlanStep* first_step(const Plan& plan) {

@@ -14,7 +14,6 @@ from ..models.end_to_end import EndToEndMobileFormer
 from ..models.features import FeaturePyramid
 from ..models.iformer import IFormer
 from ..models.mobile_former import MobileFormer
-from .deployed import Deployed
 from .dynamic_mobile_former import deployed_dynamic_mobile_former
 from .end_to_end import deployed_end_to_end
 from .graph import deployed_on_gpu

@@ -186,8 +186,8 @@ class _Head:
     def bridges(self, block: Any, places: Any) -> Bridges:
         """Add what the queries give to both bridges: keys, values, and their own queries and gates."""
         plan, back, bridge = self.plan, block.global_local, block.local_global
-        plan.check_scatter(back)
-        plan.check_bridge(bridge)
+        for part, name in ((back, "k"), (bridge, "q")):
+            plan.need(hasattr(part, name) and not hasattr(part, "mlp"), part, "mixing by attention")
         heads, channels = bridge.num_heads, bridge.channels
         plain = not hasattr(back, "alpha") and not hasattr(back, "q") and back.num_heads == heads
         plan.need(plain and not hasattr(bridge, "k"), block, "bridges without projections, of as many heads")

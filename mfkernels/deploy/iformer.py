@@ -95,11 +95,9 @@ class _Plan(Plan):
         for layers in self.model.downsample_layers:
             for conv in layers.modules():
                 if isinstance(conv, nn.Conv2d):
-                    stride, kernel, padding = (
-                        pair[0] for pair in (conv.stride, conv.kernel_size, conv.padding)
-                    )
-                    margin += reduction * (2 * int(padding) - kernel + stride)
-                    reduction *= stride
+                    padding: Any = conv.padding[0]
+                    margin += reduction * (2 * padding - conv.kernel_size[0] + conv.stride[0])
+                    reduction *= conv.stride[0]
             found.append(margin)
         return [found[i] for i in stages]
 

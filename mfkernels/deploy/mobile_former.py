@@ -73,6 +73,11 @@ class Outputs(NamedTuple):
     factor: float = 1.0
 
 
+def _projects(bridge: Any) -> bool:
+    """Whether a bridge attends to, or by, projections of the map."""
+    return hasattr(bridge, "q") and hasattr(bridge, "k")
+
+
 class MobileFormerPlan(Plan):
     """A Mobile-Former as steps."""
 
@@ -91,7 +96,7 @@ class MobileFormerPlan(Plan):
             {f"features.{i}": block for i, block in enumerate(model.features)}, model.local_global
         )
         with self.named("local_global"):
-            self.from_mobile(model.local_global)
+            self.from_mobile(model.local_global, x)
         features, linears = self.head(x, model.classifier)
         names = ["classifier.fc", "classifier.classifier"]
         last: Any = model.classifier.classifier[1]
@@ -123,7 +128,7 @@ class MobileFormerPlan(Plan):
             bridge = last if following is None else getattr(following, "local_global", None)
             places = ExitStack()
             with self.named(f"{name} tokens"):
-                made = self.token_step(read, block, bridge, places)
+                made = self.token_step(x, read, block, bridge, places)
                 if read is not x:
                     self.free(read)
             before.close()  # not sooner: its gates are read by this step
@@ -141,7 +146,7 @@ class MobileFormerPlan(Plan):
 
     def projected(self, x: Map, bridge: Any) -> Map:
         """Return the map that `bridge` reads: x, or its keys and values."""
-        if not hasattr(bridge, "k"):
+        if not _projects(bridge):
             return x
         keys, values = keys_and_values(bridge.channels, bridge.num_heads)
         weights = [
@@ -157,68 +162,77 @@ class MobileFormerPlan(Plan):
 
     # --- tokens ------------------------------------------------------------------------------------------
 
-    def token_step(self, x: Any, block: Any, bridge: Any, places: ExitStack) -> Made:
-        """Add what `block`, whose first bridge reads x, does to the tokens.
+    def token_step(self, x: Any, read: Any, block: Any, bridge: Any, places: ExitStack) -> Made:
+        """Add what `block`, whose first bridge reads `read`, which was made of x, does to the tokens.
 
         Return, in `places`, what the tokens give to the block and to the bridge that reads its map.
         """
-        made: list[Outputs] = []
+        made: dict[str, Outputs] = {}
         slopes: list[Slopes] = []
         attention = None
         heads = 0
         scatter: Any = None
         if block is not None and not isinstance(block, LiteBottleneck):
-            self.from_mobile(block.local_global)
-            attention = self.attention_of(x, block)
+            self.from_mobile(block.local_global, x)
+            attention = self.attention_of(read, block)
             self.former(block.global_block)
             slopes = self.generated(activations(block), places, attention)
             scatter = block.global_local
-            self.check_scatter(scatter)
-            heads = scatter.num_heads
-            keys, values = self.slots_of(scatter, "q")
-            made += [
-                Outputs(scatter.k, keys, (scatter.channels // heads) ** -0.5),
-                Outputs(scatter.proj, values),
-            ]
-        scattered = len(made)
+            self.check_mixing(scatter)
+            keys, values = self.slots_of(scatter)
+            if hasattr(scatter, "k"):
+                heads = scatter.num_heads
+                made["keys"] = Outputs(scatter.k, keys, (scatter.channels // heads) ** -0.5)
+                made["values"] = Outputs(scatter.proj, values)
+            if hasattr(scatter, "mlp"):
+                made["mixed"] = Outputs(scatter.proj, range(scatter.channels))
         if bridge is not None:
-            self.check_bridge(bridge)
-            self.need(heads in (0, bridge.num_heads), bridge, "the heads of the Mobile <- Former before it")
-            heads = bridge.num_heads
-            keys, gates = self.slots_of(bridge, "k")
-            made += [Outputs(bridge.q, keys, (bridge.channels // heads) ** -0.5)]
+            self.check_mixing(bridge)
+            keys, gates = self.slots_of(bridge)
+            if hasattr(bridge, "q"):
+                fits = heads in (0, bridge.num_heads)
+                self.need(fits, bridge, "the heads of the Mobile <- Former before it")
+                heads = bridge.num_heads
+                made["queries"] = Outputs(bridge.q, keys, (bridge.channels // heads) ** -0.5)
             if hasattr(bridge, "alpha"):
-                made += [Outputs(bridge.alpha[0], gates)]
+                made["gates"] = Outputs(bridge.alpha[0], gates)
         if not made:
+            self.bridges = None
             return Made(None, slopes, attention)
         if hasattr(scatter, "alpha"):
-            made += [Outputs(scatter.alpha[0], values)]
+            gated = [name for name in ("values", "mixed") if name in made]
+            made |= {f"gates of {name}": made[name]._replace(layer=scatter.alpha[0]) for name in gated}
         fits = heads * self.tokens <= MOST_PAIRS
         self.need(fits, bridge or block, f"at most {MOST_PAIRS} pairs of heads and tokens")
-        linear = self.side_by_side(made)
+        linear = self.side_by_side(list(made.values()))
         (place,) = places.enter_context(self.places(self.tokens * linear.outputs))
         self.linear(self.tokens, self.at, linear, place)
-        row, at = linear.outputs, place
-        back, gather = Bridges(heads, self.tokens, row), Bridges(heads, self.tokens, row)
-        if scatter is not None:
-            columns = padded(len(made[0].slots))
-            if hasattr(scatter, "alpha"):
-                self.gate(self.tokens, columns, place + columns, row, place + row - columns, row)
-            back, at = back._replace(scatter=place), place + 2 * columns
-        if bridge is not None:
-            gather = gather._replace(gather=at)
-            self.gates, self.row = at + padded(len(made[scattered].slots)), row
-        self.bridges = gather if bridge is not None else None
-        # A bridge with projections has a map of its own.
-        apart = Back(scatter, back) if hasattr(scatter, "q") else None
-        own = back if apart is None else back._replace(scatter=-1)
-        own = own if hasattr(bridge, "k") else own._replace(gather=gather.gather)
+        row, at = linear.outputs, dict[str, int]()
+        for name, wanted in made.items():
+            at[name] = place
+            place += padded(len(wanted.slots))
+        for name in ("values", "mixed"):
+            if f"gates of {name}" in at:
+                columns = padded(len(made[name].slots))
+                self.gate(self.tokens, columns, at[name], row, at[f"gates of {name}"], row)
+        self.gates, self.row = at.get("gates", -1), row
+        bridges = Bridges(heads, self.tokens, row, at.get("keys", -1), at.get("queries", -1))
+        self.bridges = bridges._replace(scatter=-1) if "queries" in at else None
+        # What has projections has a map of its own, and mixing of positions a step of its own.
+        own, apart = bridges, None
+        if _projects(scatter) or "mixed" in at:
+            back = bridges._replace(gather=-1) if _projects(scatter) else None
+            apart = Back(scatter, back, at.get("mixed", -1), row)
+        if _projects(scatter):
+            own = own._replace(scatter=-1)
+        if _projects(bridge):
+            own = own._replace(gather=-1)
         bridged = own.scatter >= 0 or own.gather >= 0
         return Made(own if bridged else None, slopes, attention, apart)
 
-    def slots_of(self, bridge: Any, projection: str) -> tuple[list[int], list[int]]:
+    def slots_of(self, bridge: Any) -> tuple[list[int], list[int]]:
         """Return which channels the columns of keys or queries are, and those of values."""
-        if hasattr(bridge, projection):
+        if _projects(bridge):
             return keys_and_values(bridge.channels, bridge.num_heads)
         each = list(range(bridge.channels))
         return each, each
@@ -235,12 +249,19 @@ class MobileFormerPlan(Plan):
         assert self.bridges is not None
         return self.weigh(x, block.stride, self.bridges)
 
-    def from_mobile(self, bridge: Any) -> None:
-        """Add what Mobile -> Former does to the tokens, from what the last map's step gathered."""
-        _, values = self.slots_of(bridge, "k")
+    def from_mobile(self, bridge: Any, x: Map) -> None:
+        """Add what Mobile -> Former does to the tokens: from what the last map's step gathered, or from x."""
+        _, values = self.slots_of(bridge)
         count, channels = self.tokens, len(values)
-        with self.places(count * padded(channels)) as (gathered,):
-            self.combine(count, channels, bridge.num_heads, gathered)
+        with self.places(*[count * padded(channels)] * 2) as (gathered, collected):
+            if hasattr(bridge, "q"):
+                self.combine(count, channels, bridge.num_heads, gathered)
+            if _projects(bridge) and hasattr(bridge, "mlp"):  # to where the values of heads lie
+                self.collect(x, bridge.mlp, collected)
+                same = self.pack.row_linear(spread(torch.eye(x.channels), values))
+                self.linear(count, collected, same, gathered, added=True)
+            elif hasattr(bridge, "mlp"):
+                self.collect(x, bridge.mlp, gathered, added=hasattr(bridge, "q"))
             if hasattr(bridge, "alpha"):
                 self.gate(count, channels, gathered, padded(channels), self.gates, self.row)
             project = self.pack.row_linear(spread(bridge.proj.weight.t(), values).t(), bridge.proj.bias)
@@ -248,13 +269,16 @@ class MobileFormerPlan(Plan):
         self.norm(count, bridge.layer_norm, self.at, self.at)
 
     def former(self, former: Any) -> None:
-        self.need(hasattr(former, "q") and not hasattr(former, "token_mlp"), former, "mixing by attention")
+        self.need(hasattr(former, "q") or hasattr(former, "token_mlp"), former, "mixing of some kind")
         count, at, linear = self.tokens, self.at, self.pack.row_linear
         width = padded(self.width)
         with self.places(count * width, count * width) as (queries, mixed):
-            self.linear(count, at, linear(former.q.weight, former.q.bias), queries)
-            # Keys and values are the tokens themselves.
-            self.attend(count, former.num_heads, self.width, (queries, at, at), width, mixed)
+            if hasattr(former, "q"):
+                self.linear(count, at, linear(former.q.weight, former.q.bias), queries)
+                # Keys and values are the tokens themselves.
+                self.attend(count, former.num_heads, self.width, (queries, at, at), width, mixed)
+            if hasattr(former, "token_mlp"):
+                self.mix_tokens(former.token_mlp, mixed, added=hasattr(former, "q"))
             if hasattr(former, "alpha"):
                 gate = former.alpha[0]
                 self.linear(count, at, linear(gate.weight, gate.bias), queries)
@@ -274,6 +298,17 @@ class MobileFormerPlan(Plan):
             self.linear(count, at, expand, hidden, activation="gelu")
             self.linear(count, hidden, linear(padded_rows(last.weight), last.bias), at, added=True)
         self.norm(count, norm, at, at)
+
+    def mix_tokens(self, mlp: Any, target: int, *, added: bool) -> None:
+        """Store what an MLP over the tokens makes of each of their dimensions."""
+        count, first, last = self.tokens, mlp[0], mlp[2]
+        expand = self.pack.row_linear(first.weight, first.bias)
+        project = self.pack.row_linear(padded_rows(last.weight), last.bias)
+        with self.places(self.width * padded(count), self.width * expand.outputs) as (turned, hidden):
+            self.turn(count, self.width, self.at, padded(self.width), turned)
+            self.linear(self.width, turned, expand, hidden, activation="gelu")
+            self.linear(self.width, hidden, project, turned)
+            self.turn(self.width, count, turned, padded(count), target, added=added)
 
     def generated(
         self, each: list[Activated], places: ExitStack, attention: Map | None = None
@@ -320,11 +355,9 @@ class MobileFormerPlan(Plan):
         factors = [bias.new_full((len(bias),), by.factor) for bias, by in zip(biases, layers, strict=True)]
         return self.pack.row_linear(torch.cat(weights), torch.cat(biases), torch.cat(factors))
 
-    def check_bridge(self, bridge: Any) -> None:
-        self.need(hasattr(bridge, "q") and not hasattr(bridge, "mlp"), bridge, "mixing by attention")
-
-    def check_scatter(self, scatter: Any) -> None:
-        self.need(hasattr(scatter, "k") and not hasattr(scatter, "mlp"), scatter, "mixing by attention")
+    def check_mixing(self, bridge: Any) -> None:
+        attends = hasattr(bridge, "q" if isinstance(bridge, MobileToFormer) else "k")
+        self.need(attends or hasattr(bridge, "mlp"), bridge, "mixing of some kind")
 
     # --- head --------------------------------------------------------------------------------------------
 

@@ -19,17 +19,23 @@ _ACTIVATIONS = {2: "dynamic_relu", 1: "scaled_relu6", 0: "relu6", -1: None}
 
 
 class Back(NamedTuple):
-    """A Mobile <- Former with projections of the map, and the bridge between these."""
+    """A Mobile <- Former that is more than a bridge of the map.
+
+    It has projections of the map, between which is a bridge; or mixes positions, of values at a place in rows
+    of so many floats, -1 for none.
+    """
 
     layers: Any
-    bridges: Bridges
+    bridges: Bridges | None
+    values: int
+    row: int
 
 
 class Made(NamedTuple):
     """Hold what the tokens give to a block's steps.
 
     This is its map's bridges, the slopes of its activations, the map by which the slopes are mixed, if they
-    are, and Mobile <- Former where it has projections.
+    are, and Mobile <- Former where it is more than a bridge.
     """
 
     bridges: Bridges | None
@@ -146,9 +152,10 @@ def steps_of(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     steps_of_kind = _block if is_block else _down
     if made.back is None or (block.skip and (not is_block or block.before_skip)):
         return plan.replaced(x, steps_of_kind(plan, x, block, made))
-    before = Made(None, made.slopes, made.attention)
+    scatter, gather = _split(made.bridges)
+    before = Made(scatter, made.slopes, made.attention)
     x = plan.replaced(x, steps_of_kind(plan, x, block, before))
-    return _taken(plan, x, made.back, made.bridges)
+    return _taken(plan, x, made.back, gather)
 
 
 def keys_and_values(channels: int, heads: int) -> tuple[list[int], list[int]]:
@@ -163,11 +170,19 @@ def keys_and_values(channels: int, heads: int) -> tuple[list[int], list[int]]:
 
 
 def _taken(plan: Plan, x: Map, back: Back, bridges: Bridges | None = None) -> Map:
-    """Add to a map what it takes from the tokens by Mobile <- Former with projections; then other bridges."""
-    queries, results = keys_and_values(x.channels, back.bridges.heads)
-    project = plan.pack.map_linear(spread(back.layers.q.weight.flatten(1), queries))
-    mixed = plan.pointwise(x, 2 * x.channels, project, bridges=back.bridges)
-    fuse = plan.pack.map_linear(spread(back.layers.fuse.weight.flatten(1).t(), results).t())
+    """Add to a map what it takes from the tokens by this Mobile <- Former; then other bridges."""
+    if back.bridges is not None:
+        x = _projected(plan, x, back.layers, back.bridges, bridges if back.values < 0 else None)
+    if back.values < 0:
+        return x
+    return plan.replaced(x, plan.spread(x, back.layers.mlp, back.values, back.row, bridges))
+
+
+def _projected(plan: Plan, x: Map, layers: Any, back: Bridges, bridges: Bridges | None) -> Map:
+    queries, results = keys_and_values(x.channels, back.heads)
+    project = plan.pack.map_linear(spread(layers.q.weight.flatten(1), queries))
+    mixed = plan.pointwise(x, 2 * x.channels, project, bridges=back)
+    fuse = plan.pack.map_linear(spread(layers.fuse.weight.flatten(1).t(), results).t())
     out = plan.replaced(mixed, plan.pointwise(mixed, x.channels, fuse, added=x, bridges=bridges))
     return plan.replaced(x, out)
 

@@ -47,8 +47,8 @@ Run = Callable[[FeaturePyramid, Wanted], Any]
 class Result(NamedTuple):
     """A map that is a result: its channels, and image pixels for one of its own.
 
-    Its size is (side + margin) // reduction of an image's side; without a margin that is rounded up. Where the
-    reduction is negative, it has one column of so many rows.
+    Its size is (side + margin) // reduction of an image's side; without a margin that is rounded up. Where
+    the reduction is negative, it has one column of so many rows.
     """
 
     channels: int
