@@ -168,7 +168,7 @@ class _Head:
                 out = plan.dynamic_lite(x, len(slots), taps, slopes.place, project, bridges)
                 x = plan.replaced(x, out)
             with plan.named(f"{name} tokens"):
-                plan.from_mobile(block.local_global)
+                plan.from_mobile(block.local_global, x)
         with plan.named(f"{name} tokens"):
             self.encode_queries(block.global_block)
         return x

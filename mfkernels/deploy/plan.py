@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class Plan(Planner):
     ) -> Map:
         """Add a dense convolution, folded to this weight and bias; of the image where x is None."""
         outputs, inputs, size, _ = weight.shape
-        (stride, across), padding = conv.stride, conv.padding[0]
+        (stride, across), padding = conv.stride, cast(int, conv.padding[0])
         fits = conv.groups == 1 and conv.kernel_size == (size, size) and size <= MOST_SIZE
         fits = fits and stride == across <= MOST_SIZE and conv.padding == (padding, padding)
         limits = f"squares up to {MOST_SIZE}x{MOST_SIZE}, padded by half of them or less"
