@@ -300,7 +300,7 @@ def small_networks() -> list:
         ),
         IFormer((1, 0, 0, 2), (12, 20, 36, 40), [types[0], types[2], types[2]], num_classes=5),
         IFormer(
-            (1, 1, 1, 0), (12, 20, 36, 12), [types[0], "SHMABlock_r1_ws3_wsp1_wre1", types[2]], num_classes=5,
+            (1, 1, 1, 0), (12,) * 4, [types[0], "SHMABlock_r1_ws3_wsp1_wre1", types[2]], num_classes=5,
             norm="layer", stem="ConvNeXt", downsample=False,
         ),
     )  # fmt: skip
@@ -309,19 +309,27 @@ def small_networks() -> list:
     models = [model.eval() for model in models]
     pyramids = [FeaturePyramid(copy.deepcopy(model)).eval() for model in models[:3]]
     image = torch.randn(1, 3, 20, 25)
+    mixed = rows[1:]
     rows = [rows[0], *(("D", 3, width, 1, 2, 2) for width in (12, 16, 20, 24))]
     backbone = MobileFormer(rows, stem_channels=8, features=32, token_dim=32, token_num=3, token_id=-1)
     detector = EndToEndMobileFormer(
         FeaturePyramid(backbone), (1, 1), num_classes=4, queries=5, channels=24, num_heads=2, expansion=2
     ).eval()
-    made = [mfkernels.deploy(model) for model in (*models, *pyramids, mobilenets.make("v3"), detector)]
+    chains = [mobilenets.make(name) for name in ("v3", "efficient")]
+    made = [mfkernels.deploy(model) for model in (*models, *pyramids, *chains, detector)]
     made.append(resizing())
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     int8.BUDGET = math.inf  # all parts
     made += [mfkernels.deploy(model, dtype=torch.int8, calibration=images) for model in models[:3]]
     narrow = zip(models, (torch.int8, torch.bfloat16, torch.int8), strict=False)
     made += [mfkernels.deploy(model, weights=weights) for model, weights in narrow]
-    return [(deployed, image, result_of(deployed, image)) for deployed in made]
+    mixing = MobileFormer(
+        mixed, num_classes=5, stem_channels=8, features=32, token_dim=32, token_num=3, mixing="mlp_attn",
+        image_size=24,
+    )  # fmt: skip
+    pairs = [(deployed, image) for deployed in made]
+    pairs.append((mfkernels.deploy(mixing.eval()), torch.randn(1, 3, 24, 24)))
+    return [(deployed, x, result_of(deployed, x)) for deployed, x in pairs]
 
 
 def result_of(deployed, image: Tensor) -> Tensor:

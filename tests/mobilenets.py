@@ -7,12 +7,14 @@ from mfkernels.bench.run import randomise
 
 
 class Squeeze(nn.Module):
-    def __init__(self, channels: int, hidden: int, functional: bool) -> None:
+    def __init__(
+        self, channels: int, hidden: int, functional: bool, act=nn.ReLU, gate=nn.Hardsigmoid
+    ) -> None:
         super().__init__()
         self.pool, self.functional = nn.AdaptiveAvgPool2d(1), functional
         self.fc1, self.fc2 = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
         if not functional:
-            self.activation, self.gate = nn.ReLU(), nn.Hardsigmoid()
+            self.activation, self.gate = act(), gate()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.functional:
@@ -66,6 +68,26 @@ class BatchNormAct(nn.BatchNorm2d):
         return self.act(super().forward(x))
 
 
+class StochasticDepth(nn.Module):
+    """By its name, and in eval mode, torchvision's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Efficient(Inverted):
+    """As torchvision's: SiLU, a gate of sigmoid, and stochastic depth."""
+
+    def __init__(self, inputs, outputs, hidden, kernel, stride, squeeze) -> None:
+        super().__init__(inputs, outputs, hidden, kernel, stride, nn.SiLU)
+        self.block.insert(len(self.block) - 1, Squeeze(hidden, squeeze, False, nn.SiLU, nn.Sigmoid))
+        self.stochastic_depth = StochasticDepth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        return self.stochastic_depth(y) + x if self.use_res_connect else y
+
+
 class Chain(nn.Module):
     """A network whose classifier is a chain, and whose pooling is a function."""
 
@@ -107,7 +129,19 @@ def named() -> nn.Module:
     )
 
 
-NETWORKS = {"v2": version2, "v3": version3, "v3, functions": lambda: version3(True), "named": named}
+def efficient() -> nn.Module:
+    """With a SiLU in its stem, of a linear layer's, and a convolution of 5x5 and stride 2."""
+    features = [
+        *(conv(3, 12, 3, 2, act=nn.SiLU), Efficient(12, 20, 12, 3, 1, 3), Efficient(20, 24, 60, 5, 2, 5)),
+        *(Efficient(24, 24, 72, 5, 1, 6), Inverted(24, 20, 50, 3, 2, nn.GELU), conv(20, 70, 1, act=nn.SiLU)),
+    ]
+    return Chain(features, [nn.Linear(70, 40), nn.SiLU(), nn.Dropout(0.2), nn.Linear(40, 5)])
+
+
+NETWORKS = {
+    **{"v2": version2, "v3": version3, "v3, functions": lambda: version3(True), "named": named},
+    "efficient": efficient,
+}
 
 
 def make(name: str) -> nn.Module:

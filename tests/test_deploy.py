@@ -195,7 +195,7 @@ def test_variants(variant):
         x = torch.randn(size)
         if size[2] == 37 and "image_size" in DEPLOYABLE[variant]:
             with pytest.raises(
-                RuntimeError, match=r"deploy: x has a size .* positions of maps of 1024 pixels"
+                RuntimeError, match=r"deploy: x has a size .* positions of maps of 256 pixels"
             ):
                 deployed(x)
             continue

@@ -75,6 +75,8 @@ def test_its_parts_are_named():
     for part in ("features.0.0", "features.1", "pool", "classifier.0", "classifier.3"):
         assert f"  {part} " in text
     assert ", hardsigmoid" in text and ", 5x5, relu" in text
+    text = str(mfkernels.deploy(make("efficient")))
+    assert ", sigmoid" in text and ", 5x5, silu" in text
 
 
 class Doubled(Inverted):
@@ -121,7 +123,7 @@ def test_what_is_not_known_is_named(kind, message):
 
 def test_other_networks_are_no_chains():
     other = nn.Sequential(
-        conv(3, 8, 3, 2, act=nn.SiLU), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+        conv(3, 8, 3, 2, act=nn.Mish), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
     )
     with pytest.raises(TypeError, match=r"deploy: model must be a MobileFormer or .*, got Sequential"):
         mfkernels.deploy(other.eval())

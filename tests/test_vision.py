@@ -290,15 +290,17 @@ def test_pyramid_of_timm(timm, out_indices):
                 assert (maps - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-MOBILENETS = (
+CHAINS = (
     *(("torchvision", name) for name in ("mobilenet_v3_large", "mobilenet_v3_small", "mobilenet_v2")),
     *(("timm", name) for name in ("mobilenetv3_large_100", "mobilenetv3_small_050", "mobilenetv2_100")),
     *(("timm", name) for name in ("mnasnet_100", "lcnet_050")),
+    ("torchvision", "efficientnet_b0"),
+    *(("timm", name) for name in ("efficientnet_b0", "efficientnet_lite0")),
 )
 
 
-@pytest.mark.parametrize(("library", "name"), MOBILENETS)
-def test_deployed_mobilenets(library, name):
+@pytest.mark.parametrize(("library", "name"), CHAINS)
+def test_deployed_chains(library, name):
     if library == "timm":
         make = pytest.importorskip("timm").create_model
     else:

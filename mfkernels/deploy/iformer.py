@@ -29,7 +29,7 @@ from ..nn.layer_norm2d import LayerNorm2d
 from .deployed import Deployed
 from .packing import Formats, padded
 from .plan import Map, Plan
-from .pyramid import Wanted
+from .pyramid import Wanted, margin_and_reduction
 from .steps import Linear
 
 _KNOWN = (
@@ -91,14 +91,10 @@ class _Plan(Plan):
 
     def margins(self, stages: list[int]) -> list[int]:
         """Return those of `DeployedPyramid` of these stages' maps."""
-        found, margin, reduction = [], 0, 1
+        found, size = [], (0, 1)
         for layers in self.model.downsample_layers:
-            for conv in layers.modules():
-                if isinstance(conv, nn.Conv2d):
-                    padding: Any = conv.padding[0]
-                    margin += reduction * (2 * padding - conv.kernel_size[0] + conv.stride[0])
-                    reduction *= conv.stride[0]
-            found.append(margin)
+            size = margin_and_reduction([m for m in layers.modules() if isinstance(m, nn.Conv2d)], size)
+            found.append(size[0])
         return [found[i] for i in stages]
 
     def stage(self, x: Map | None, i: int, sums: int = 0) -> Map:

@@ -1,4 +1,4 @@
-"""MobileNets, and other chains of inverted bottlenecks, as plans."""
+"""MobileNets, EfficientNets, and other chains of inverted bottlenecks, as plans."""
 
 import copy
 from collections.abc import Iterator
@@ -15,9 +15,14 @@ from .plan import Map, Plan
 from .steps import Linear
 
 # By the names of the classes, of which others than PyTorch's have some, too.
-_ACTIVATIONS = {"ReLU": "relu", "ReLU6": "relu6", "Hardswish": "hardswish", "HardSwish": "hardswish"}
-_GATES = ("Hardsigmoid", "HardSigmoid")
-_NOTHING = ("Identity", "Dropout", "DropPath", "Flatten")  # in eval mode, or where pixels are one
+_ACTIVATIONS = {
+    **{"ReLU": "relu", "ReLU6": "relu6", "GELU": "gelu", "SiLU": "silu", "Swish": "silu"},
+    **{"Hardswish": "hardswish", "HardSwish": "hardswish"},
+}
+_BETWEEN = {"ReLU": "relu", "SiLU": "silu", "Swish": "silu"}  # the convolutions of squeeze-and-excitation
+_GATES = {"Hardsigmoid": "hardsigmoid", "HardSigmoid": "hardsigmoid", "Sigmoid": "sigmoid"}
+# In eval mode, or where pixels are one.
+_NOTHING = ("Identity", "Dropout", "DropPath", "StochasticDepth", "Flatten")
 _SKIPS = ("use_res_connect", "has_skip", "residual")
 
 
@@ -42,6 +47,8 @@ class _Squeeze(NamedTuple):
     module: nn.Module
     reduce: nn.Conv2d
     expand: nn.Conv2d
+    activation: str
+    gate: str
 
 
 class _Part(NamedTuple):
@@ -62,7 +69,7 @@ class _Chain(NamedTuple):
 def mobilenet_chain(model: nn.Module) -> _Chain | None:
     """Return the parts of a network that is a chain of inverted bottlenecks, in the order of its modules.
 
-    The parts are convolutions, batch norms, ReLUs and the like, inverted bottlenecks of them with
+    The parts are convolutions, batch norms, ReLUs, SiLUs and the like, inverted bottlenecks of them with
     squeeze-and-excitation or without, a global average and linear layers. Return None where `model` has other
     parts, or none of these.
     """
@@ -141,16 +148,21 @@ def _replace_last(found: list[tuple[str, Any]], field: str, value: Any) -> None:
 
 
 def _squeeze(module: nn.Module) -> _Squeeze | None:
-    """Two 1x1 convolutions that lead back to as many channels, between them a ReLU, and a hardsigmoid."""
+    """Two 1x1 convolutions that lead back to as many channels, an activation between them, and a gate.
+
+    Those that are functions count as ReLU and hardsigmoid, until the network is tried.
+    """
     convs: list[Any] = [child for child in module.children() if isinstance(child, nn.Conv2d)]
     others = [type(child).__name__ for child in module.children() if not isinstance(child, nn.Conv2d)]
     if len(convs) != 2 or any(conv.kernel_size != (1, 1) or conv.groups != 1 for conv in convs):
         return None
     reduce, expand = convs
-    known = {"ReLU", "AdaptiveAvgPool2d", *_GATES, *_NOTHING}
+    known = {"AdaptiveAvgPool2d", *_BETWEEN, *_GATES, *_NOTHING}
     if reduce.in_channels != expand.out_channels or not known.issuperset(others):
         return None
-    return _Squeeze(module, reduce, expand)
+    activations = [*(_BETWEEN[name] for name in others if name in _BETWEEN), "relu"]
+    gates = [*(_GATES[name] for name in others if name in _GATES), "hardsigmoid"]
+    return _Squeeze(module, reduce, expand, activations[0], gates[0])
 
 
 def deployed_mobilenet(model: nn.Module, chain: _Chain, formats: Formats) -> Deployed:
@@ -216,10 +228,9 @@ class _Plan(Plan):
         return self.finished(features, linears, names, in_channels, classes)
 
     def linear_of(self, layer: _Conv) -> tuple[Linear, str | None]:
-        known = (None, "gelu", "hardswish")
-        self.need(
-            layer.activation in known, layer.layer, "linear layers with a hardswish, or none, after them"
-        )
+        known = (None, "gelu", "hardswish", "silu")
+        what = "linear layers with a GELU, a hardswish, a SiLU, or none, after them"
+        self.need(layer.activation in known, layer.layer, what)
         _, bias = layer.folded()
         weight = layer.layer.weight
         self.need(weight[0].numel() == weight.shape[1], layer.layer, "1x1 convolutions after the pooling")
@@ -261,8 +272,8 @@ class _Plan(Plan):
         (place,) = places.enter_context(self.places(2 * width))
         with self.places(width, reduce.outputs) as (means, hidden):
             self.pool(channels, means)
-            self.linear(1, means, reduce, hidden, activation="relu")
-            self.linear(1, hidden, expand, place, activation="hardsigmoid")
+            self.linear(1, means, reduce, hidden, activation=squeeze.activation)
+            self.linear(1, hidden, expand, place, activation=squeeze.gate)
         self.copy_weights(torch.zeros(width), place + width)
         return place
 

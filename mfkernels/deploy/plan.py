@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from . import steps
 from .deployed import Deployed
 from .packing import Formats, padded, padded_rows, padded_slots
 from .planner import Planner
-from .pyramid import DeployedPyramid, Result, Wanted
+from .pyramid import DeployedPyramid, Result, Wanted, padding_of
 from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, RESAMPLINGS, SIZES, Linear, MapOut
 
 MOST_STEPS, MOST_SIZE = 4096, 15  # of a plan; of a dense convolution's kernel and stride
@@ -153,11 +153,11 @@ class Plan(Planner):
     ) -> Map:
         """Add a dense convolution, folded to this weight and bias; of the image where x is None."""
         outputs, inputs, size, _ = weight.shape
-        (stride, across), padding = conv.stride, cast(int, conv.padding[0])
+        (stride, across), padding = conv.stride, padding_of(conv)
         fits = conv.groups == 1 and conv.kernel_size == (size, size) and size <= MOST_SIZE
-        fits = fits and stride == across <= MOST_SIZE and conv.padding == (padding, padding)
+        fits = fits and stride == across <= MOST_SIZE and 0 <= padding <= size // 2
         limits = f"squares up to {MOST_SIZE}x{MOST_SIZE}, padded by half of them or less"
-        self.need(fits and 0 <= padding <= size // 2, conv, f"dense convolutions of {limits}")
+        self.need(fits, conv, f"dense convolutions of {limits}")
         matrix = weight.permute(0, 2, 3, 1).flatten(1)
         if x is None:
             linear = self.pack.linear(matrix, bias, runs=size)

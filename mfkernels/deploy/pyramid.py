@@ -1,10 +1,10 @@
 """What `deploy` returns where the results are maps, as those of a `FeaturePyramid`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import register_fake
 from ..models.features import FeaturePyramid
@@ -116,6 +116,21 @@ class DeployedPyramid(DeployedMaps):
 
     def _results(self) -> str:
         return f"channels={self.feature_info.channels()}"
+
+
+def padding_of(conv: nn.Conv2d) -> int:
+    """Return a convolution's padding where it is the same on all sides, -1 where it is not."""
+    height, width = (-1, -1) if isinstance(conv.padding, str) else conv.padding
+    return height if height == width else -1
+
+
+def margin_and_reduction(convs: Iterable[nn.Conv2d], before: tuple[int, int] = (0, 1)) -> tuple[int, int]:
+    """Return both of the map after these convolutions, from those of the map before them."""
+    margin, reduction = before
+    for conv in convs:
+        margin += reduction * (2 * padding_of(conv) - conv.kernel_size[0] + conv.stride[0])
+        reduction *= conv.stride[0]
+    return margin, reduction
 
 
 def _fake(
