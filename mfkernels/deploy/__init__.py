@@ -53,7 +53,8 @@ def deploy(
     Args:
         model: a network of `mfkernels.models`, of the released code as published, or timm's iFormer,
             `accelerate`d or not; on a CPU also a chain of inverted bottlenecks, as MobileNetV2 and V3 and
-            EfficientNet-B0 of torchvision and timm are; in eval mode. It is left as it is; later changes of its weights do not
+            EfficientNet-B0 of torchvision and timm are, and detectors of `mfkernels.detection` and
+            `mfkernels.segmentation`; in eval mode. It is left as it is; later changes of its weights do not
             reach the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16: on a GPU, or on processors that
             multiply it (AVX512-BF16); on a GPU torch.float16, too. Sums are float32 in each. On a GPU float32
