@@ -70,6 +70,16 @@ def pointwise_halving_dmf() -> DynamicMobileFormer:
     return model
 
 
+def striding_dmf() -> DynamicMobileFormer:
+    """With convolutions of one kernel and of several, of strides above 2."""
+    model = small_dmf()
+    model.blocks[0].dynamic_mobile.downsample[0].stride = (3, 3)
+    model.blocks[1].dynamic_mobile.dw_conv.stride = 3
+    model.blocks[3].dynamic_mobile.pw_conv2.stride = 4
+    model.lite_bottleneck.pw_conv2.stride = (3, 3)
+    return model
+
+
 def with_attention(make_mixer) -> IFormer:
     """An iFormer with other attention than its own in its sixth block."""
     model = small_iformer(layer_scale=0.3)
@@ -81,6 +91,10 @@ def with_attention(make_mixer) -> IFormer:
 SMALL = {
     "dmf, strided": halving_dmf,
     "dmf, 1x1 strided": pointwise_halving_dmf,
+    "dmf, strides above 2": striding_dmf,
+    "dmf, many kernels": lambda: small_dmf(
+        rows=[(20, 12, 1, 2, 17, 40), (20, 12, 1, 2, 33, 1)], activation="softmax"
+    ),
     "iformer, plain attention": lambda: with_attention(Attention2d),
     "iformer, heads": lambda: with_attention(lambda c: Attention2d(c, num_heads=3)),
     "iformer, norm before": lambda: with_attention(PreNormModulationAttention),
@@ -113,6 +127,9 @@ SMALL = {
     "iformer, as ConvNeXt": lambda: small_iformer(norm="layer", stem="ConvNeXt", dims=(16, 20, 48, 40)),
     "iformer, one size, layer norm": lambda: small_iformer(
         norm="layer", downsample=False, dims=(12,) * 4, stem="ConvNeXt"
+    ),
+    "iformer, large depthwise convolutions": lambda: small_iformer(
+        ("ConvBlock_k9_r2", *TYPES[1:6], "RepCPE_k11", "ConvBlock_k1_r2")
     ),
     "iformer, kernels of other sizes": lambda: small_iformer(kernels=(1, 4, 2, 7), stem="conv_stem"),
 }
@@ -228,13 +245,19 @@ def test_foreign_plans_are_an_error():
 @pytest.mark.parametrize(
     ("make_model", "message"),
     [
-        (lambda: small_iformer(("ConvBlock_k9_r2",) * 8), "only depthwise convolutions of 3x3, 5x5 or 7x7"),
-        (lambda: small_dmf(rows=[(20, 12, 1, 2, 17, 4)]), "only up to 16 kernels"),
+        (lambda: small_iformer(("ConvBlock_k4_r2",) * 8), "only depthwise convolutions of odd squares"),
+        (lambda: other_padding(), "only convolutions padded by half of them"),
     ],
 )
 def test_what_is_not_known_is_named(make_model, message):
     with pytest.raises(ValueError, match=f"deploy: .*{message}"):
         mfkernels.deploy(make_model().eval())
+
+
+def other_padding() -> DynamicMobileFormer:
+    model = small_dmf()
+    model.blocks[0].dynamic_mobile.dw_conv.padding = 0
+    return model
 
 
 def test_settings_are_checked():

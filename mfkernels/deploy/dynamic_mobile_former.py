@@ -26,7 +26,7 @@ from ..nn.conv_bn import affine
 from ..nn.dmf_tokens import _MLP, _TokenAttention
 from .deployed import Deployed
 from .packing import Formats, fold, padded, padded_rows, padded_slots, taps
-from .plan import MOST_PAIRS, Bridges, Map, Plan
+from .plan import MOST_DEPTHWISE, MOST_PAIRS, Bridges, Map, Plan
 from .pyramid import Wanted
 from .steps import Linear
 
@@ -65,7 +65,8 @@ class _Plan(Plan):
         self.bridges = [block.mobile2former for block in self.blocks]
         self.queries = self.place(self.count * max(padded(bridge.channels) for bridge in self.bridges))
         self.bridges.append(model.end_mobile2former if wanted is None else None)
-        self.attention_at = self.place(16)
+        kernels = (len(m.net2.weight) for m in model.modules() if isinstance(m, KernelAttention))
+        self.attention_at = self.place(max(kernels, default=1))
 
     def run(self) -> Deployed:
         model: Any = self.model
@@ -197,9 +198,10 @@ class _Plan(Plan):
         """Add a convolution of one kernel, and its batch norm."""
         weight, bias = fold(conv, norm)
         if conv.kernel_size == (1, 1):
-            self.need(conv.stride == (1, 1), conv, "1x1 convolutions of one kernel of stride 1")
+            (stride, across), fits = conv.stride, conv.padding == (0, 0)
+            self.need(fits and stride == across <= MOST_DEPTHWISE, conv, "1x1 convolutions without padding")
             linear = self.pack.map_linear(weight.flatten(1), bias, groups=conv.groups)
-            return self.pointwise(x, conv.out_channels, linear, groups=conv.groups, **options)
+            return self.point(x, conv.out_channels, linear, stride, groups=conv.groups, **options)
         places = self.depthwise_weights(conv, weight, bias)
         return self.depthwise(x, *places, stride=conv.stride[0], **options)
 
@@ -224,13 +226,14 @@ class _Plan(Plan):
         depthwise = conv.groups > 1 and conv.groups == outputs == x.channels
         order: Callable[[Tensor], Tensor]
         if depthwise:
-            fits = size in (3, 5, 7) and (conv.stride == 1 or (conv.stride == 2 and size < 7))
-            self.need(fits, conv, "depthwise convolutions of 3x3, 5x5 or 7x7, of stride 2 the first two")
+            fits = size % 2 == 1 and size <= MOST_DEPTHWISE
+            self.need(fits, conv, "depthwise convolutions of odd squares")
             order = lambda w: taps(w, padded_slots(outputs))  # noqa: E731
         else:
             self.need(size == 1, conv, "pointwise or depthwise dynamic convolutions")
-            self.need(conv.stride in (1, 2), conv, "pointwise dynamic convolutions of stride 1 or 2")
             order = lambda w: self.pack.matrix(w.flatten(1), groups=conv.groups)  # noqa: E731
+        what = f"convolutions padded by half of them, of strides up to {MOST_DEPTHWISE}"
+        self.need(conv.padding == size // 2 and conv.stride <= MOST_DEPTHWISE, conv, what)
         folded = [w.detach().double() * scale.view(-1, 1, 1, 1) for w in (conv.static_weight, *conv.weight)]
         values = [order(folded[0]), *(order(0.1 * w) for w in folded[1:])]
         place = self.mix(self.attention_at, kernels, values, not depthwise)
@@ -238,23 +241,25 @@ class _Plan(Plan):
         if depthwise:
             return self.depthwise(x, size, place, bias, stride=conv.stride, mixed=True, **options)
         linear = Linear(x.channels, padded(outputs), place, bias)
-        read = x if conv.stride == 1 else self.every_second(x)
-        out = self.pointwise(read, outputs, linear, groups=conv.groups, mixed=True, **options)
-        if read is not x:
-            self.free(read)
-        return out
+        return self.point(x, outputs, linear, conv.stride, groups=conv.groups, mixed=True, **options)
 
-    def every_second(self, x: Map) -> Map:
-        """Copy the pixels that a 1x1 convolution of stride 2 reads, by a depthwise convolution."""
+    def point(self, x: Map, outputs: int, linear: Linear, stride: int, **options: Any) -> Map:
+        """Add a 1x1 convolution of any stride: of a copy of the pixels that it reads."""
+        if stride == 1:
+            return self.pointwise(x, outputs, linear, **options)
+        read = self.every(stride, x)
+        return self.replaced(read, self.pointwise(read, outputs, linear, **options))
+
+    def every(self, stride: int, x: Map) -> Map:
+        """Copy the pixels that a convolution of this stride reads, by a depthwise one."""
         weight = torch.zeros(x.channels, 1, 3, 3)
         weight[:, :, 1, 1] = 1
         offset = self.pack.depthwise(weight, torch.zeros(x.channels), padded_slots(x.channels))
-        return self.depthwise(x, 3, offset, offset + 9 * padded(x.channels), stride=2)
+        return self.depthwise(x, 3, offset, offset + 9 * padded(x.channels), stride=stride)
 
     def kernel_weights(self, attention: KernelAttention) -> int:
         """Return the weights of a dynamic convolution's kernels; how many there are."""
         first, last = attention.net1.weight.flatten(1), attention.net2.weight.flatten(1)
-        self.need(len(last) <= 16, attention, "up to 16 kernels")
         scale, shift = affine(attention.bn)
         token, means = first.split([self.dim, attention.channels], 1)
         hidden = self.pack.row_linear(torch.cat([padded_rows(token), padded_rows(means)], 1), shift, scale)

@@ -11,7 +11,7 @@ from ..nn import DynamicReLU, LiteBottleneck, MobileFormerBlock
 from ..nn.depthwise import MaxDepthwise
 from . import steps
 from .packing import dense, fold, padded, padded_slots, shuffled, spread
-from .plan import NO_SLOPES, Bridges, Map, Plan, Slopes
+from .plan import MOST_DEPTHWISE, NO_SLOPES, Bridges, Map, Plan, Slopes
 from .steps import Linear
 
 # By the functions of a DynamicReLU.
@@ -91,8 +91,9 @@ class _Depthwise(NamedTuple):
         return [number[slot] for slot in slots]
 
     def plain(self) -> bool:
-        """Whether it is one convolution of 3x3."""
-        return len(self.layers) == 1 and self.layers[0][0].kernel_size == (3, 3)
+        """Whether it is one convolution of 3x3, of stride 1 or 2."""
+        conv = self.layers[0][0]
+        return len(self.layers) == 1 and conv.kernel_size == (3, 3) and conv.stride in ((1, 1), (2, 2))
 
 
 def _parts(block: Any) -> list[_Depthwise]:
@@ -349,7 +350,7 @@ def _depthwise(
         return _square(plan, x, numbers, conv, norm, _stride(plan, conv), **last), part.slots()
     # The second takes every row of the first that a stride leaves, and every pixel of it.
     (conv, norm), (conv2, norm2) = part.layers
-    fits = conv.stride[1] == conv2.stride[0] == 1 and conv.stride[0] == conv2.stride[1] in (1, 2)
+    fits = conv.stride[1] == conv2.stride[0] == 1 and conv.stride[0] == conv2.stride[1] <= MOST_DEPTHWISE
     fits = fits and conv.kernel_size[1] == conv2.kernel_size[0] == 1
     plan.need(fits, conv, "a convolution of columns and one of rows, of the same stride")
     hidden = _square(plan, x, numbers, conv, norm, 1)
@@ -358,8 +359,9 @@ def _depthwise(
 
 
 def _stride(plan: Plan, conv: nn.Conv2d) -> int:
-    plan.need(conv.stride in ((1, 1), (2, 2)), conv, "depthwise convolutions of stride 1 and 2")
-    return conv.stride[0]
+    stride, across = conv.stride
+    plan.need(stride == across <= MOST_DEPTHWISE, conv, "depthwise convolutions of one stride")
+    return stride
 
 
 def _square(
@@ -377,9 +379,11 @@ def _square(
     """
     height, width = conv.kernel_size
     size = max(height, width)
-    fits = size in (3, 5) and {height, width} <= {1, size} and conv.groups == conv.in_channels
-    fits = fits and conv.padding == (height // 2, width // 2)
-    plan.need(fits, conv, "depthwise convolutions of 3x3 and 5x5, or of a line of them, of stride 1 and 2")
+    fits = size % 2 == 1 and size <= MOST_DEPTHWISE and {height, width} <= {1, size}
+    fits = fits and conv.groups == conv.in_channels and conv.padding == (height // 2, width // 2)
+    plan.need(
+        fits, conv, "depthwise convolutions of odd squares, or of a line of them, padded by half of them"
+    )
     weight, bias = fold(conv, norm)
     sides, ends = (size - width) // 2, (size - height) // 2
     weight = F.pad(weight, (sides, sides, ends, ends))
@@ -409,7 +413,7 @@ def _multiplying(
     the order of memory.
     """
     fits = conv.groups == conv.in_channels and conv.stride in ((1, 1), (2, 2)) and conv.padding == (1, 1)
-    plan.need(fits, conv, "depthwise convolutions of 3x3 and 5x5, of stride 1 and 2")
+    plan.need(fits, conv, "depthwise convolutions padded by half of them")
     inputs, times = conv.in_channels, conv.out_channels // conv.in_channels
     offset = plan.pack.depthwise(*fold(conv, norm), padded_slots(inputs, _in_memory(conv)))
     return offset, times * padded(inputs), _numbers(conv, shuffle)

@@ -16,6 +16,7 @@ from .pyramid import DeployedPyramid, Result, Wanted, padding_of
 from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, RESAMPLINGS, SIZES, Linear, MapOut
 
 MOST_STEPS, MOST_SIZE = 4096, 15  # of a plan; of a dense convolution's kernel and stride
+MOST_DEPTHWISE = 255  # of a depthwise convolution's kernel and stride
 MOST_PAIRS = 65536  # of heads and tokens
 
 
@@ -191,15 +192,11 @@ class Plan(Planner):
 
     def depthwise_weights(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> tuple[int, int, int]:
         """Of a depthwise convolution, folded to this weight and bias: its size, where taps and biases are."""
-        size, channels = conv.kernel_size[0], conv.out_channels
-        fits = size in (3, 5, 7) and conv.groups == channels == conv.in_channels
-        fits = fits and conv.padding == (size // 2, size // 2)
-        self.need(fits, conv, "depthwise convolutions of 3x3, 5x5 or 7x7")
-        self.need(
-            conv.stride == (1, 1) or (conv.stride == (2, 2) and size < 7),
-            conv,
-            "depthwise convolutions of stride 1, and of stride 2 those of 3x3 and 5x5",
-        )
+        size, channels, (stride, across) = conv.kernel_size[0], conv.out_channels, conv.stride
+        fits = conv.kernel_size == (size, size) and conv.groups == channels == conv.in_channels
+        fits = fits and size % 2 == 1 and size <= MOST_DEPTHWISE
+        fits = fits and conv.padding == (size // 2, size // 2) and stride == across <= MOST_DEPTHWISE
+        self.need(fits, conv, "depthwise convolutions of odd squares, padded by half of them")
         offset = self.pack.depthwise(weight, bias, padded_slots(channels))
         return size, offset, offset + size * size * padded(channels)
 
