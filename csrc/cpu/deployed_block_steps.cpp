@@ -33,12 +33,14 @@ struct BlockSteps : MapTasks {
   template <class Step, class F>
   void with_slopes(const Step& step, int64_t bias1, int64_t hidden1, int64_t bias2, int64_t hidden2,
                    F f) const {
-    if (step.attention < 0) {
+    if (kBytesAlone || step.attention < 0) {
       return f(dynamic_relu(bias1, step.slopes1, hidden1), Nothing{},
                dynamic_relu(bias2, step.slopes2, hidden2), Nothing{});
     }
-    f(AddBias{at(bias1)}, mixed_slopes(kDynamicRelu, step.slopes1, step.tokens, hidden1), AddBias{at(bias2)},
-      mixed_slopes(kDynamicRelu, step.slopes2, step.tokens, hidden2));
+    if constexpr (!kBytesAlone) {
+      f(AddBias{at(bias1)}, mixed_slopes(kDynamicRelu, step.slopes1, step.tokens, hidden1),
+        AddBias{at(bias2)}, mixed_slopes(kDynamicRelu, step.slopes2, step.tokens, hidden2));
+    }
   }
   struct Nothing {
     template <class T>
@@ -67,7 +69,7 @@ struct BlockSteps : MapTasks {
       return f(reinterpret_cast<uint8_t*>(hidden) + i, Rounded<Epilogue>{epilogue, Bytes(linear)});
     }
 #endif
-    f(hidden + i, epilogue);
+    if constexpr (!kBytesAlone) f(hidden + i, epilogue);
   }
 
   void lite(const LiteStep& step, int64_t begin, int64_t end) {

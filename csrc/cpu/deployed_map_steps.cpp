@@ -213,8 +213,8 @@ struct MapSteps : MapTasks {
       auto run = [&](auto epilogue) {
         if (step.groups > 1) {
           const Weights matrix{weights, made.channels, &fetched};
-#if MFK_INT8
           if (args.calibration != nullptr) calibrate(positions, rows, step.linear);
+#if MFK_INT8
           if (rounds(step.linear)) {
             auto* bytes = reinterpret_cast<uint8_t*>(space.part[1]);
             Bytes(step.linear).round(x, positions * channels, bytes);
@@ -222,10 +222,12 @@ struct MapSteps : MapTasks {
                                matrix, out, out_channels, epilogue);
           }
 #endif
-          gemm_groups(positions, rows, step.groups, matrix, out, out_channels, epilogue);
-        } else if (!step.mixed) {
+          if constexpr (!kBytesAlone) {
+            gemm_groups(positions, rows, step.groups, matrix, out, out_channels, epilogue);
+          }
+        } else if (kBytesAlone || !step.mixed) {
           product(positions, rows, step.linear, space.part[1], out, out_channels, epilogue);
-        } else {
+        } else if constexpr (!kBytesAlone) {
           gemm(positions, rows, Weights{weights, step.linear.outputs, &fetched}, out, out_channels, epilogue);
         }
       };
@@ -519,6 +521,13 @@ struct MapSteps : MapTasks {
 
 void map_step(const StepArgs& args, int64_t begin, int64_t end) {
   MapSteps maps(args);
+#if MFK_INT8
+  if constexpr (kBytesAlone) {
+    if (args.kind == kDenseConv) return maps.dense_conv_of_bytes(fields_of<ConvStep>(args), begin, end);
+    if (args.kind == kPointwise) return maps.pointwise(fields_of<PointwiseStep>(args), begin, end);
+    return maps.inverted(fields_of<InvertedStep>(args), begin, end);
+  }
+#endif
   switch (args.kind) {
     case kImageConv:
       return maps.image_conv(fields_of<ConvStep>(args), begin, end);

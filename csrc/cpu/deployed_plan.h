@@ -375,6 +375,7 @@ struct StepArgs {
   int64_t tasks, pixels;
   float* (*scratch)(int64_t floats);  // working memory of the calling thread
   const Calibration* calibration;     // or null
+  bool bytes;                         // whether the step's matrices are int8
 };
 
 // The struct of the step's kind.
@@ -389,8 +390,8 @@ constexpr int64_t kAttentionTile = 28;  // queries
 // Tasks. A map: one a group of output rows; kAttention: one for kAttentionTile queries of a window's head.
 // The state: one; kMix: one for kMixTask blocks; kPooled: one for kOutputsTask outputs; kCollect: for so
 // many channels.
-MFK_DECLARE_INT8_KERNEL(map_step, StepArgs, args.plan->bf16, args.plan->int8)
-MFK_DECLARE_INT8_KERNEL(block_step, StepArgs, args.plan->bf16, args.plan->int8)
+MFK_DECLARE_INT8_KERNEL(map_step, StepArgs, args.plan->bf16, args.bytes)
+MFK_DECLARE_INT8_KERNEL(block_step, StepArgs, args.plan->bf16, args.bytes)
 MFK_DECLARE_DEPLOYED_KERNEL(detector_step, StepArgs, args.plan->bf16)
 MFK_DECLARE_DEPLOYED_KERNEL(state_step, StepArgs, args.plan->bf16)
 

@@ -10,6 +10,13 @@
 namespace mfk {
 namespace MFK_ISA {
 
+// Where there is VNNI, steps whose matrices are int8 alone; elsewhere all steps.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kBytesAlone = true;
+#else
+constexpr bool kBytesAlone = false;
+#endif
+
 // A dynamic ReLU whose slopes are other ones at each position, those of the tokens mixed; or relu6 and a
 // factor.
 struct MixedSlopes {
@@ -112,7 +119,7 @@ struct MapTasks {
   }
 
   // Whether a product's inputs are rounded to bytes.
-  static bool rounds(const PlanLinear& linear) { return MFK_INT8 && linear.scale != 0; }
+  static bool rounds(const PlanLinear& linear) { return kBytesAlone || (MFK_INT8 && linear.scale != 0); }
   // Floats that hold so many inputs as bytes, where they are rounded.
   static int64_t bytes_room(const PlanLinear& linear, int64_t inputs) {
     return rounds(linear) ? blocks_of(inputs, 4) + 16 : 0;
@@ -121,8 +128,8 @@ struct MapTasks {
   template <class Out, class Epilogue>
   void product(int64_t positions, Rows<Stored> x, const PlanLinear& linear, float* bytes, Out* out,
                int64_t stride, Epilogue epilogue) {
-#if MFK_INT8
     if (args.calibration != nullptr) calibrate(positions, x, linear);
+#if MFK_INT8
     if (rounds(linear)) {
       auto* rounded = reinterpret_cast<uint8_t*>(bytes);
       Bytes(linear).round(x.data, positions * x.position, rounded);
@@ -130,7 +137,7 @@ struct MapTasks {
                   stride, epilogue);
     }
 #endif
-    gemm(positions, x, matrix(linear), out, stride, epilogue);
+    if constexpr (!kBytesAlone) gemm(positions, x, matrix(linear), out, stride, epilogue);
   }
   // The same with an output that is the input of a second product: as bytes where that one wants them.
   template <class Epilogue>
@@ -142,7 +149,9 @@ struct MapTasks {
                      Rounded<Epilogue>{epilogue, Bytes(second)});
     }
 #endif
-    product(positions, x, linear, bytes, reinterpret_cast<Stored*>(out), stride, epilogue);
+    if constexpr (!kBytesAlone) {
+      product(positions, x, linear, bytes, reinterpret_cast<Stored*>(out), stride, epilogue);
+    }
   }
   // A product whose inputs are bytes already where it wants them.
   template <class Out, class Epilogue>
@@ -155,10 +164,9 @@ struct MapTasks {
                   stride, epilogue);
     }
 #endif
-    product(positions, x, linear, nullptr, out, stride, epilogue);
+    if constexpr (!kBytesAlone) product(positions, x, linear, nullptr, out, stride, epilogue);
   }
-#if MFK_INT8
-  void calibrate(int64_t positions, Rows<Stored> x, const PlanLinear& linear) const {
+  void calibrate(int64_t positions, Rows<float> x, const PlanLinear& linear) const {
     if (linear.scale != 0 || linear.zero == 0) return;
     const Calibration& all = *args.calibration;
     const int64_t number = linear.zero - 1, numbers = all.bins > 0 ? all.bins : 2;
@@ -168,7 +176,7 @@ struct MapTasks {
       for (int64_t r = 0; r < x.runs; ++r) finding.add(x.data + p * x.position + r * x.skip, x.run);
     }
   }
-#endif
+  void calibrate(int64_t, Rows<bf16>, const PlanLinear&) const {}  // there is none in bfloat16
 
   // Working memory in parts, of so many floats each; the last is for `finish`.
   template <int kParts>

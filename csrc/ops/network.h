@@ -47,7 +47,6 @@ class Network {
 
   bool bf16() const { return plan_.bf16; }
   int64_t narrow() const { return plan_.narrow; }
-  bool int8() const { return plan_.int8; }
   // From now on calls find what this one wants, or null; on one thread.
   void calibrate(const Calibration* calibration) { calibration_ = calibration; }
   const float* weights() const { return weights_; }
@@ -91,6 +90,7 @@ class Network {
         args.next = step.next;
         args.next_end = step.next_end;
         args.products = step.products;
+        args.bytes = rounds(step.plan);
         if (kind == kLite || kind == kBlock || kind == kDown) {
           run(step.tasks, [&](int64_t begin, int64_t end) { block_step(args, begin, end); });
         } else if (kind == kResize || kind == kStateRows || kind == kDynamicLite) {
@@ -159,6 +159,26 @@ class Network {
         return fields_of<DownStep>(step).attention;
       default:
         return -1;
+    }
+  }
+
+  // Whether a step's matrices are int8: all are, or none.
+  static bool rounds(const PlanStep* step) {
+    switch (step->kind) {
+      case kDenseConv:
+        return fields_of<ConvStep>(step).linear.scale != 0;
+      case kPointwise:
+        return fields_of<PointwiseStep>(step).linear.scale != 0;
+      case kInverted:
+        return fields_of<InvertedStep>(step).expand.scale != 0;
+      case kLite:
+        return fields_of<LiteStep>(step).project.scale != 0;
+      case kBlock:
+        return fields_of<BlockStep>(step).expand.scale != 0;
+      case kDown:
+        return fields_of<DownStep>(step).project1.scale != 0;
+      default:
+        return false;
     }
   }
 

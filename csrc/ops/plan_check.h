@@ -245,6 +245,9 @@ class PlanCheck {
   void not_rounded_where_mixed(const Step& s, const PlanLinear& l) const {
     need(s.attention == -1 || l.scale == 0, "rounds its inputs in a way it may not");
   }
+  void both_round(const PlanLinear& one, const PlanLinear& other) const {
+    need((one.scale != 0) == (other.scale != 0), "rounds the inputs of one product alone");
+  }
   void attends(int64_t attention, int64_t tokens, int64_t made) const {
     if (attention == -1) return;
     count(tokens, "has a wrong number of tokens");
@@ -334,6 +337,7 @@ class PlanCheck {
     linear(s.expand, channels, s.expand.outputs);
     need(s.project.inputs <= s.expand.outputs, "has another matrix");
     linear(s.project, s.project.inputs, channels);
+    both_round(s.expand, s.project);
     out(s.out, s.input);
   }
   void attention(const AttentionStep& s) {
@@ -384,6 +388,7 @@ class PlanCheck {
     in_state(s.slopes1, 2 * s.hidden * slope_rows(s));
     in_state(s.slopes2, 2 * s.hidden * slope_rows(s));
     linear(s.project, s.project.inputs, s.out.channels);
+    both_round(s.expand, s.project);
     not_rounded_where_mixed(s, s.project);
     out(s.out, s.input);
   }
@@ -394,8 +399,8 @@ class PlanCheck {
     multiplied(s.in_channels, s.hidden1, s.taps1, s.project1, s.out.channels);
     multiplied(s.out.channels, s.hidden2, s.taps2, s.project2, s.out.channels);
     attends(s.attention, s.tokens, s.out.map);
+    both_round(s.project1, s.project2);
     not_rounded_where_mixed(s, s.project1);
-    not_rounded_where_mixed(s, s.project2);
     in_state(s.slopes1, 2 * s.hidden1 * slope_rows(s));
     in_state(s.slopes2, 2 * s.hidden2 * slope_rows(s));
     out(s.out, s.input);

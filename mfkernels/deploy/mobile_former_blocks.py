@@ -223,10 +223,11 @@ def _block(plan: Plan, x: Map, block: Any, made: Made) -> Map:
     ((conv, norm),) = part.layers
     plan.need(conv.stride == (1, 1), conv, "depthwise convolutions of the block's stride")
     channels = conv.out_channels
-    expand = _folded(plan, point1, norm1, range(point1.in_channels), shuffle1)
-    taps = plan.pack.depthwise(*fold(conv, norm), padded_slots(channels))
     first, last, _ = made.slopes
-    project = _folded(plan, point2, norm2, range(channels), shuffle2, rounds=last.attention < 0)
+    rounds = last.attention < 0  # both products or none
+    expand = _folded(plan, point1, norm1, range(point1.in_channels), shuffle1, rounds=rounds)
+    taps = plan.pack.depthwise(*fold(conv, norm), padded_slots(channels))
+    project = _folded(plan, point2, norm2, range(channels), shuffle2, rounds=rounds)
     out, residual = plan.out(point2.out_channels, 0, made.bridges), int(block.skip)
     return plan.made(
         "block",
