@@ -53,6 +53,9 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& weights, const Tensor& pl
     const int64_t pixels = map.height * map.width;
     out.push_back(empty_map(x, {images.batch, map.channels, map.height, map.width}));
     float* data = out.back().mutable_data_ptr<float>();
+    // New memory, of many megabytes for a detector: its pages would cost as much time as what is written
+    // there.
+    advise_huge_pages(reinterpret_cast<uintptr_t>(data), out.back().numel() * sizeof(float));
     map.to = is_channels_last(x) ? FeatureMap<float>{data, map.channels * pixels, 1, map.channels}
                                  : FeatureMap<float>{data, map.channels * pixels, pixels, 1};
   }

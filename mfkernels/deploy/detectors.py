@@ -19,9 +19,11 @@ from torchvision.ops.feature_pyramid_network import (
 )
 from torchvision.ops.misc import Conv2dNormActivation
 
+from .. import _C
 from ..detection import CoarseLevels
 from ..fpn import PyramidWithFPN
 from ..models.features import FeaturePyramid
+from ..operators.runner import is_eager
 from ..segmentation import SemanticFPN, _ConvBnReLU, _resized
 from .convolutions import Convolution
 from .packing import padded, padded_slots
@@ -156,7 +158,13 @@ class DeployedSemanticFPN(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         (scores,) = self.network(x)
-        return {"out": _resized(scores, x.shape[2:])}
+        if scores.shape[2:] == x.shape[2:] or not is_eager():
+            return {"out": _resized(scores, x.shape[2:])}
+        # New memory, of hundreds of megabytes: its pages would cost half of the time.
+        out = scores.new_empty((*scores.shape[:2], *x.shape[2:]))
+        _C.advise_huge_pages(out.data_ptr(), out.numel() * out.element_size())
+        resize = torch.ops.aten.upsample_bilinear2d.out
+        return {"out": resize(scores, x.shape[2:], False, None, None, out=out)}
 
 
 # --- plans -------------------------------------------------------------------------------------------------
