@@ -19,7 +19,7 @@ gpu-bed: .venv/installed
 
 # Networks and users of timm, transformers and torchvision, with the newest PyTorch (ten minutes).
 vision: .venv/installed .venv-vision/installed
-	.venv-vision/bin/python -m pytest -m vision tests/test_vision.py tests/test_detection.py tests/test_end_to_end.py \
+	.venv-vision/bin/python -m pytest -m vision tests/test_vision.py tests/test_detection.py tests/test_deploy_detectors.py tests/test_end_to_end.py \
 	  tests/test_accelerate_operators.py tests/test_openmmlab.py
 
 # Trainings by recipe (minutes): recipes, schedules, data and faults; and with the smallest classifier of one family,

@@ -53,9 +53,9 @@ def deploy(
     Args:
         model: a network of `mfkernels.models`, of the released code as published, or timm's iFormer,
             `accelerate`d or not; on a CPU also a chain of inverted bottlenecks, as MobileNetV2 and V3 and
-            EfficientNet-B0 of torchvision and timm are, and detectors of `mfkernels.detection` and
-            `mfkernels.segmentation`; in eval mode. It is left as it is; later changes of its weights do not
-            reach the result.
+            EfficientNet-B0 of torchvision and timm are, the end-to-end detector, and what
+            `mfkernels.detection` and `mfkernels.segmentation` make, or its backbone with a feature pyramid
+            network; in eval mode. It is left as it is; later changes of its weights do not reach the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16: on a GPU, or on processors that
             multiply it (AVX512-BF16); on a GPU torch.float16, too. Sums are float32 in each. On a GPU float32
             is computed without TF32, whatever PyTorch is set to: who can do with less takes bfloat16.
@@ -70,7 +70,8 @@ def deploy(
 
     Returns:
         A module that takes (B, C, H, W) images of any batch and size on the same device, in float32 or
-        `dtype`, and returns what `model` does in their dtype, up to rounding. It can be called from several
+        `dtype`, and returns what `model` does in their dtype, up to rounding. That of a detector takes and
+        returns what the detector does, but for masks of images and `auxiliary`. It can be called from several
         threads, copied, pickled and exported, and has no gradients. On a CPU it runs on at most
         `torch.get_num_threads()` threads. On a GPU the first image of a shape (and of new strides) takes
         long: a graph is made for it, and the last 8 are kept; where none can be made, a warning says why and
