@@ -129,6 +129,24 @@ def named() -> nn.Module:
     )
 
 
+class Backbone(nn.Module):
+    """A chain that returns maps, as timm's of `features_only` do."""
+
+    feature_info = ()
+
+    def __init__(self, chain: nn.Module, indices: tuple[int, ...]) -> None:
+        super().__init__()
+        *features, _ = chain.features
+        self.features, self.indices = nn.ModuleList(features), indices
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for layers in self.features:
+            x = layers(x)
+            maps.append(x)
+        return [maps[i] for i in self.indices]
+
+
 def efficient() -> nn.Module:
     """With a SiLU in its stem, of a linear layer's, and a convolution of 5x5 and stride 2."""
     features = [

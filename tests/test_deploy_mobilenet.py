@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from mobilenets import NETWORKS, Inverted, conv, make
+from mobilenets import NETWORKS, Backbone, Inverted, conv, make
 from test_deploy import BF16, check_numbers, plain, truth
 from threads import on_threads
 from torch import nn
@@ -48,6 +48,45 @@ def test_bfloat16(name):
         ours.append((deployed(x.float()) - expected).abs().max())
         reference.append((plain(rounded, x) - expected).abs().max())
     assert max(ours) <= 2 * max(reference)
+
+
+@pytest.mark.parametrize("name", ["v3", "efficient"])
+def test_maps(name, instruction_set):
+    model = Backbone(make(name), (4, 0, 2)).eval()
+    deployed = mfkernels.deploy(model)
+    maps = truth(model, image(model, 1, 64, 64))
+    info = deployed.feature_info
+    assert info.channels() == [m.shape[1] for m in maps] and info.reduction() == [
+        64 // m.shape[2] for m in maps
+    ]
+    for size in SIZES:
+        x = image(model, *size)
+        expected = truth(model, x)
+        for one, other in zip(deployed(x), expected, strict=True):
+            assert one.shape == other.shape
+            assert (one - other).abs().max() < 2e-5 * other.abs().max()
+
+
+class Doubling(Backbone):
+    """Looks like the chain, and computes something else."""
+
+    def forward(self, x):
+        return super().forward(2 * x + 1)
+
+
+class Halved(Backbone):
+    """Returns something else than the maps of its parts."""
+
+    def forward(self, x):
+        return [y / 2 for y in super().forward(x)]
+
+
+def test_other_maps_are_named():
+    for kind in (Halved, Doubling):
+        with pytest.raises(
+            ValueError, match=f"deploy: the model \\({kind.__name__}\\) .*something else than"
+        ):
+            mfkernels.deploy(kind(make("v3"), (0, 2)).eval())
 
 
 def test_threads_strides_and_copies():

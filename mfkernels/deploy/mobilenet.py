@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..models.features import FeatureInfo
+from ..models.network import Stage
 from ..nn.conv_bn import affine
 from .deployed import Deployed
 from .packing import Formats, fold, padded
 from .plan import Map, Plan
+from .pyramid import ChainMaps, margin_and_reduction
 from .steps import Linear
 
 # By the names of the classes, of which others than PyTorch's have some, too.
@@ -32,6 +35,7 @@ class _Conv(NamedTuple):
     layer: Any
     norm: nn.BatchNorm2d | None
     activation: str | None
+    last: str  # the name of the last of them
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias."""
@@ -57,10 +61,11 @@ class _Part(NamedTuple):
     name: str
     layers: list[Any]
     skip: bool
+    last: str  # the name of the module whose result is the part's
 
 
 class _Chain(NamedTuple):
-    """A network: parts that make maps, and what its means go through."""
+    """A network: parts that make maps, and what its means go through; nothing where maps are its results."""
 
     parts: list[_Part]
     linears: list[tuple[str, _Conv]]
@@ -70,8 +75,9 @@ def mobilenet_chain(model: nn.Module) -> _Chain | None:
     """Return the parts of a network that is a chain of inverted bottlenecks, in the order of its modules.
 
     The parts are convolutions, batch norms, ReLUs, SiLUs and the like, inverted bottlenecks of them with
-    squeeze-and-excitation or without, a global average and linear layers. Return None where `model` has other
-    parts, or none of these.
+    squeeze-and-excitation or without, a global average and linear layers; without the latter in networks that
+    have a `feature_info`, as timm's of `features_only` do. Return None where `model` has other parts, or none
+    of these.
     """
     try:
         flat = [(name, part) for name, part in _flat(model, "")]
@@ -89,8 +95,9 @@ def mobilenet_chain(model: nn.Module) -> _Chain | None:
             pooled = True
             linears.append((name, part))
         else:
-            parts.append(_Part(name, [part], False))
-    return _Chain(parts, linears) if parts and linears else None
+            parts.append(_Part(name, [part], False, part.last))
+    whole = bool(linears) or (not pooled and hasattr(model, "feature_info"))
+    return _Chain(parts, linears) if parts and whole else None
 
 
 class _Unknown(Exception):
@@ -106,11 +113,11 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, nn.Conv2d | nn.Linear):
-            found.append((path, _Conv(child, None, None)))
+            found.append((path, _Conv(child, None, None, path)))
         elif isinstance(child, nn.BatchNorm2d):
-            _replace_last(found, "norm", child)
+            _replace_last(found, path, norm=child)
             for inner in child.children():  # an activation of its own
-                _activate(found, inner)
+                _activate(found, inner, path)
         elif isinstance(child, nn.AdaptiveAvgPool2d):
             found.append((path, child))
         elif _squeeze(child) is not None:
@@ -120,31 +127,31 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
             skip = any(getattr(child, flag, False) is True for flag in _SKIPS)
             if not all(isinstance(layer, _Conv | _Squeeze) for layer in layers) or not layers:
                 raise _Unknown
-            found.append((path, _Part(path, layers, skip)))
+            found.append((path, _Part(path, layers, skip, path)))
         elif next(child.children(), None) is not None:
             for inner_path, inner in _flat(child, f"{path}."):
                 found.append((inner_path, inner))
         else:
-            _activate(found, child)
+            _activate(found, child, path)
     yield from found
 
 
-def _activate(found: list[tuple[str, Any]], module: nn.Module) -> None:
+def _activate(found: list[tuple[str, Any]], module: nn.Module, path: str) -> None:
     kind = type(module).__name__
     if kind in _ACTIVATIONS:
-        _replace_last(found, "activation", _ACTIVATIONS[kind])
+        _replace_last(found, path, activation=_ACTIVATIONS[kind])
     elif kind not in _NOTHING:
         raise _Unknown
 
 
-def _replace_last(found: list[tuple[str, Any]], field: str, value: Any) -> None:
-    """Add a norm or an activation to the last layer, which must not have one, or what comes after it."""
+def _replace_last(found: list[tuple[str, Any]], last: str, **values: Any) -> None:
+    """Add a norm or an activation, the module `last`, to the last layer, which must have no later one."""
     if not found or not isinstance(found[-1][1], _Conv):
         raise _Unknown
     path, layer = found[-1]
-    if layer.activation is not None or (field == "norm" and layer.norm is not None):
+    if layer.activation is not None or ("norm" in values and layer.norm is not None):
         raise _Unknown
-    found[-1] = (path, layer._replace(**{field: value}))
+    found[-1] = (path, layer._replace(last=last, **values))
 
 
 def _squeeze(module: nn.Module) -> _Squeeze | None:
@@ -172,20 +179,44 @@ def deployed_mobilenet(model: nn.Module, chain: _Chain, formats: Formats) -> Dep
         ValueError: a part that a plan cannot say, or the network computes something else than its parts in
             their order.
     """
-    deployed = _Plan(model, chain, formats).run()
-    images = torch.randn(4, deployed.in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    kind, maps = type(model).__name__, not chain.linears
+    in_channels = chain.parts[0].layers[0].layer.in_channels
+    images = torch.randn(4, in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         trial = _random_copy(model, images)
         same: Any = mobilenet_chain(trial)
-        got = _Plan(trial, same, Formats()).run()(images)
+        results = _results(trial, chain, images) if maps else None
+        deployed = _Plan(model, chain, formats).run(results)
+        got = _Plan(trial, same, Formats()).run(results)(images)
         expected = trial.double()(images.double())
-    if not torch.is_tensor(expected) or expected.shape != got.shape:
-        raise ValueError(f"deploy: the model ({type(model).__name__}) returns something else than logits")
-    if not (got - expected).abs().max() <= 1e-3 * expected.abs().max():
-        raise ValueError(
-            f"deploy: the model ({type(model).__name__}) computes something else than its parts in a row"
-        )
+    if not maps and (not torch.is_tensor(expected) or expected.shape != got.shape):
+        raise ValueError(f"deploy: the model ({kind}) returns something else than logits")
+    pairs = zip(got, expected, strict=True) if maps else [(got, expected)]
+    if not all((one - other).abs().max() <= 1e-3 * other.abs().max() for one, other in pairs):
+        raise ValueError(f"deploy: the model ({kind}) computes something else than its parts in a row")
     return deployed
+
+
+def _results(model: nn.Module, chain: _Chain, images: Tensor) -> list[int]:
+    """Return the parts, by their numbers, whose maps a network returns."""
+    made: dict[str, Any] = {}
+    names = {part.last for part in chain.parts}
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: made.update({name: out}))
+        for name, module in model.named_modules()
+        if name in names
+    ]
+    returned = model(images)
+    for hook in hooks:
+        hook.remove()
+    results = []
+    for result in returned if isinstance(returned, list | tuple) else []:
+        results += [i for i, part in enumerate(chain.parts) if made.get(part.last) is result]
+    if len(results) != len(set(results)) or len(results) != len(returned) or not results:
+        raise ValueError(
+            f"deploy: the model ({type(model).__name__}) returns something else than maps of its parts"
+        )
+    return results
 
 
 def _random_copy(model: nn.Module, images: Tensor) -> nn.Module:
@@ -212,7 +243,10 @@ class _Plan(Plan):
         for module in self.names:
             self.check_settings(module)
 
-    def run(self) -> Deployed:
+    def run(self, results: list[int] | None = None) -> Deployed:
+        """Return the network; `results` are the numbers of the parts whose maps it returns, if it does so."""
+        if results is not None:
+            return self.feature_maps(results)
         *_, last = self.chain.parts
         x: Any = None
         for part in self.chain.parts:
@@ -226,6 +260,23 @@ class _Plan(Plan):
         classes = self.chain.linears[-1][1].layer.weight.shape[0]
         in_channels = self.chain.parts[0].layers[0].layer.in_channels
         return self.finished(features, linears, names, in_channels, classes)
+
+    def feature_maps(self, results: list[int]) -> Deployed:
+        x: Any = None
+        stages, margins, size = [], [], (0, 1)
+        for i, part in enumerate(self.chain.parts[: max(results) + 1]):
+            convs = (layer.layer for layer in part.layers if isinstance(layer, _Conv))
+            size = margin_and_reduction(convs, size)
+            with self.named(part.name):
+                x = self.part_of(x, part, pooled=False)
+                if i in results:
+                    self.hand_out(x)
+                    stages.append(Stage(part.name, x.channels, size[1]))
+                    margins.append(size[0])
+        order = [sorted(results).index(i) for i in results]
+        in_channels = self.chain.parts[0].layers[0].layer.in_channels
+        maps = ChainMaps(FeatureInfo(stages, order), order, stages)
+        return self.finished_pyramid(maps, in_channels, margins)
 
     def linear_of(self, layer: _Conv) -> tuple[Linear, str | None]:
         known = (None, "gelu", "hardswish", "silu")

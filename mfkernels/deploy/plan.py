@@ -12,7 +12,7 @@ from . import steps
 from .deployed import Deployed
 from .packing import Formats, padded, padded_rows, padded_slots
 from .planner import Planner
-from .pyramid import DeployedPyramid, Result, Wanted, padding_of
+from .pyramid import DeployedPyramid, Result, ChainMaps, Wanted, padding_of
 from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, RESAMPLINGS, SIZES, Linear, MapOut
 
 MOST_STEPS, MOST_SIZE = 4096, 15  # of a plan; of a dense convolution's kernel and stride
@@ -406,7 +406,9 @@ class Plan(Planner):
         options = self._options(in_channels, [*self.parts, *names])
         return Deployed(self.pack.tensor(), plan, classes=classes, **options)
 
-    def finished_pyramid(self, wanted: Wanted, in_channels: int, margins: Sequence[int] | None = None) -> Any:
+    def finished_pyramid(
+        self, wanted: Wanted | ChainMaps, in_channels: int, margins: Sequence[int] | None = None
+    ) -> Any:
         """Return the network whose results are the maps that were handed out, or what is made of them.
 
         `margins` are those of `Result`, of the maps in the order of the network.
@@ -414,7 +416,8 @@ class Plan(Planner):
         stages = wanted.stages
         rounded_up = [stage.reduction - 1 for stage in stages]
         margins = rounded_up if margins is None else list(margins)
-        if wanted.following is None:
+        following = wanted.following if isinstance(wanted, Wanted) else None
+        if following is None:
             results = [
                 Result(stage.channels, stage.reduction, margin)
                 for stage, margin in zip(stages, margins, strict=True)
@@ -424,7 +427,7 @@ class Plan(Planner):
             raise ValueError("deploy: detectors over maps whose sizes are not rounded up cannot be deployed")
         self.keeps, ordered = False, sorted(wanted.order)
         maps = list(self.kept)
-        return wanted.following(self, [maps[ordered.index(i)] for i in wanted.order])
+        return following(self, [maps[ordered.index(i)] for i in wanted.order])
 
     def finished_maps(self, kind: Any, in_channels: int, *arguments: Any) -> Any:
         """Return the network, of a class of `DeployedMaps`, whose results were handed out."""

@@ -7,10 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import register_fake
-from ..models.features import FeaturePyramid
+from ..models.features import FeatureInfo, FeaturePyramid
 from ..models.network import Stage
 from ..operators.layout import empty_map
 from .deployed import Deployed
+
+
+class ChainMaps(NamedTuple):
+    """Hold which maps of a network are the results of a plan, as `Wanted` does: `stages` are theirs alone."""
+
+    feature_info: FeatureInfo
+    order: list[int]
+    stages: list[Stage]
 
 
 class Wanted:
@@ -103,7 +111,12 @@ class DeployedPyramid(DeployedMaps):
     """
 
     def __init__(
-        self, wanted: Wanted, results: Sequence[Result], weights: Tensor, plan: list[int], **options: Any
+        self,
+        wanted: Wanted | ChainMaps,
+        results: Sequence[Result],
+        weights: Tensor,
+        plan: list[int],
+        **options: Any,
     ) -> None:
         super().__init__(results, weights, plan, **options)
         self.feature_info = wanted.feature_info
