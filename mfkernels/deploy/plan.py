@@ -12,7 +12,7 @@ from . import steps
 from .deployed import Deployed
 from .packing import Formats, padded, padded_rows, padded_slots
 from .planner import Planner
-from .pyramid import DeployedPyramid, Result, ChainMaps, Wanted, padding_of
+from .pyramid import ChainMaps, DeployedPyramid, Result, Wanted, padding_of
 from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, RESAMPLINGS, SIZES, Linear, MapOut
 
 MOST_STEPS, MOST_SIZE = 4096, 15  # of a plan; of a dense convolution's kernel and stride
