@@ -64,7 +64,7 @@ class Steps(Plan):
         words = [*self._header(self.channels, 0, 0), *self.steps]
         plan = torch.tensor(_C.sealed_plan(0, words))
         run = torch.ops.mfkernels.deployed_maps
-        return run(x, self.pack.tensor(), plan, [out.channels], [stride])[0]
+        return run(x, self.pack.tensor(), plan, [out.channels], [stride], [stride - 1])[0]
 
 
 @pytest.mark.parametrize("name", ROUNDINGS)
