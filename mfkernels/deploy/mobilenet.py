@@ -180,13 +180,15 @@ def deployed_mobilenet(model: nn.Module, chain: _Chain, formats: Formats) -> Dep
             their order.
     """
     kind, maps = type(model).__name__, not chain.linears
-    in_channels = chain.parts[0].layers[0].layer.in_channels
-    images = torch.randn(4, in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    # What a plan cannot say is refused before anything is tried.
+    deployed = _Plan(model, chain, dtype, weights).run([len(chain.parts) - 1] if maps else None)
+    images = torch.randn(4, deployed.in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         trial = _random_copy(model, images)
         same: Any = mobilenet_chain(trial)
         results = _results(trial, chain, images) if maps else None
-        deployed = _Plan(model, chain, formats).run(results)
+        if maps:
+            deployed = _Plan(model, chain, formats).run(results)
         got = _Plan(trial, same, Formats()).run(results)(images)
         expected = trial.double()(images.double())
     if not maps and (not torch.is_tensor(expected) or expected.shape != got.shape):
