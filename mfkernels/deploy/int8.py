@@ -14,7 +14,7 @@ from .packing import Rounding
 from .steps import KINDS, Linear
 
 BINS = 2048  # of a histogram
-BUDGET = 0.05  # of the error of the results, see `quantised`
+BUDGET = 0.1  # of the error of the results, see `quantised`
 
 Calibration = Tensor | Iterable[Any]
 

@@ -181,7 +181,7 @@ def deployed_mobilenet(model: nn.Module, chain: _Chain, formats: Formats) -> Dep
     """
     kind, maps = type(model).__name__, not chain.linears
     # What a plan cannot say is refused before anything is tried.
-    deployed = _Plan(model, chain, dtype, weights).run([len(chain.parts) - 1] if maps else None)
+    deployed = _Plan(model, chain, formats).run([len(chain.parts) - 1] if maps else None)
     images = torch.randn(4, deployed.in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         trial = _random_copy(model, images)
