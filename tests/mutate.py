@@ -93,8 +93,8 @@ MUTATIONS = {
     "token_hyper": ("csrc/cpu/token_hyper.cpp", "splat(C(-3))", "splat(C(-2))", "token_hyper"),
     "deployed_norm": (
         "csrc/cpu/deployed_state_steps.cpp",
-        "variance + 1e-5",
-        "variance + 1e-3",
+        "static_cast<float>(1 / __builtin_sqrt((variance > 0 ? variance : 0) + eps",
+        "static_cast<float>(1 / __builtin_sqrt((variance > 0 ? variance : 0) + 100 * eps",
         "test_deploy.py and test_same_numbers",
     ),
     "deployed_narrow": (

@@ -275,7 +275,7 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got int"):
         mfkernels.deploy(5)
     with pytest.raises(
-        TypeError, match=r"dtype must be torch\.float32 or torch\.bfloat16, got torch\.float16"
+        TypeError, match=r"dtype must be torch\.float32, torch\.bfloat16 or torch\.int8, got torch\.float16"
     ):
         mfkernels.deploy(model.eval(), dtype=torch.float16)
     deployed = mfkernels.deploy(model)

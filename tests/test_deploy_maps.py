@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mfkernels.deploy.convolutions import Convolution
+from mfkernels.deploy.packing import Formats
 from mfkernels.deploy.plan import Plan
 from mfkernels.deploy.pyramid import DeployedMaps, Result
 
@@ -16,7 +17,7 @@ SIZES = ((16, 24), (7, 5), (1, 1), (1, 9), (33, 2))
 
 def planned(channels: int, dtype=torch.float32) -> tuple:
     """A plan, and its map: the image with this number of channels, as it is."""
-    plan = Plan(nn.Identity(), dtype)
+    plan = Plan(nn.Identity(), Formats(dtype))
     conv = nn.Conv2d(channels, channels, 1)
     plan.names[conv] = "conv"
     return plan, plan.dense(None, conv, torch.eye(channels)[..., None, None], torch.zeros(channels))

@@ -27,7 +27,7 @@ def structs() -> dict[str, list[tuple[str, str]]]:
         for kind, names in re.findall(r"(\w+) ([\w, ]+);", body):
             fields += [(kind, field.strip()) for field in names.split(",")]
         found[name] = fields
-    found["PlanLinear"] = [("int64_t", f) for f in ("inputs", "outputs", "weight", "bias")]
+    found["PlanLinear"] = [("int64_t", f) for f in ("inputs", "outputs", "weight", "bias", "scale", "zero")]
     return found
 
 
@@ -92,7 +92,8 @@ def test_changed_plans_do_no_harm(networks):
 def test_what_is_wrong_is_named(networks):
     deployed, image, _ = networks[0]
     plan = deployed.plan[3:].tolist()
-    first = len(steps.Header._fields) + 5 * plan[7]  # after the linear layers
+    linears = plan[steps.Header._fields.index("linears")]
+    first = len(steps.Header._fields) + 7 * linears  # after the linear layers
     plan[first] = 99
     sealed = torch.tensor(mfkernels._C.sealed_plan(deployed.classes, plan))
     with pytest.raises(RuntimeError, match=r"deploy: plan: step 0 \(99\): is of an unknown kind"):
@@ -102,7 +103,7 @@ def test_what_is_wrong_is_named(networks):
 def test_plans_are_printed(networks):
     for deployed, _, _ in networks:
         lines = [re.split(" {2,}", line.strip()) for line in str(deployed).splitlines()[2:-1]]
-        assert [part for part, *_ in lines] == deployed._parts
+        assert [part for part, *_ in lines] == deployed.parts
         assert all(kind in steps.KINDS for _, kind, *_ in lines)
 
 

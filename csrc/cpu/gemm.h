@@ -284,7 +284,7 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
           ++chains;
           length = 0;
         }
-        const int64_t end = c + kLongestChain<T> < steps ? c + kLongestChain<T> : steps;
+        const int64_t rest = kLongestChain<T> - length, end = rest < steps - c ? c + rest : steps;
         length += end - c;
         if constexpr (kSums > 1) {
           for (; c + kSums <= end; c += kSums) unrolled<kSums>(step);
