@@ -12,7 +12,7 @@ from threads import threads
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfkernels
-from mfkernels.deploy import steps
+from mfkernels.deploy import packing, steps
 
 CSRC = Path(__file__).parents[1] / "csrc"
 
@@ -27,7 +27,6 @@ def structs() -> dict[str, list[tuple[str, str]]]:
         for kind, names in re.findall(r"(\w+) ([\w, ]+);", body):
             fields += [(kind, field.strip()) for field in names.split(",")]
         found[name] = fields
-    found["PlanLinear"] = [("int64_t", f) for f in ("inputs", "outputs", "weight", "bias", "scale", "zero")]
     return found
 
 
@@ -92,12 +91,29 @@ def test_changed_plans_do_no_harm(networks):
 def test_what_is_wrong_is_named(networks):
     deployed, image, _ = networks[0]
     plan = deployed.plan[3:].tolist()
+    layer = 1 + len(steps.Linear._fields)
     linears = plan[steps.Header._fields.index("linears")]
-    first = len(steps.Header._fields) + 7 * linears  # after the linear layers
+    first = len(steps.Header._fields) + layer * linears  # after the linear layers
     plan[first] = 99
     sealed = torch.tensor(mfkernels._C.sealed_plan(deployed.classes, plan))
     with pytest.raises(RuntimeError, match=r"deploy: plan: step 0 \(99\): is of an unknown kind"):
         torch.ops.mfkernels.deployed(image, deployed.weights, sealed, deployed.classes)
+
+
+def test_steps_without_products_of_bytes_take_none(networks):
+    """A matrix of bytes is smaller: what reads it as floats would read beyond the weights."""
+    kind = list(steps.KINDS).index("dynamic_lite")
+    deployed, image, _ = next(one for one in networks if "dynamic_lite" in str(one[0]))
+    plan = deployed.plan[3:].tolist()
+    plan[steps.Header._fields.index("int8")] = 1
+    at = len(steps.Header._fields)
+    while plan[at] != kind:
+        at += len(steps.Step._fields) + plan[at + 1]
+    last = at + len(steps.Step._fields) + plan[at + 1]
+    plan[last - 2 : last] = [packing.bits_of_float(1.0), 0]
+    sealed = torch.tensor(mfkernels._C.sealed_plan(deployed.classes, plan))
+    with pytest.raises(RuntimeError, match=r"\(dynamic_lite\): rounds its inputs in a way it may not"):
+        torch.ops.mfkernels.deployed_maps(image, deployed.weights, sealed, *fuzz.arguments_after(deployed))
 
 
 def test_plans_are_printed(networks):

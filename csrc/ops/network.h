@@ -258,7 +258,7 @@ class Network {
         need_of_image(to.height >= 1 && to.width >= 1, i, kind, "would make an empty map");
         if (kind == kDenseConv) floats = padded(conv.in_channels * conv.kernel * conv.kernel);
         most = 98304;
-        if (kind == kDenseConv && is_direct(conv, from.count)) {
+        if (kind == kDenseConv && is_direct(conv, from.count) && conv.linear.scale == 0) {
           floats = conv.in_channels * conv.stride;
           most = 65536;
         }

@@ -451,6 +451,7 @@ class PlanCheck {
     read(s.input, s.in_channels);
     residual(1, s.in_channels, s.out, 1);
     multiplied(s.in_channels, s.hidden, s.taps, s.project, s.out.channels);
+    need(s.project.scale == 0, "rounds its inputs in a way it may not");
     in_state(s.slopes, 2 * s.hidden);
     out(s.out, s.input);
   }
