@@ -97,6 +97,12 @@ MUTATIONS = {
         "static_cast<float>(1 / __builtin_sqrt((variance > 0 ? variance : 0) + 100 * eps",
         "test_deploy.py and test_same_numbers",
     ),
+    "deployed_int8": (
+        "csrc/cpu/bytes.h",
+        "most(255 - static_cast<float>(linear.zero))",
+        "most(127 - static_cast<float>(linear.zero))",
+        "test_int8.py and test_pointwise",
+    ),
     "deployed_narrow": (
         "csrc/cpu/deployed_narrow.cpp",
         "sum * factor + last",
