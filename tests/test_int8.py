@@ -8,8 +8,9 @@ import mobilenets
 import pytest
 import torch
 from conftest import use_instruction_set
-from test_deploy import DEPLOYABLE, make, small_variant
+from test_deploy import small_variant
 from test_deploy_dmf_iformer import make_small
+from test_narrow_weights import NETWORKS
 from torch import nn
 
 import mfkernels
@@ -20,15 +21,6 @@ from mfkernels.deploy.plan import Plan
 from mfkernels.deploy.rounding import product_of_bytes, rounded_inputs
 from mfkernels.models import FeaturePyramid
 
-FORMER = ("no ffn", "two class tokens", "pooled tokens", "dynamic head", "all at once", "spatial-aware")
-OTHERS = ("dmf", "dmf, softmax, hot", "iformer", "iformer, projection")
-NETWORKS = {
-    **{name: lambda name=name: small_variant(dict(DEPLOYABLE[name])) for name in FORMER},
-    **{name: lambda name=name: make_small(name) for name in OTHERS},
-    "mobilenet v3": lambda: mobilenets.make("v3"),
-    "mobilenet, named": lambda: mobilenets.make("named"),
-    "mobile_former_26m": lambda: make("mobile_former_26m", num_classes=101),
-}
 ISAS = ("generic", "avx2", "avx2vnni", "avx512", "avx512vnni", "amx")
 ROUNDINGS = {
     "both signs": Rounding(23.7, 101),
