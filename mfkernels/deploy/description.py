@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from . import steps
-from .steps import ACTIVATIONS, GATINGS, KINDS, RESAMPLINGS, SIZES, Linear
+from .steps import ACTIVATIONS, GATINGS, RESAMPLINGS, SIZES, Linear
 
 
 class _Shape(NamedTuple):
@@ -23,15 +23,11 @@ def description(plan: list[int], parts: list[str], side: int) -> str:
     It has the step's part of the network, its kind, its result, the bytes of weights that it reads, and its
     floating-point operations for an image of side x side, with those on the padding of channels.
     """
-    words = iter(plan)
-    header = steps.read(steps.Header, words)
-    layers = [steps.read(steps.Layer, words) for _ in range(header.linears)]
+    header, layers, made = steps.parsed(plan)
     maps = {-1: _Shape(1, side, side)}
     cut: list[_Shape] = []  # what was cut into windows, the latest last
     rows = []
-    for part in parts[: header.steps]:
-        kind = list(KINDS)[steps.read(steps.Step, words).kind]
-        fields = steps.read(KINDS[kind], words)
+    for part, (kind, fields) in zip(parts, made, strict=False):  # parts of the linear layers follow
         if kind == "split":
             cut.append(maps[fields.input])
         shape = cut.pop() if kind == "join" else _made(kind, fields, maps)

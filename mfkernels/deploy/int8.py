@@ -1,7 +1,7 @@
 """Post-training quantisation: which products over maps multiply bytes, and how their inputs are rounded."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from ..checks import check_tensor
 from . import steps
 from .deployed import Block, Deployed
 from .packing import Rounding
-from .steps import KINDS, Linear
+from .steps import Linear
 
 BINS = 2048  # of a histogram
 BUDGET = 0.1  # of the error of the results, see `quantised`
@@ -41,7 +41,7 @@ def quantised(build: Callable[[Mapping[int, Rounding]], Deployed], calibration: 
     for batch in batches:
         exact.check(batch)
     parts = _parts(exact)
-    roundings = _roundings(exact, batches)
+    roundings = _roundings(exact, batches, list(itertools.chain(*parts.values())))
     expected = [_results(exact, batch) for batch in batches]
 
     def measured(chosen: Iterable[str]) -> tuple[Deployed, float]:
@@ -65,13 +65,13 @@ def quantised(build: Callable[[Mapping[int, Rounding]], Deployed], calibration: 
 
 
 def _batches(calibration: Calibration) -> list[Tensor]:
-    found = [calibration] if torch.is_tensor(calibration) else None
-    if found is None:
-        if not isinstance(calibration, Iterable):
-            raise TypeError(
-                f"deploy: calibration must be a tensor or batches of images, got {type(calibration).__name__}"
-            )
-        found = [one[0] if isinstance(one, tuple | list) and one else one for one in calibration]
+    if torch.is_tensor(calibration):
+        calibration = [calibration]
+    if not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"deploy: calibration must be a tensor or batches of images, got {type(calibration).__name__}"
+        )
+    found = [one[0] if isinstance(one, tuple | list) and one else one for one in calibration]
     for batch in found:
         check_tensor("deploy", "calibration", batch, "N C H W")
     if sum(len(batch) for batch in found) == 0:
@@ -82,21 +82,12 @@ def _batches(calibration: Calibration) -> list[Tensor]:
 def _parts(network: Deployed) -> dict[str, list[int]]:
     """Return the numbers of each part's products that can be in int8."""
     parts: dict[str, list[int]] = {}
-    for part, fields in _steps(network):
+    _, _, made = steps.parsed(network.plan[3:].tolist())
+    for part, (_, fields) in zip(network.parts, made, strict=False):  # parts of the linear layers follow
         for field in fields:
             if isinstance(field, Linear) and field.zero > 0:
                 parts.setdefault(part, []).append(field.zero)
     return parts
-
-
-def _steps(network: Deployed) -> Iterator[tuple[str, Any]]:
-    """Yield the part and the fields of each step."""
-    words = iter(network.plan[3:].tolist())
-    header = steps.read(steps.Header, words)
-    for _ in range(header.linears):
-        steps.read(steps.Layer, words)
-    for part in network.parts[: header.steps]:
-        yield part, steps.read(KINDS[list(KINDS)[steps.read(steps.Step, words).kind]], words)
 
 
 def _results(network: Deployed, batch: Tensor) -> Tensor:
@@ -111,9 +102,8 @@ def _error(got: list[Tensor], expected: list[Tensor]) -> float:
     return (off / own) ** 0.5 if own > 0 else float(off > 0)
 
 
-def _roundings(network: Deployed, batches: list[Tensor]) -> dict[int, Rounding]:
-    """Return how each product's inputs are rounded best."""
-    numbers = list(itertools.chain(*_parts(network).values()))
+def _roundings(network: Deployed, batches: list[Tensor], numbers: list[int]) -> dict[int, Rounding]:
+    """Return how the inputs of the products with these numbers are rounded best."""
     if not numbers:
         return {}
     count = max(numbers)

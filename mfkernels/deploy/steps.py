@@ -411,6 +411,18 @@ def numbers(fields: Any) -> Iterator[int]:
             yield int(field)
 
 
+def parsed(plan: list[int]) -> tuple[Header, list[Layer], list[tuple[str, Any]]]:
+    """Return the header, the linear layers, and each step's kind and fields, of a plan without its seal."""
+    words = iter(plan)
+    header = read(Header, words)
+    layers = [read(Layer, words) for _ in range(header.linears)]
+    made = []
+    for _ in range(header.steps):
+        kind = list(KINDS)[read(Step, words).kind]
+        made.append((kind, read(KINDS[kind], words)))
+    return header, layers, made
+
+
 def read(kind: Any, words: Iterator[int]) -> Any:
     """Return the struct of these numbers, the inverse of `numbers`."""
     return kind(
