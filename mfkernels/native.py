@@ -34,7 +34,8 @@ def instruction_set() -> str:
     """Return the instruction set whose kernels run, a name of `ISAS`.
 
     With "avx2vnni" and "avx512vnni" products of networks that `deploy` made in int8 run by VNNI, all else is
-    that of "avx2" and "avx512". "amx" is "avx512vnni", and products of networks in bfloat16 run by AMX.
+    that of "avx2" and "avx512". "amx" is "avx512vnni", and products of networks in bfloat16 and in int8 run
+    by AMX.
     """
     return _C.instruction_set()
 
