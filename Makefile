@@ -148,7 +148,7 @@ arm-networks: $(ARM)/networks .venv/installed
 $(ARM)/networks: $(wildcard tests/arm/networks.cpp csrc/*.* csrc/*/*.h csrc/cpu/deployed_*.cpp)
 	mkdir -p $(ARM)
 	aarch64-linux-gnu-g++ -std=gnu++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-schedule-insns \
-	  -Wall -Wno-psabi -DMFK_ISA=generic -static -pthread -o $@ tests/arm/networks.cpp csrc/isa.cpp csrc/task_memory.cpp \
+	  -Wall -Wno-psabi -DMFK_GENERIC_ONLY -DMFK_ISA=generic -static -pthread -o $@ tests/arm/networks.cpp csrc/isa.cpp csrc/task_memory.cpp \
 	  $(wildcard csrc/cpu/deployed_*.cpp)
 
 # A source distribution, a wheel built of it against the oldest PyTorch, and that it runs in an empty

@@ -7,6 +7,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -39,6 +40,19 @@ static bool has_avx_vnni() {
 }
 #endif
 
+#if defined(__aarch64__) && !defined(MFK_GENERIC_ONLY)
+// Bits of Linux's two words on what an Arm processor has; on other systems none is known of.
+static bool has(unsigned long kind, unsigned bit) {
+#if defined(__linux__)
+  return (getauxval(kind) >> bit & 1) != 0;
+#else
+  return false;
+#endif
+}
+constexpr unsigned long kFirst = 16, kSecond = 26;  // AT_HWCAP, AT_HWCAP2
+constexpr unsigned kHasDotprod = 20, kHasI8mm = 13, kHasBf16 = 14;
+#endif
+
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
   switch (isa) {
@@ -54,7 +68,16 @@ bool isa_supported(Isa isa) {
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     default:
-      return true;
+      return isa == Isa::kGeneric;
+  }
+#elif defined(__aarch64__) && !defined(MFK_GENERIC_ONLY)
+  switch (isa) {
+    case Isa::kI8mm:
+      return isa_supported(Isa::kDotprod) && has(kSecond, kHasI8mm);
+    case Isa::kDotprod:
+      return has(kFirst, kHasDotprod);
+    default:
+      return isa == Isa::kGeneric;
   }
 #else
   return isa == Isa::kGeneric;
@@ -62,7 +85,8 @@ bool isa_supported(Isa isa) {
 }
 
 static Isa widest() {
-  for (Isa isa : {Isa::kAmx, Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2Vnni, Isa::kAvx2}) {
+  for (Isa isa :
+       {Isa::kAmx, Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2Vnni, Isa::kAvx2, Isa::kI8mm, Isa::kDotprod}) {
     if (isa_supported(isa)) return isa;
   }
   return Isa::kGeneric;
@@ -80,6 +104,8 @@ void set_isa(Isa isa) { chosen().store(isa, std::memory_order_relaxed); }
 bool bf16_supported() {
 #if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
   return isa() >= Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && !defined(MFK_GENERIC_ONLY)
+  return isa() == Isa::kI8mm && has(kSecond, kHasBf16);
 #else
   return false;
 #endif

@@ -6,15 +6,17 @@
 namespace mfk {
 
 // Those with VNNI are the ones before them, and its instructions for deployed networks in int8; kAmx is
-// kAvx512Vnni, and AMX for deployed networks in bfloat16 and int8.
-enum class Isa { kGeneric, kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAmx };
+// kAvx512Vnni, and AMX for deployed networks in bfloat16 and int8. On Arm kDotprod and kI8mm are kGeneric,
+// which is NEON there, and instructions for deployed networks in int8: sums of four products, and products of
+// matrices.
+enum class Isa { kGeneric, kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAmx, kDotprod, kI8mm };
 
 // The one in use: at first the widest that this machine can run.
 __attribute__((visibility("default"))) Isa isa();
 // True if this build has it and this machine can run it.
 __attribute__((visibility("default"))) bool isa_supported(Isa isa);
 __attribute__((visibility("default"))) void set_isa(Isa isa);
-// True if the instruction set in use is kAvx512 or one after it, and this machine multiplies bfloat16.
+// True if the instruction set in use is kAvx512 or wider, or kI8mm, and this machine multiplies bfloat16.
 __attribute__((visibility("default"))) bool bf16_supported();
 inline __attribute__((always_inline)) bool amx_in_use() { return isa() == Isa::kAmx; }
 
@@ -24,6 +26,11 @@ inline __attribute__((always_inline)) bool amx_in_use() { return isa() == Isa::k
 #define MFK_ON_X86(...) __VA_ARGS__
 #else
 #define MFK_ON_X86(...)
+#endif
+#if defined(__aarch64__) && !defined(MFK_GENERIC_ONLY)
+#define MFK_ON_ARM(...) __VA_ARGS__
+#else
+#define MFK_ON_ARM(...)
 #endif
 
 // Declares the kernel `name`, one for each instruction set, and mfk::name, which calls the one in use.

@@ -18,7 +18,8 @@ namespace {
 const std::map<std::string, mfk::Isa> kIsas = {
     {"generic", mfk::Isa::kGeneric},       {"avx2", mfk::Isa::kAvx2},
     {"avx2vnni", mfk::Isa::kAvx2Vnni},     {"avx512", mfk::Isa::kAvx512},
-    {"avx512vnni", mfk::Isa::kAvx512Vnni}, {"amx", mfk::Isa::kAmx}};
+    {"avx512vnni", mfk::Isa::kAvx512Vnni}, {"amx", mfk::Isa::kAmx},
+    {"dotprod", mfk::Isa::kDotprod},       {"i8mm", mfk::Isa::kI8mm}};
 
 mfk::Isa parse(const std::string& name) {
   auto found = kIsas.find(name);
@@ -58,6 +59,10 @@ std::vector<std::string> cpu_features() {
 #undef MFK_FEATURE
   if (mfk::isa_supported(mfk::Isa::kAvx2Vnni)) features.push_back("avx_vnni");
   if (mfk::isa_supported(mfk::Isa::kAmx)) features.push_back("amx_bf16");
+#elif defined(__aarch64__)
+  if (mfk::isa_supported(mfk::Isa::kDotprod)) features.push_back("asimddp");
+  if (mfk::isa_supported(mfk::Isa::kI8mm)) features.push_back("i8mm");
+  if (mfk::bf16_supported()) features.push_back("bf16");
 #endif
   return features;
 }

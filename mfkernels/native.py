@@ -27,7 +27,7 @@ elif torch.version.cuda is None:
 else:
     torch.ops.load_library(CUDA_LIBRARY)
 
-ISAS = ("generic", "avx2", "avx2vnni", "avx512", "avx512vnni", "amx")
+ISAS = ("generic", "avx2", "avx2vnni", "avx512", "avx512vnni", "amx", "dotprod", "i8mm")
 
 
 def instruction_set() -> str:
@@ -35,7 +35,8 @@ def instruction_set() -> str:
 
     With "avx2vnni" and "avx512vnni" products of networks that `deploy` made in int8 run by VNNI, all else is
     that of "avx2" and "avx512". "amx" is "avx512vnni", and products of networks in bfloat16 and in int8 run
-    by AMX.
+    by AMX. On Arm, "dotprod" and "i8mm" are "generic", and products of networks in int8 run by these
+    instructions; "i8mm" allows bfloat16, too, where the processor multiplies it.
     """
     return _C.instruction_set()
 

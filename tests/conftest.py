@@ -126,7 +126,7 @@ def instruction_set(request):
     yield from use_instruction_set(request.param)
 
 
-@pytest.fixture(params=["avx512", "amx"])
+@pytest.fixture(params=["avx512", "amx", "i8mm"])
 def bf16_instruction_set(request):
     """Runs the test once for each instruction set of networks in bfloat16 that this machine can run."""
     if not mfkernels._C.bf16_supported():

@@ -87,7 +87,7 @@ def test_set_instruction_set():
         assert native.instruction_set() == name
     native.set_instruction_set(before)
     with pytest.raises(
-        ValueError, match=r"must be one of generic, avx2, avx2vnni, avx512, avx512vnni, amx, got 'sse9'"
+        ValueError, match=r"must be one of generic, avx2, avx2vnni, avx512, avx512vnni, amx, dotprod, i8mm, got 'sse9'"
     ):
         native.set_instruction_set("sse9")
     assert native.instruction_set() == before

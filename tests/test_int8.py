@@ -21,7 +21,7 @@ from mfkernels.deploy.plan import Plan
 from mfkernels.deploy.rounding import product_of_bytes, rounded_inputs
 from mfkernels.models import FeaturePyramid
 
-ISAS = ("generic", "avx2", "avx2vnni", "avx512", "avx512vnni", "amx")
+ISAS = ("generic", "avx2", "avx2vnni", "avx512", "avx512vnni", "amx", "dotprod", "i8mm")
 ROUNDINGS = {
     "both signs": Rounding(23.7, 101),
     "cut off": Rounding(130.5, 128),

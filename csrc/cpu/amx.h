@@ -113,7 +113,7 @@ MFK_INLINE int64_t steps_of_tile(int64_t positions, int64_t run) {
   return fit >= 4 ? fit : 0;
 }
 
-// As gemm_panels.
+// As vector_panels of gemm.h.
 template <class T, class Out, class Epilogue>
 void panels(int64_t positions, int64_t steps, Rows<T> x, Weights w, int64_t rows, Out* out,
             int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {

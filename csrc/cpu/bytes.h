@@ -16,10 +16,16 @@ struct Bytes {
       : scale(float_from_bits(linear.scale)),
         least(-static_cast<float>(linear.zero)),
         most(255 - static_cast<float>(linear.zero)),
-        zero(8388608 + static_cast<float>(linear.zero)) {}
+        zero(12582912 + static_cast<float>(linear.zero) - (kSignedBytes ? 128 : 0)) {}
 
   MFK_INLINE vec<float> operator()(vec<float> y) const {
     return smaller(larger(y * scale, splat(least)), splat(most)) + zero;
+  }
+  // The byte of 0.
+  MFK_INLINE uint8_t nothing() const {
+    uint8_t byte[kLanes<float>];
+    store(byte, (*this)(vec<float>{}));
+    return byte[0];
   }
   // Whole vectors.
   MFK_INLINE void round(const float* x, int64_t count, uint8_t* out) const {

@@ -44,31 +44,45 @@ MFK_PLAN_FUNCTION float float_from_bits(int64_t bits) {
 // `args`, is true.
 #define MFK_DECLARE_DEPLOYED_KERNEL(name, Args, bf16)                                           \
   MFK_ON_X86(namespace avx512bf16 { void name(const Args& args, int64_t begin, int64_t end); }) \
-  MFK_DECLARE_KERNEL_AFTER(MFK_ON_X86(if (bf16) return avx512bf16::name(args, begin, end);), name, Args)
+  MFK_ON_ARM(namespace neonbf16 { void name(const Args& args, int64_t begin, int64_t end); })   \
+  MFK_DECLARE_KERNEL_AFTER(MFK_ON_X86(if (bf16) return avx512bf16::name(args, begin, end);)     \
+                               MFK_ON_ARM(if (bf16) return neonbf16::name(args, begin, end);),  \
+                           name, Args)
 
 // The same, with two more for networks in int8: where `int8`, an expression of `args`, is true. AVX-512
 // without VNNI is not worth a copy: that for AVX2 runs.
-#define MFK_DECLARE_INT8_KERNEL(name, Args, bf16, int8)                                                  \
-  MFK_ON_X86(                                                                                            \
-      namespace avx512bf16 {                                                                             \
-        void name(const Args& args, int64_t begin, int64_t end);                                         \
-      } namespace avx512vnni {                                                                           \
-        void name(const Args& args, int64_t begin, int64_t end);                                         \
-      } namespace avx2vnni { void name(const Args& args, int64_t begin, int64_t end); } namespace avx2 { \
-        void name(const Args& args, int64_t begin, int64_t end);                                         \
-      })                                                                                                 \
-  MFK_DECLARE_KERNEL_AFTER(                                                                              \
-      MFK_ON_X86(if (bf16) return avx512bf16::name(args, begin, end); if (int8) switch (isa()) {         \
-        case Isa::kAmx:                                                                                  \
-        case Isa::kAvx512Vnni:                                                                           \
-          return avx512vnni::name(args, begin, end);                                                     \
-        case Isa::kAvx2Vnni:                                                                             \
-          return avx2vnni::name(args, begin, end);                                                       \
-        case Isa::kAvx512:                                                                               \
-          return avx2::name(args, begin, end);                                                           \
-        default:                                                                                         \
-          break;                                                                                         \
-      }),                                                                                                \
+#define MFK_DECLARE_INT8_KERNEL(name, Args, bf16, int8)                                                    \
+  MFK_ON_X86(                                                                                              \
+      namespace avx512bf16 {                                                                               \
+        void name(const Args& args, int64_t begin, int64_t end);                                           \
+      } namespace avx512vnni {                                                                             \
+        void name(const Args& args, int64_t begin, int64_t end);                                           \
+      } namespace avx2vnni { void name(const Args& args, int64_t begin, int64_t end); } namespace avx2 {   \
+        void name(const Args& args, int64_t begin, int64_t end);                                           \
+      })                                                                                                   \
+  MFK_ON_ARM(                                                                                              \
+      namespace neonbf16 { void name(const Args& args, int64_t begin, int64_t end); } namespace neoni8mm { \
+        void name(const Args& args, int64_t begin, int64_t end);                                           \
+      } namespace neondotprod { void name(const Args& args, int64_t begin, int64_t end); })                \
+  MFK_DECLARE_KERNEL_AFTER(                                                                                \
+      MFK_ON_ARM(if (bf16) return neonbf16::name(args, begin, end); if (int8) switch (isa()) {             \
+        case Isa::kI8mm:                                                                                   \
+          return neoni8mm::name(args, begin, end);                                                         \
+        case Isa::kDotprod:                                                                                \
+          return neondotprod::name(args, begin, end);                                                      \
+        default:                                                                                           \
+          break;                                                                                           \
+      }) MFK_ON_X86(if (bf16) return avx512bf16::name(args, begin, end); if (int8) switch (isa()) {        \
+        case Isa::kAmx:                                                                                    \
+        case Isa::kAvx512Vnni:                                                                             \
+          return avx512vnni::name(args, begin, end);                                                       \
+        case Isa::kAvx2Vnni:                                                                               \
+          return avx2vnni::name(args, begin, end);                                                         \
+        case Isa::kAvx512:                                                                                 \
+          return avx2::name(args, begin, end);                                                             \
+        default:                                                                                           \
+          break;                                                                                           \
+      }),                                                                                                  \
       name, Args)
 
 // A linear layer of a whole batch; no activation, kGelu, kHardswish or kSilu.

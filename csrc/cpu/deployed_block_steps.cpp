@@ -63,7 +63,8 @@ struct BlockSteps : MapTasks {
   // Calls f(out, epilogue), which writes rows from the i-th number on, with room for them; they become the
   // inputs of a product: bytes where it wants them.
   template <class Epilogue, class F>
-  static void into(const PlanLinear& linear, Stored* hidden, int64_t i, Epilogue epilogue, F f) {
+  static void into([[maybe_unused]] const PlanLinear& linear, Stored* hidden, int64_t i, Epilogue epilogue,
+                   F f) {
 #if MFK_INT8
     if (rounds(linear)) {
       return f(reinterpret_cast<uint8_t*>(hidden) + i, Rounded<Epilogue>{epilogue, Bytes(linear)});

@@ -144,7 +144,7 @@ struct MapSteps : MapTasks {
         {args.group * args.out.width * patch / 4 + 16, pixel / 4, bytes_room(step.linear, most * row)});
     auto part = [&](int i) { return reinterpret_cast<uint8_t*>(space.part[i]); };
     const Bytes bytes(step.linear);
-    memset(part(1), static_cast<int>(step.linear.zero), pixel);
+    memset(part(1), Bytes(step.linear).nothing(), pixel);
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0, next; r < r1; r = next) {
         const int64_t y = r % args.out.height, window = r / args.out.height * args.in.height;

@@ -1,6 +1,6 @@
 #include "deployed_narrow.h"
 
-#if !defined(__AVX512BF16__)  // networks in bfloat16 have no narrow weights
+#if !defined(MFK_STORED_BF16)  // networks in bfloat16 have no narrow weights
 
 namespace mfk {
 namespace MFK_ISA {

@@ -4,6 +4,8 @@
 #include "gemm_operands.h"
 #if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
 #include "amx.h"
+#elif defined(MFK_MMLA)
+#include "mmla.h"
 #elif defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -62,6 +64,10 @@ MFK_INLINE vec<float> multiply_add(const uint8_t* a, vec<float> b, vec<float> su
 #elif defined(__AVXVNNI__)
   return reinterpret_cast<vec<float>>(_mm256_dpbusd_avx_epi32(
       reinterpret_cast<__m256i>(sum), _mm256_set1_epi32(quad), reinterpret_cast<__m256i>(b)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return reinterpret_cast<vec<float>>(vdotq_s32(reinterpret_cast<int32x4_t>(sum),
+                                                reinterpret_cast<int8x16_t>(vdupq_n_s32(quad)),
+                                                reinterpret_cast<int8x16_t>(b)));
 #else
   // Bytes at even and at odd places, as 16 bits.
   using half = typename VectorOf<int16_t, 2 * kLanes<float>>::type;
@@ -212,6 +218,16 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
   constexpr int64_t kPanels = (V * n + kPanel - 1) / kPanel;
   const int64_t s = x.position, steps = blocks_of(x.run, kStep<T>);
   const bool once = tiles == 1;
+  vec<float> lacking[V] = {};  // half of what bytes that are stored 128 less lack in each output's sum
+  if constexpr (kInteger<T> && kSignedBytes) {
+    const uint8_t half[] = {64, 64, 64, 64};
+    for (int64_t row = 0; row < x.runs * steps; ++row) {
+      unrolled<V>([&](auto v) __attribute__((always_inline)) {
+        const W* weights = w + v * n / kPanel * panel + v * n % kPanel + row * kPanel;
+        lacking[v] = multiply_add(half, load(weights), lacking[v]);
+      });
+    }
+  }
   x.data += first * s;
   out += first * out_stride + o;
   for (int64_t number = 0; number < tiles; ++number, first += P, x.data += P * s, out += P * out_stride) {
@@ -278,6 +294,7 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
       if constexpr (kInteger<T>) {
         const W* last = w + v * n / kPanel * panel + v * n % kPanel + x.runs * steps * kPanel;
         start = load(last);
+        if (kSignedBytes) start = add_sums<T>(start, add_sums<T>(lacking[v], lacking[v]));
         factor = load(last + kPanel);
       }
       unrolled<P>([&](auto p) __attribute__((always_inline)) {
@@ -297,16 +314,9 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
 // Outputs `from` to `to` - 1, of which the first one's panel is at `w.data`, with so many rows. Weights stay
 // in the first cache while the positions pass.
 template <class T, class W, class Out, class Epilogue>
-MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, WeightsOf<W> w, int64_t rows, Out* out,
-                            int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
+MFK_INLINE void vector_panels(int64_t positions, Rows<T> x, WeightsOf<W> w, int64_t rows, Out* out,
+                              int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
   constexpr int n = kLanes<float>, most = kOutputVectors * n;
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-  if constexpr (kStep<T> > 1) {
-    if (const int64_t steps = amx::steps_of_tile<T>(positions, x.run); steps > 0) {
-      return amx::panels(positions, steps, x, w, rows, out, out_stride, epilogue, from, to);
-    }
-  }
-#endif
   const Tiles tiles(positions, kPositions);
   for (int64_t o = from; o < to;) {
     const int64_t panel = (rows + kLastRows<T>)*kPanel;
@@ -324,6 +334,27 @@ MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, WeightsOf<W> w, int64_
     };
     const bool many = to - o >= most;
     many ? run(std::integral_constant<int, kOutputVectors>()) : run(std::integral_constant<int, 1>());
+  }
+}
+
+// The same by instructions for matrices, where there are any.
+template <class T, class W, class Out, class Epilogue>
+MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, WeightsOf<W> w, int64_t rows, Out* out,
+                            int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+  if constexpr (kStep<T> > 1) {
+    if (const int64_t steps = amx::steps_of_tile<T>(positions, x.run); steps > 0) {
+      return amx::panels(positions, steps, x, w, rows, out, out_stride, epilogue, from, to);
+    }
+  }
+#endif
+#if defined(MFK_MMLA)
+  if constexpr (kStep<T> > 1) {
+    mmla::panels(positions, x, w, rows, out, out_stride, epilogue, from, to);
+  } else
+#endif
+  {
+    vector_panels(positions, x, w, rows, out, out_stride, epilogue, from, to);
   }
 }
 

@@ -23,7 +23,7 @@ MFK_INLINE vec<float> load(const int8_t* p) {
 #endif
 }
 
-// The last byte of floats from 2^23 on, which are integers.
+// The last byte of floats from 2^23 to 2^24, which are integers.
 MFK_INLINE void store(uint8_t* p, vec<float> v) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(v));
@@ -44,14 +44,14 @@ MFK_INLINE void store(uint8_t* p, vec<float> v) {
 
 // Whether networks in int8 run by this instruction set. Others run in the place of AVX-512 without VNNI, see
 // MFK_DECLARE_INT8_KERNEL.
-#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
+#if (defined(__AVX512F__) && !defined(__AVX512VNNI__)) || defined(MFK_STORED_BF16)
 #define MFK_INT8 0
 #else
 #define MFK_INT8 1
 #endif
 
 // What maps and weights of a deployed network are stored as.
-#if defined(__AVX512BF16__)
+#if defined(MFK_STORED_BF16)
 using Stored = bf16;
 #else
 using Stored = float;
@@ -93,6 +93,13 @@ MFK_INLINE vec<float> add_sums(vec<float> a, vec<float> b) {
     return a + b;
   }
 }
+
+// Whether numbers that are rounded to bytes are stored 128 less: dot products of Arm take bytes with a sign.
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr bool kSignedBytes = true;
+#else
+constexpr bool kSignedBytes = false;
+#endif
 
 // Of int8 matrices each panel ends with two rows: where the sums of its outputs begin, integers, and a factor
 // of each.

@@ -10,8 +10,8 @@
 namespace mfk {
 namespace MFK_ISA {
 
-// Where there is VNNI, steps whose matrices are int8 alone; elsewhere all steps.
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// Where there are instructions for bytes, steps whose matrices are int8 alone; elsewhere all steps.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr bool kBytesAlone = true;
 #else
 constexpr bool kBytesAlone = false;
@@ -126,8 +126,8 @@ struct MapTasks {
   }
   // The product of so many positions with a matrix; `bytes` is room for all of their inputs, see bytes_room.
   template <class Out, class Epilogue>
-  void product(int64_t positions, Rows<Stored> x, const PlanLinear& linear, float* bytes, Out* out,
-               int64_t stride, Epilogue epilogue) {
+  void product(int64_t positions, Rows<Stored> x, const PlanLinear& linear, [[maybe_unused]] float* bytes,
+               Out* out, int64_t stride, Epilogue epilogue) {
     if (args.calibration != nullptr) calibrate(positions, x, linear);
 #if MFK_INT8
     if (rounds(linear)) {
@@ -141,8 +141,8 @@ struct MapTasks {
   }
   // The same with an output that is the input of a second product: as bytes where that one wants them.
   template <class Epilogue>
-  void product_for(const PlanLinear& second, int64_t positions, Rows<Stored> x, const PlanLinear& linear,
-                   float* bytes, float* out, int64_t stride, Epilogue epilogue) {
+  void product_for([[maybe_unused]] const PlanLinear& second, int64_t positions, Rows<Stored> x,
+                   const PlanLinear& linear, float* bytes, float* out, int64_t stride, Epilogue epilogue) {
 #if MFK_INT8
     if (rounds(second)) {
       return product(positions, x, linear, bytes, reinterpret_cast<uint8_t*>(out), stride,

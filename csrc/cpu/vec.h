@@ -34,6 +34,15 @@
 #define MFK_VECTOR_REGISTERS 16
 #endif
 
+// The copy for deployed networks in bfloat16.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define MFK_STORED_BF16
+#endif
+// Arm's instructions for matrices.
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(__ARM_FEATURE_MATMUL_INT8)
+#define MFK_MMLA
+#endif
+
 #define MFK_INLINE inline __attribute__((always_inline))
 
 namespace mfk {
@@ -133,6 +142,11 @@ MFK_INLINE void store(double* p, vec<double> v) { memcpy(p, &v, sizeof v); }
 #if defined(__AVX512BF16__)
 MFK_INLINE void store(bf16* p, vec<float> v) {
   const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+  memcpy(p, &half, sizeof half);
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+MFK_INLINE void store(bf16* p, vec<float> v) {
+  const bfloat16x4_t half = vcvt_bf16_f32(v);
   memcpy(p, &half, sizeof half);
 }
 #else

@@ -46,7 +46,8 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& weights, const Tensor& pl
   Network network(words, weights.const_data_ptr<float>(), images);
   STD_TORCH_CHECK(
       !network.bf16() || bf16_supported(), kOp,
-      ": a network in bfloat16 needs a processor with AVX512-BF16, and the instruction set avx512");
+      ": a network in bfloat16 needs a processor with AVX512-BF16 and the instruction set avx512, or on Arm "
+      "BF16 and i8mm");
   std::vector<Tensor> out;
   if (classes > 0) out.push_back(empty({images.batch, classes}, ScalarType::Float, x));
   for (HandedOut& map : network.handed_out()) {
