@@ -38,7 +38,7 @@ train-check-all: .venv/installed .venv-vision/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	.venv/bin/mypy
 	.venv/bin/codespell
 
@@ -54,7 +54,7 @@ sanitize: $(SANITIZED)/built
 	cd $(SANITIZED) && $(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/.venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
 	  --rootdir $(CURDIR) $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_deploy.py $(CURDIR)/tests/test_deploy_dmf_iformer.py $(CURDIR)/tests/test_plan.py -k "not fuzz and not compile and not export"
 	$(CXX) -std=gnu++17 -O1 -g -fsanitize=thread -Wno-psabi -DMFK_GENERIC_ONLY -DMFK_ISA=generic -o $(SANITIZED)/threads \
-	  tests/sanitize/threads.cpp csrc/isa.cpp $(wildcard csrc/cpu/deployed_*.cpp)
+	  tests/sanitize/threads.cpp csrc/isa.cpp $(wildcard csrc/cpu/engine/*.cpp)
 	.venv/bin/python tests/sanitize/plan.py $(SANITIZED)
 	$(SANITIZED)/threads $(SANITIZED)
 
@@ -145,11 +145,11 @@ arm-networks: $(ARM)/networks .venv/installed
 	  QEMU_CPU=$$processor qemu-aarch64-static $(ARM)/networks $(ARM) $(ARM_NETWORKS) || exit 1; done
 
 # With the flags that CMakeLists.txt has.
-$(ARM)/networks: $(wildcard tests/arm/networks.cpp csrc/*.* csrc/*/*.h csrc/cpu/deployed_*.cpp)
+$(ARM)/networks: $(wildcard tests/arm/networks.cpp csrc/*.* csrc/*/*.h csrc/*/*/*.h csrc/cpu/engine/*.cpp)
 	mkdir -p $(ARM)
 	aarch64-linux-gnu-g++ -std=gnu++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-schedule-insns \
 	  -Wall -Wno-psabi -DMFK_GENERIC_ONLY -DMFK_ISA=generic -static -pthread -o $@ tests/arm/networks.cpp csrc/isa.cpp csrc/task_memory.cpp \
-	  $(wildcard csrc/cpu/deployed_*.cpp)
+	  $(wildcard csrc/cpu/engine/*.cpp)
 
 # A source distribution, a wheel built of it against the oldest PyTorch, and that it runs in an empty
 # environment where no compiler is to be found.
@@ -202,7 +202,7 @@ figures: rivals
 
 # Everything that any target needs, again whenever the C++ sources or the build change. The Python sources
 # are used where they lie.
-.venv/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+.venv/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	@command -v $(PYTHON) >/dev/null || { echo "mfkernels: no $(PYTHON): install Python >= 3.10, or type make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mfkernels: $(PYTHON) is older than 3.10: type make PYTHON=/path/to/a/newer/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "mfkernels: $(PYTHON) has no venv: install it (on Debian: python3-venv)" >&2; exit 1; }

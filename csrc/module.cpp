@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/peak.h"
+#include "cpu/simd/peak.h"
 #include "huge_pages.h"
 #include "isa.h"
 #include "ops/plan_seal.h"

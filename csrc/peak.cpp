@@ -1,4 +1,4 @@
-#include "cpu/peak.h"
+#include "cpu/simd/peak.h"
 
 #include <chrono>
 

@@ -49,7 +49,7 @@ def test_the_operator_of_the_page_keeps_its_promises(copied):
     torch_folder = Path(torch.__file__).parent
     sources = (
         "csrc/ops/channel_scale.cpp",
-        "csrc/cpu/channel_scale.cpp",
+        "csrc/cpu/operators/channel_scale.cpp",
         "csrc/isa.cpp",
         "csrc/task_memory.cpp",
     )

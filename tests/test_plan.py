@@ -19,7 +19,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 
 def structs() -> dict[str, list[tuple[str, str]]]:
     """(type, name) of each field of each struct of plans, in C++."""
-    text = (CSRC / "cpu/deployed.h").read_text() + (CSRC / "cpu/deployed_plan.h").read_text()
+    text = (CSRC / "cpu/engine/deployed.h").read_text() + (CSRC / "cpu/engine/deployed_plan.h").read_text()
     text = re.sub(r"//[^\n]*", "", text)
     found = {}
     for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
@@ -63,7 +63,7 @@ def test_structs_are_the_same_in_both_languages():
     ],
 )
 def test_enumerations_are_the_same_in_both_languages(enum, names):
-    text = (CSRC / "cpu/deployed.h").read_text() + (CSRC / "cpu/deployed_plan.h").read_text()
+    text = (CSRC / "cpu/engine/deployed.h").read_text() + (CSRC / "cpu/engine/deployed_plan.h").read_text()
     (body,) = re.findall(rf"enum {enum} : int64_t \{{(.*?)\}}", text, re.DOTALL)
     found = re.findall(r"k(\w+)", re.sub(r"//[^\n]*", "", body))
     words = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in found]

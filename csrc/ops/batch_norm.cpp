@@ -1,4 +1,4 @@
-#include "../cpu/batch_norm.h"
+#include "../cpu/operators/batch_norm.h"
 
 #include "common.h"
 

@@ -1,4 +1,4 @@
-#include "../cpu/dynamic_conv2d.h"
+#include "../cpu/operators/dynamic_conv2d.h"
 
 #include <array>
 

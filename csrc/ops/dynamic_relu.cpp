@@ -1,4 +1,4 @@
-#include "../cpu/dynamic_relu.h"
+#include "../cpu/operators/dynamic_relu.h"
 
 #include "common.h"
 

@@ -1,7 +1,7 @@
 // The arguments of former_block, checked, for any device.
 #pragma once
 
-#include "../cpu/former_block.h"
+#include "../cpu/operators/former_block.h"
 #include "common.h"
 
 namespace mfk {

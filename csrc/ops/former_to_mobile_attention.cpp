@@ -1,4 +1,4 @@
-#include "../cpu/former_to_mobile_attention.h"
+#include "../cpu/operators/former_to_mobile_attention.h"
 
 #include "common.h"
 

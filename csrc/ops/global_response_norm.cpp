@@ -1,4 +1,4 @@
-#include "../cpu/global_response_norm.h"
+#include "../cpu/operators/global_response_norm.h"
 
 #include "common.h"
 

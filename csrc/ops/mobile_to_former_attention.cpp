@@ -1,4 +1,4 @@
-#include "../cpu/mobile_to_former_attention.h"
+#include "../cpu/operators/mobile_to_former_attention.h"
 
 #include "common.h"
 

@@ -1,4 +1,4 @@
-#include "../cpu/modulation_attention.h"
+#include "../cpu/operators/modulation_attention.h"
 
 #include "common.h"
 

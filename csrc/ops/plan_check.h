@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cpu/deployed_plan.h"
+#include "../cpu/engine/deployed_plan.h"
 
 namespace mfk {
 namespace {

@@ -1,4 +1,4 @@
-#include "../cpu/pointwise_conv_bn.h"
+#include "../cpu/operators/pointwise_conv_bn.h"
 
 #include "common.h"
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../cpu/deployed_plan.h"
+#include "../cpu/engine/deployed_plan.h"
 #include "working_memory.h"
 
 namespace mfk {

@@ -1,4 +1,4 @@
-#include "../cpu/token_hyper.h"
+#include "../cpu/operators/token_hyper.h"
 
 #include "common.h"
 

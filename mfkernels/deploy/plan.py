@@ -1,4 +1,4 @@
-"""A network as a plan for the kernels in csrc/cpu/deployed_plan.h."""
+"""A network as a plan for the kernels in csrc/cpu/engine/deployed_plan.h."""
 
 import struct
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Define the steps of a plan, with the names and fields of the structs of csrc/cpu/deployed_plan.h.
+"""Define the steps of a plan, with the names and fields of the structs of csrc/cpu/engine/deployed_plan.h.
 
 That file says what they mean.
 """
