@@ -13,8 +13,10 @@ import subprocess
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Multiply-adds of 16 bytes that a core begins in a cycle.
+# Multiply-adds of 16 bytes that a core begins in a cycle, and those that it does not have.
 PIPES = {"neoverse-n1": 2, "neoverse-v2": 4}
+LACKS = {"neoverse-n1": ("usmmla", "bf"), "neoverse-v2": ()}
+PRODUCTS = ("fmla", "sdot", "usmmla", "bfmmla")
 LEAST = 8  # multiply-adds of a loop that counts, which calls nothing
 JUMP = re.compile(r"^(b(?:\.\w+)?|cbn?z|tbn?z)\t(?:.*, )?([0-9a-f]+) <")
 
@@ -25,7 +27,10 @@ class Loop(NamedTuple):
 
     @property
     def products(self) -> int:
-        return sum(line.startswith("fmla") for line in self.lines)
+        return sum(line.startswith(PRODUCTS) for line in self.lines)
+
+    def needs(self, instructions: tuple[str, ...]) -> bool:
+        return any(line.startswith(instructions) for line in self.lines)
 
     @property
     def on_stack(self) -> int:
@@ -44,18 +49,23 @@ def functions(library: str, objdump: str) -> Iterator[tuple[str, list[tuple[int,
             yield name[1], [(int(at, 16), rest.strip()) for at, rest in split]
 
 
-NAMESPACES = r"_ZZ?NK?3mfk7generic(?:12_GLOBAL__N_1|6detail|9pointwise)*"
-ELEMENTS = {"f": "float", "d": "double", "NS_4bf16E": "bfloat16"}
+COPIES = "7generic|11neondotprod|8neoni8mm|8neonbf16"
+NAMESPACES = rf"_ZZ?NK?3mfk(?:{COPIES})(?:12_GLOBAL__N_1|6detail|9pointwise|4mmla)*"
+ELEMENTS = {"f": "float", "d": "double", "h": "bytes", "a": "int8", "NS_4bf16E": "bfloat16"}
 
 
 def kernel_name(symbol: str) -> str:
-    """Return what a mangled name begins with below our namespaces, and the type of its elements, if any."""
+    """Return what a mangled name begins with below our namespaces, and the type of its elements, if any; of
+    products with weights that are widened in registers, theirs, too."""
     found = re.match(NAMESPACES + r"(\d+)(.*)", symbol)
     if not found:
         return symbol
     name, rest = found[2][: int(found[1])], found[2][int(found[1]) :]
-    element = re.match(r"I(?:L[ib]\d+E)*(f|d|NS_4bf16E)", rest)
-    return f"{name}, {ELEMENTS[element[1]]}" if element else name
+    element = re.match(r"I(?:L[ib]\d+E)*(f|d|h|NS_4bf16E)", rest)
+    if element is None:
+        return name
+    widened = name == "gemm_tiles" and re.match(r"(a|NS_4bf16E)", rest[element.end() :])
+    return f"{name}, {ELEMENTS[element[1]]}" + (f" by {ELEMENTS[widened[1]]}" if widened else "")
 
 
 def innermost_loops(name: str, code: list[tuple[int, str]]) -> Iterator[Loop]:
@@ -104,7 +114,11 @@ def main() -> None:
         for name, code in functions(options.library, options.objdump)
         for loop in innermost_loops(name, code)
     ]
-    times = {processor: cycles(loops, options.mca, processor) for processor in PIPES}
+    times: dict[str, dict[int, float]] = {}
+    for processor in PIPES:
+        able = [i for i, loop in enumerate(loops) if not loop.needs(LACKS[processor])]
+        found = cycles([loops[i] for i in able], options.mca, processor)
+        times[processor] = dict(zip(able, found, strict=True))
     print("| kernel | loops | products | instructions | on the stack | " + " | ".join(PIPES) + " |")
     print("|---" * (5 + len(PIPES)) + "|")
     for kernel in sorted({loop.kernel for loop in loops}):
@@ -114,8 +128,8 @@ def main() -> None:
         cells = [kernel, len(own), most, max(len(loops[i].lines) for i in fullest)]
         cells.append(max(loops[i].on_stack for i in own))
         for processor, pipes in PIPES.items():
-            worst = max(times[processor][i] for i in fullest)
-            cells.append(f"{worst:.1f} ({100 * most / pipes / worst:.0f} %)")
+            known = [times[processor][i] for i in fullest if i in times[processor]]
+            cells.append(f"{max(known):.1f} ({100 * most / pipes / max(known):.0f} %)" if known else "-")
         print("| " + " | ".join(map(str, cells)) + " |")
 
 

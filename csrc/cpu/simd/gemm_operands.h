@@ -16,6 +16,12 @@ MFK_INLINE vec<float> load(const int8_t* p) {
 #elif defined(__AVX2__)
   return reinterpret_cast<vec<float>>(
       _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__aarch64__)
+  // GCC 12 converts vectors of four lane by lane.
+  int32_t bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  const int16x8_t words = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)));
 #else
   typename VectorOf<int8_t, kLanes<float>>::type bytes;
   memcpy(&bytes, p, sizeof bytes);
@@ -34,6 +40,10 @@ MFK_INLINE void store(uint8_t* p, vec<float> v) {
   const int32_t words[2] = {_mm_cvtsi128_si32(_mm256_castsi256_si128(halves)),
                             _mm_cvtsi128_si32(_mm256_extracti128_si256(halves, 1))};
   memcpy(p, words, sizeof words);
+#elif defined(__aarch64__)
+  const uint16x4_t words = vmovn_u32(reinterpret_cast<uint32x4_t>(v));
+  const uint32_t bytes = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
+  memcpy(p, &bytes, sizeof bytes);
 #else
   using word = typename VectorOf<uint32_t, kLanes<float>>::type;
   const auto bytes =
