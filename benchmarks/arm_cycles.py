@@ -55,8 +55,10 @@ ELEMENTS = {"f": "float", "d": "double", "h": "bytes", "a": "int8", "NS_4bf16E":
 
 
 def kernel_name(symbol: str) -> str:
-    """Return what a mangled name begins with below our namespaces, and the type of its elements, if any; of
-    products with weights that are widened in registers, theirs, too."""
+    """Return what a mangled name begins with below our namespaces, and the type of its elements, if any.
+
+    Of products with weights that are widened in registers, theirs is in it, too.
+    """
     found = re.match(NAMESPACES + r"(\d+)(.*)", symbol)
     if not found:
         return symbol

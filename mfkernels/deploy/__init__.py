@@ -115,8 +115,8 @@ def deploy(
         return deployed_on_gpu(model, dtype)
     if dtype == torch.bfloat16 and not _C.bf16_supported():
         raise RuntimeError(
-            "deploy: bfloat16 needs a processor with avx512bf16 and an instruction set from avx512 on, or one "
-            "with bf16 and the instruction set i8mm on Arm, but "
+            "deploy: bfloat16 needs a processor with avx512bf16 and an instruction set from avx512 on, "
+            "or on Arm bf16 and the instruction set i8mm, but "
             f"{native.instruction_set()} is in use and the processor has {', '.join(_C.cpu_features())}"
         )
 
