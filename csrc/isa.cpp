@@ -14,12 +14,12 @@
 namespace mfk {
 
 #if defined(__x86_64__) && !defined(MFK_GENERIC_ONLY)
-// AMX: the processor multiplies bfloat16 in tiles, and the system lets this process use them, once it has
+// AMX: the processor multiplies bfloat16 and bytes in tiles, and the system lets this process use them, once it has
 // asked. Not by __builtin_cpu_supports, which knows of them in newer compilers alone.
 static bool may_use_tiles() {
   unsigned a, b, c, d;
-  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, bytes
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
 #if defined(__linux__)
   constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   static const bool may = syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;

@@ -6,7 +6,7 @@
 namespace mfk {
 
 // Those with VNNI are the ones before them, and its instructions for deployed networks in int8; kAmx is
-// kAvx512Vnni, and AMX for deployed networks in bfloat16.
+// kAvx512Vnni, and AMX for deployed networks in bfloat16 and int8.
 enum class Isa { kGeneric, kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAmx };
 
 // The one in use: at first the widest that this machine can run.

@@ -1,4 +1,5 @@
-// Products of bfloat16 matrices by AMX: tiles of positions, a panel of outputs and pairs of inputs.
+// Products of bfloat16 and of int8 matrices by AMX: tiles of positions, a panel of outputs and steps: pairs of
+// inputs in bfloat16, four of them as bytes.
 #pragma once
 
 #include "../isa.h"
@@ -16,16 +17,16 @@ struct Config {
   uint8_t rows[16] = {};
 };
 
-// `positions` rows, at most 16, and `pairs` pairs of inputs, at most 16.
-MFK_INLINE void configure(int64_t positions, int64_t pairs) {
+// `positions` rows and `steps` steps, each at most 16.
+MFK_INLINE void configure(int64_t positions, int64_t steps) {
   Config config;
   auto set = [&](int tile, int64_t rows, int64_t bytes) {
     config.rows[tile] = static_cast<uint8_t>(rows);
     config.bytes[tile] = static_cast<uint16_t>(bytes);
   };
   for (int tile = 0; tile < 4; ++tile) set(tile, positions, 64);
-  for (int tile = 4; tile < 6; ++tile) set(tile, positions, 4 * pairs);
-  for (int tile = 6; tile < 8; ++tile) set(tile, pairs, 64);
+  for (int tile = 4; tile < 6; ++tile) set(tile, positions, 4 * steps);
+  for (int tile = 6; tile < 8; ++tile) set(tile, steps, 64);
   asm volatile("ldtilecfg %0" : : "m"(config));
 }
 // What a thread leaves in its tiles makes it slow to interrupt.
@@ -43,35 +44,38 @@ template <int kTile>
 MFK_INLINE void store_rows(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
 }
-template <int kSum, int kLeft, int kRight>
+template <class T, int kSum, int kLeft, int kRight>
 MFK_INLINE void multiply() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
+  if constexpr (kInteger<T>) {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
+  } else {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
+  }
 }
 
 // Two tiles of positions, if kTiles is 2, by two panels, if kPanels is 2. A load serves as many products.
-template <int kTiles, int kPanels, class Out, class Epilogue>
-void tiles(int64_t size, int64_t pairs, Rows<bf16> x, const float* w, int64_t panel, Out* out,
+template <int kTiles, int kPanels, class T, class Out, class Epilogue>
+void tiles(int64_t size, int64_t steps, Rows<T> x, const float* w, int64_t panel, Out* out,
            int64_t out_stride, Epilogue epilogue, int64_t first, int64_t o) {
-  const int64_t steps = blocks_of(x.run, kStep<bf16>), stride = x.position * sizeof(bf16),
-                next = size * x.position;
+  const int64_t all = blocks_of(x.run, kStep<T>), stride = x.position * sizeof(T), next = size * x.position;
   clear<0>();
   clear<1>();
   clear<2>();
   clear<3>();
   for (int64_t r = 0; r < x.runs; ++r) {
-    const bf16* left = x.data + r * x.skip;
-    for (int64_t c = 0; c < steps; c += pairs, left += 2 * pairs, w += pairs * kPanel) {
+    const T* left = x.data + r * x.skip;
+    for (int64_t c = 0; c < all; c += steps, left += kStep<T> * steps, w += steps * kPanel) {
       load_rows<6>(w, kPanel * sizeof(float));
       load_rows<4>(left, stride);
-      multiply<0, 4, 6>();
+      multiply<T, 0, 4, 6>();
       if (kPanels > 1) {
         load_rows<7>(w + panel, kPanel * sizeof(float));
-        multiply<1, 4, 7>();
+        multiply<T, 1, 4, 7>();
       }
       if (kTiles > 1) {
         load_rows<5>(left + next, stride);
-        multiply<2, 5, 6>();
-        if (kPanels > 1) multiply<3, 5, 7>();
+        multiply<T, 2, 5, 6>();
+        if (kPanels > 1) multiply<T, 3, 5, 7>();
       }
     }
   }
@@ -83,9 +87,15 @@ void tiles(int64_t size, int64_t pairs, Rows<bf16> x, const float* w, int64_t pa
   if (kTiles > 1 && kPanels > 1) store_rows<3>(sums[3], row);
   for (int v = 0; v < kPanels; ++v) {
     const auto finish = epilogue.at(o + v * kPanel);
+    vec<float> start{}, factor{};
+    if constexpr (kInteger<T>) {
+      start = load(w + v * panel);
+      factor = load(w + v * panel + kPanel);
+    }
     for (int t = 0; t < kTiles; ++t) {
       for (int64_t p = 0; p < size; ++p) {
-        const vec<float> sum = load(sums[2 * t + v] + p * kPanel);
+        vec<float> sum = load(sums[2 * t + v] + p * kPanel);
+        if constexpr (kInteger<T>) sum = from_integers(add_sums<T>(sum, start)) * factor;
         const int64_t position = t * size + p;
         store(out + position * out_stride + v * kPanel, finish(sum + finish.bias, first + position));
       }
@@ -93,31 +103,33 @@ void tiles(int64_t size, int64_t pairs, Rows<bf16> x, const float* w, int64_t pa
   }
 }
 
-// So many pairs of inputs a tile, equally many in each; 0: vectors do it, since tiles would be mostly empty.
-MFK_INLINE int64_t pairs_of_tile(int64_t positions, int64_t run) {
+// So many steps a tile, equally many in each; 0: vectors do it, since tiles would be mostly empty.
+template <class T>
+MFK_INLINE int64_t steps_of_tile(int64_t positions, int64_t run) {
   if (positions < 2 || !amx_in_use()) return 0;
-  const int64_t pairs = blocks_of(run, kStep<bf16>);
+  const int64_t steps = blocks_of(run, kStep<T>);
   int64_t fit = 16;
-  while (pairs % fit != 0) --fit;
+  while (steps % fit != 0) --fit;
   return fit >= 4 ? fit : 0;
 }
 
 // As gemm_panels.
-template <class Out, class Epilogue>
-void panels(int64_t positions, int64_t pairs, Rows<bf16> x, Weights w, int64_t rows, Out* out,
+template <class T, class Out, class Epilogue>
+void panels(int64_t positions, int64_t steps, Rows<T> x, Weights w, int64_t rows, Out* out,
             int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
+  const int64_t panel = (rows + kLastRows<T>)*kPanel;
   const Tiles all(positions, 16);
   auto some = [&](int64_t size, int64_t count, int64_t first) {
     if (count == 0) return;
-    configure(size, pairs);
+    configure(size, steps);
     for (int64_t o = from; o < to; o += 2 * kPanel) {
-      const float* weights = w.data + (o - from) * rows;
+      const float* weights = w.data + (o - from) / kPanel * panel;
       for (int64_t t = 0; t < count; t += 2) {
         const int64_t position = first + t * size;
         auto run = [&](auto of_positions, auto of_outputs) {
-          const Rows<bf16> here{x.data + position * x.position, x.position, x.runs, x.run, x.skip};
+          const Rows<T> here{x.data + position * x.position, x.position, x.runs, x.run, x.skip};
           tiles<decltype(of_positions)::value, decltype(of_outputs)::value>(
-              size, pairs, here, weights, rows * kPanel, out + position * out_stride + o, out_stride,
+              size, steps, here, weights, panel, out + position * out_stride + o, out_stride,
               epilogue, position, o);
         };
         const std::integral_constant<int, 1> one;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm_operands.h"
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
 #include "amx.h"
 #elif defined(__SSE2__)
 #include <emmintrin.h>
@@ -34,17 +34,6 @@ MFK_INLINE vec<float> multiply_add(const bf16* a, vec<float> b, vec<float> sum) 
 #endif
 
 #if MFK_INT8
-// The integers of a vector's lanes as floats.
-MFK_INLINE vec<float> from_integers(vec<float> v) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<vec<float>>(_mm512_maskz_cvtepi32_ps(0xffff, reinterpret_cast<__m512i>(v)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<vec<float>>(_mm256_cvtepi32_ps(reinterpret_cast<__m256i>(v)));
-#else
-  return __builtin_convertvector(reinterpret_cast<mask<float>>(v), vec<float>);
-#endif
-}
-
 // Products of 16 bits, added in pairs to 32.
 MFK_INLINE mask<float> added_in_pairs(typename VectorOf<int16_t, 2 * kLanes<float>>::type a,
                                       typename VectorOf<int16_t, 2 * kLanes<float>>::type b) {
@@ -86,15 +75,6 @@ MFK_INLINE vec<float> multiply_add(const uint8_t* a, vec<float> b, vec<float> su
 #endif
 }
 #endif
-
-template <class T>
-MFK_INLINE vec<float> add_sums(vec<float> a, vec<float> b) {
-  if constexpr (kInteger<T>) {
-    return reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(a) + reinterpret_cast<mask<float>>(b));
-  } else {
-    return a + b;
-  }
-}
 
 // What is done to a sum before it is stored. `at(o)` loads what depends on the output alone: the bias, which
 // is added last (a large one would round every product), and what its operator, called with the whole sum,
@@ -320,9 +300,11 @@ template <class T, class W, class Out, class Epilogue>
 MFK_INLINE void gemm_panels(int64_t positions, Rows<T> x, WeightsOf<W> w, int64_t rows, Out* out,
                             int64_t out_stride, Epilogue epilogue, int64_t from, int64_t to) {
   constexpr int n = kLanes<float>, most = kOutputVectors * n;
-#if defined(__AVX512BF16__)
-  if (const int64_t pairs = amx::pairs_of_tile(positions, x.run); pairs > 0) {
-    return amx::panels(positions, pairs, x, w, rows, out, out_stride, epilogue, from, to);
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+  if constexpr (kStep<T> > 1) {
+    if (const int64_t steps = amx::steps_of_tile<T>(positions, x.run); steps > 0) {
+      return amx::panels(positions, steps, x, w, rows, out, out_stride, epilogue, from, to);
+    }
   }
 #endif
   const Tiles tiles(positions, kPositions);

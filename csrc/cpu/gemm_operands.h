@@ -72,6 +72,28 @@ constexpr int64_t kStep = sizeof(float) / sizeof(T);
 template <class T>
 constexpr bool kInteger = std::is_same<T, uint8_t>::value;
 
+#if MFK_INT8
+// The integers of a vector's lanes as floats.
+MFK_INLINE vec<float> from_integers(vec<float> v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(_mm512_maskz_cvtepi32_ps(0xffff, reinterpret_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vec<float>>(_mm256_cvtepi32_ps(reinterpret_cast<__m256i>(v)));
+#else
+  return __builtin_convertvector(reinterpret_cast<mask<float>>(v), vec<float>);
+#endif
+}
+#endif
+
+template <class T>
+MFK_INLINE vec<float> add_sums(vec<float> a, vec<float> b) {
+  if constexpr (kInteger<T>) {
+    return reinterpret_cast<vec<float>>(reinterpret_cast<mask<float>>(a) + reinterpret_cast<mask<float>>(b));
+  } else {
+    return a + b;
+  }
+}
+
 // Of int8 matrices each panel ends with two rows: where the sums of its outputs begin, integers, and a factor
 // of each.
 template <class T>
