@@ -319,6 +319,13 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(folder, tmp_path, ca
     assert "checkpoint-00001-0000000.pt cannot be read" in capsys.readouterr().err
 
 
+def test_processes_with_different_folders_are_refused(folder, tmp_path, monkeypatch):
+    training(folder, tmp_path)._save()
+    monkeypatch.setattr(Processes, "gather", lambda self, here: [here, (1, 0)])
+    with pytest.raises(ValueError, match=r"the same folder for all processes.*\(0, 0\), \(1, 0\)"):
+        training(folder, tmp_path)
+
+
 def test_only_the_last_checkpoints_stay(tmp_path):
     for step in range(5):
         assert checkpoint.save(tmp_path, {"step": step}, 0, step, keep=2)
