@@ -175,7 +175,7 @@ TESTED_WITH = numpy pytest pytest-xdist hypothesis expecttest safetensors 'pillo
 .venv-vision/installed:
 	@test -x .venv-vision/bin/python || $(PYTHON) -m venv .venv-vision
 	.venv-vision/bin/pip install -q --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm transformers \
-	  $(TESTED_WITH) matplotlib scikit-learn pycocotools setuptools wheel cmake ninja
+	  $(TESTED_WITH) matplotlib scikit-learn pycocotools datasets tensorboard setuptools wheel cmake ninja
 	@touch $@
 
 # The packages that the extras of this name, a regular expression, ask for in pyproject.toml.

@@ -5,7 +5,8 @@
 
 Computed means: PyTorch's counter counts the operations of the plain definitions at the recipe's sizes,
 nothing is run, and the speeds below, which nobody measured here, turn bytes and operations into times. A
-backward pass has twice the operations of a forward pass: those of the gradients of maps, and of weights.
+backward pass has twice the operations of a forward pass: those of the gradients of maps, and of weights. What
+autograd keeps of an image is counted in a forward pass on this CPU.
 """
 
 import argparse
@@ -42,6 +43,8 @@ NETWORK = {"400 Gbit/s a GPU": 400e9, "100 Gbit/s a machine": 12.5e9}  # bytes a
 HOP = 5e-6  # seconds, of a step of the ring beside its bytes
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends together
 PHOTO = 110e3  # bytes, the mean of ImageNet's
+HELD = 4 + 4 + 8  # bytes a parameter: weight, gradient and AdamW's two moments; an average has 4 more
+BUCKETS = 4  # bytes a parameter, in which DDP sends gradients
 READ = 150  # photos that a core of a CPU decodes and augments in a second
 
 
@@ -64,6 +67,8 @@ class Network:
     parameters: int
     forward: int
     calls: int
+    average: bool  # whether the recipe averages the weights
+    kept: int  # bytes that autograd keeps of an image, in bfloat16 autocast
 
     @cached_property
     def bytes(self) -> int:
@@ -81,6 +86,12 @@ class Network:
         speed = NVLINK if gpus <= IN_A_MACHINE else min(NVLINK, network)
         buckets = -(-self.bytes // BUCKET)
         return self.moved(gpus) / speed + buckets * 2 * (gpus - 1) * HOP
+
+    def freed(self, gpus: int) -> tuple[int, int]:
+        """Bytes that a GPU holds beside activations with DDP, and that FSDP2 would free of it at most."""
+        sharded = (HELD + 4 * self.average) * self.parameters
+        held = sharded + BUCKETS * self.parameters
+        return held, held - sharded // gpus
 
     def compute(self, gpus: int, share: float) -> tuple[float, float]:
         """Seconds of forward and backward pass."""
@@ -120,7 +131,26 @@ def count(name: str) -> Network:
             loss.backward()
     operations = int(area * forward.get_total_flops() / len(images))
     parameters = sum(p.numel() for p in model.parameters())
-    return Network(name, recipe.batch_size, parameters, operations, calls.count)
+    average = bool(recipe.ema_decay)
+    return Network(name, recipe.batch_size, parameters, operations, calls.count, average, kept(name))
+
+
+def kept(name: str) -> int:
+    """Return the bytes that autograd keeps of an image for the backward pass, in bfloat16 autocast."""
+    model, images = create_model(name).train(), torch.randn(2, 3, 224, 224)
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        model(images)
+    for tensor in (*model.parameters(), *model.buffers()):
+        found.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in found.values()) // len(images)
 
 
 def table(title: str, head: list[str], rows: Iterator[list[str]]) -> None:
@@ -182,6 +212,24 @@ def tables(networks: list[Network]) -> None:
         ["network"]
         + [f"{n} GPUs, {what}" for n in GPUS for what in ("1000 images/s", "GB/s", "cores a GPU")],
         ([n.name, *data(n)] for n in networks),
+    )
+
+    def memory(n: Network) -> Iterator[str]:
+        held, freed = n.freed(GPUS[0])
+        yield f"{held / 1e6:.0f}"
+        yield f"{freed / 1e6:.0f}"
+        yield f"{n.kept / 1e6:.0f}"
+        yield f"{n.batch // GPUS[0]}"
+        yield f"{freed / n.kept:.1f}"
+
+    table(
+        f"What each of {GPUS[0]} GPUs holds (computed; activations counted in bfloat16 autocast at 224x224, "
+        "without checkpointing).",
+        [
+            *("network", "weights, gradients, moments, average, MB", "of it FSDP2 would free, MB"),
+            *("activations of an image, MB", "images a GPU", "images more with FSDP2"),
+        ],
+        ([n.name, *memory(n)] for n in networks),
     )
 
 

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,62 @@ def test_images_do_not_depend_on_processes_and_accumulation(folder):
     assert files(1, 1) == files(2, 1) == files(2, 2) == files(1, 4)
 
 
+def assert_each_image_once(reader, count: int) -> None:
+    """Two processes share an epoch's images and an evaluation's without overlap or loss."""
+    recipe = load_recipe("mobile_former_26m", **SMALL)
+    trained, evaluated = [], []
+    for rank in (0, 1):
+        for _, batches in data.TrainingData(reader, recipe, rank, 2).epoch(0, 0):
+            trained += [name for batch in batches for name in batch.files]
+        for batch in data.EvaluationData(reader, recipe, rank, 2, 5):
+            evaluated += batch.files
+    assert len(reader) == count
+    assert sorted(trained) == sorted(evaluated) == sorted(map(reader.filename, range(count)))
+    assert len(set(trained)) == count
+
+
+def test_a_tar_file_of_each_split_is_read_as_folders_are(folder, tmp_path):
+    for split in ("train", "validation"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(folder / split, arcname=".")
+    reader = data.open_reader(str(tmp_path))
+    assert data.class_names(reader) == data.class_names(data.open_reader(str(folder))) == ["0", "1"]
+    assert len(data.open_reader(str(tmp_path), split="validation")) == 12
+    assert_each_image_once(reader, 24)
+
+
+def test_shards_are_read_as_numbered_images(folder, tmp_path, monkeypatch):
+    """Webdataset's shards, with a class in a file beside each image, through Hugging Face's library."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for split in ("train", "validation"):
+        (tmp_path / "shards" / split).mkdir(parents=True)
+        images = sorted((folder / split).glob("*/*.png"))
+        for part in range(3):
+            with tarfile.open(tmp_path / "shards" / split / f"{part}.tar", "w") as shard:
+                for image in images[part::3]:
+                    label = tmp_path / f"{image.stem}.cls"
+                    label.write_text(image.parent.name)
+                    for path in (image, label):
+                        shard.add(path, arcname=path.name)
+    given = dict(dataset=f"hfds/{tmp_path / 'shards'}", keys=("png", "cls"))
+    reader = data.open_reader(str(tmp_path / "copy"), **given)
+    assert_each_image_once(reader, 24)
+    assert {reader[index][1] for index in range(24)} == {0, 1}
+    recipe = load_recipe("mobile_former_26m", **(SMALL | {"epochs": 1}))
+    with pytest.raises(ValueError, match="give num_classes"):
+        Training(recipe, str(tmp_path / "copy"), tmp_path / "run", ALONE, **given)
+    job = Training(recipe, str(tmp_path / "copy"), tmp_path / "run", ALONE, num_classes=2, **given)
+    job.run()
+    assert job.rows[0]["unreadable"] == 0
+
+
+@pytest.mark.parametrize("name", ["wds/x", "hfids/x", "tfds/x"])
+def test_datasets_without_numbers_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} gives its images in an order of its own"):
+        data.open_reader(str(tmp_path), name)
+
+
 # Training.
 
 
@@ -240,6 +297,17 @@ def test_the_folder_holds_what_the_documentation_says(folder, tmp_path):
         training(folder, tmp_path, epochs=1, lr=1.0)
 
 
+def test_tensorboard_has_the_histories_numbers(folder, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    job = training(folder, tmp_path)
+    job.run()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == set(job.rows[0])
+    for name in ("loss", "top1", "lr"):
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        assert told == [(row["epoch"], pytest.approx(row[name], rel=1e-6)) for row in job.rows]
+
+
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(folder, tmp_path, capsys):
     job = training(folder, tmp_path)
     job._save()
@@ -249,6 +317,13 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(folder, tmp_path, ca
     newest.write_bytes(newest.read_bytes()[:1000])
     assert checkpoint.load_newest(tmp_path)["epoch"] == 0
     assert "checkpoint-00001-0000000.pt cannot be read" in capsys.readouterr().err
+
+
+def test_processes_with_different_folders_are_refused(folder, tmp_path, monkeypatch):
+    training(folder, tmp_path)._save()
+    monkeypatch.setattr(Processes, "gather", lambda self, here: [here, (1, 0)])
+    with pytest.raises(ValueError, match=r"the same folder for all processes.*\(0, 0\), \(1, 0\)"):
+        training(folder, tmp_path)
 
 
 def test_only_the_last_checkpoints_stay(tmp_path):

@@ -21,7 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = parser.add_subparsers(dest="job", required=True)
     train = jobs.add_parser("classification", help="train a network for classification by a recipe")
     train.add_argument("data", help="a folder with train/CLASS/... and validation/CLASS/..., or tar files")
-    train.add_argument("--dataset", default="", help="timm's name of it, for example hfds/NAME")
+    train.add_argument("--dataset", default="", help="hfds/NAME for one of Hugging Face; DATA has its copy")
+    train.add_argument("--keys", default="image,label", help="its columns of the images and of the classes")
     train.add_argument("--num-classes", type=int, help="default: the folders")
     train.add_argument("--teacher-weights", type=Path, help="of the recipe's teacher (default: timm's)")
     _add_common(train, recipe.Recipe)
@@ -74,9 +75,7 @@ def _train(options: argparse.Namespace) -> None:
 
     given = {name[4:]: value for name, value in vars(options).items() if name.startswith("set_")}
     changes = {name: _value(value) for name, value in given.items() if value is not None}
-    splits = tuple(options.splits.split(","))
-    if len(splits) != 2:
-        raise ValueError(f"splits must be two names with a comma between, got {options.splits!r}")
+    splits = _pair("splits", options.splits)
     output = options.output or Path("runs") / Path(options.recipe).stem
     common: dict[str, Any] = dict(
         splits=splits, weights=options.weights, save_minutes=options.save_minutes, keep=options.keep
@@ -98,10 +97,18 @@ def _train(options: argparse.Namespace) -> None:
             output,
             own,
             dataset=options.dataset,
+            keys=_pair("keys", options.keys),
             num_classes=options.num_classes,
             teacher_weights=options.teacher_weights,
             **common,
         ).run()
+
+
+def _pair(name: str, text: str) -> tuple[str, str]:
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise ValueError(f"{name} must be two names with a comma between, got {text!r}")
+    return parts[0], parts[1]
 
 
 def _value(text: str) -> Any:

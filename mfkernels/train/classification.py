@@ -32,7 +32,7 @@ class Training(Loop):
         root: the images, see `data.open_reader`.
         output: its folder, made if it is missing.
         processes: of which this is one.
-        dataset, splits: see `data.open_reader`; the splits of training and of evaluation.
+        dataset, keys, splits: see `data.open_reader`; the splits of training and of evaluation.
         num_classes: of the network; by default the classes that the reader names.
         weights: path of weights to begin with.
         teacher_weights: path of the teacher's; timm's pretrained ones without it.
@@ -56,6 +56,7 @@ class Training(Loop):
         processes: Processes,
         *,
         dataset: str = "",
+        keys: tuple[str, str] = ("image", "label"),
         splits: tuple[str, str] = ("train", "validation"),
         num_classes: int | None = None,
         weights: Path | None = None,
@@ -66,7 +67,7 @@ class Training(Loop):
         self.recipe, self.output, self.processes = recipe, output, processes
         self.save_seconds, self.keep = 60 * save_minutes, keep
         rank, count, device = processes.rank, processes.count, processes.device
-        readers = [open_reader(root, dataset, split) for split in splits]
+        readers = [open_reader(root, dataset, split, keys) for split in splits]
         classes = num_classes or _classes(readers)
         share = recipe.batch_size // (count * recipe.accumulation)
         self.data = TrainingData(readers[0], recipe, rank, count)

@@ -7,6 +7,7 @@ training that goes on in the middle of an epoch sees what it would have seen.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .recipe import Recipe
 
+_STREAMS = ("wds/", "hfids/", "tfds/")  # timm's names of datasets without numbered images
 _IN_A_ROW = 50  # images that cannot be read, after which it is not the images
 
 
@@ -179,35 +181,47 @@ class EvaluationData:
         return iter(self._loader)
 
 
-def open_reader(root: str, dataset: str = "", split: str = "train") -> Any:
-    """Return timm's reader of a folder of classes, of tar files or of a Hugging Face dataset.
+def open_reader(
+    root: str, dataset: str = "", split: str = "train", keys: tuple[str, str] = ("image", "label")
+) -> Any:
+    """Return timm's reader of a folder of classes, of a tar file of them or of a Hugging Face dataset.
 
     Args:
-        root: the folder.
+        root: the folder; of a Hugging Face dataset that in which its copy is kept.
         dataset: what timm calls the dataset's name: "" for folders and tar files, "hfds/NAME" for those of
-            Hugging Face.
-        split: of it; a folder of that name, or of one that means the same, is looked for.
+            Hugging Face, where NAME may be a folder of webdataset's shards, too.
+        split: of it; a folder or tar file of that name is looked for, or a folder of one that means the same.
+        keys: of a Hugging Face dataset, the columns of the images and of the classes.
 
     Raises:
         ValueError: there is no such folder, or no image in it; or a dataset that is read in its own order
             alone.
     """
-    try:
-        found = create_dataset(dataset, root, split=split)
-    except (AssertionError, FileNotFoundError, RuntimeError) as error:
-        raise ValueError(f"no images of the split {split!r} in {root}: {error}") from error
-    if not hasattr(found, "__getitem__"):
+    if dataset.lower().startswith(_STREAMS):
         raise ValueError(
-            f"{dataset} gives its images in an order of its own; choose one with numbered images"
+            f"{dataset} gives its images in an order of its own, with which a training could not go on where "
+            "it stopped; read the same images by their numbers: hfds/NAME"
         )
-    if not len(found):
-        raise ValueError(f"no images of the split {split!r} in {root}")
+    tar = Path(root, f"{split}.tar")
+    names = dict(zip(("input_key", "target_key"), keys, strict=True))
+    try:
+        found = create_dataset(
+            dataset,
+            str(tar) if not dataset and tar.is_file() else root,
+            split=split,
+            **names if dataset.lower().startswith("hfds/") else {},
+        )
+        count = len(found)
+    except (AssertionError, FileNotFoundError, RuntimeError) as error:
+        raise ValueError(f"no images of the split {split!r} in {dataset or root}: {error}") from error
+    if not count:
+        raise ValueError(f"no images of the split {split!r} in {dataset or root}")
     return found.reader
 
 
 def class_names(reader: Any) -> list[str] | None:
     """Return the names of a reader's classes by their numbers, None where it does not tell."""
-    names = getattr(reader, "class_to_idx", None)
+    names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     return sorted(names, key=names.get) if names else None
 
 

@@ -200,6 +200,12 @@ class Loop(ABC):
 
     def _resume(self) -> None:
         state = checkpoint.load_newest(self.output)
+        begins = self.processes.gather((state["epoch"], state["step"]) if state else (0, 0))
+        if len(set(begins)) > 1:
+            raise ValueError(
+                f"{self.output} must be the same folder for all processes: their newest checkpoints are of "
+                f"the epochs and steps {', '.join(map(str, begins))}"
+            )
         if state is None:
             return
         before = state["recipe"]
