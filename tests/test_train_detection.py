@@ -364,6 +364,17 @@ def test_a_classifiers_weights_are_the_backbones(folder, tmp_path):
     assert ours and all(torch.equal(value, classifier.state_dict()[name]) for name, value in ours.items())
 
 
+def test_images_keep_their_size_in_training_and_in_evaluation(folder, tmp_path):
+    """torchvision's own transform would bring them to 800 pixels."""
+    job = training(folder, tmp_path / "run", "retinanet", epochs=1, short_side=40)
+    shapes = set()
+    job.network.backbone.register_forward_pre_hook(
+        lambda _, x: shapes.add((job.network.training, x[0].shape[2:]))
+    )
+    job.run()
+    assert shapes == {(True, (64, 64)), (False, (64, 64))}  # 40, padded to a multiple of 32
+
+
 def test_norms_of_the_backbone_are_frozen_or_learn(folder, tmp_path):
     def statistics(freeze: bool) -> torch.Tensor:
         job = training(folder, tmp_path / str(freeze), "retinanet", epochs=1, freeze_norms=freeze)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..boxes import postprocess
 from ..demo import MEAN, STD
@@ -34,8 +35,8 @@ class TrainedRetinaNet(nn.Module):
     def __init__(self, recipe: DetectionRecipe, num_classes: int, weights: Path | None) -> None:
         super().__init__()
         pyramid: Any = create_model(recipe.model, features_only=True, out_indices=3, checkpoint=weights)
-        # The images have their size already.
-        self.detector = retinanet(pyramid, num_classes=num_classes, _skip_resize=True)
+        self.detector = retinanet(pyramid, num_classes=num_classes)
+        self.detector.transform = _NoResize(recipe.short_side, recipe.long_side, MEAN, STD)
         self.freeze_norms = recipe.freeze_norms
         self.frozen = pyramid.network.blocks[: recipe.frozen_blocks] if recipe.frozen_blocks else None
         if self.frozen is not None:
@@ -58,6 +59,16 @@ class TrainedRetinaNet(nn.Module):
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         found = self.detector(images, targets)
         return found if targets is None else torch.stack(list(found.values())).sum()
+
+
+class _NoResize(GeneralizedRCNNTransform):
+    """Normalise and pad images that have their size already.
+
+    torchvision's `_skip_resize` counts in training alone: in evaluation it would bring small images to 800.
+    """
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        return image, target
 
 
 class TrainedEndToEnd(nn.Module):
