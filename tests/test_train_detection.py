@@ -246,6 +246,7 @@ def test_recipes_are_the_papers(tmp_path):
         ("digits_retinanet", {"milestones": [5, 3]}, ValueError, "milestones must be growing epochs"),
         ("digits_retinanet", {"optimizer": "lamb"}, ValueError, "optimizer must be one of adamw, sgd"),
         ("digits_retinanet", {"frozen_blocks": 4}, ValueError, "frozen_blocks must be 0 for mobile_former"),
+        ("digits_retinanet", {"anchor_side": 3}, ValueError, "anchor_side must be at least 4, got 3"),
         ("digits_retinanet", {"short_side": 0}, ValueError, "short_side must be at least 1, got 0"),
     ],
 )

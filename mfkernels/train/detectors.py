@@ -10,7 +10,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..boxes import postprocess
 from ..demo import MEAN, STD
-from ..detection import retinanet
+from ..detection import anchors, retinanet
 from ..detection_loss import detection_loss
 from ..models import create_model, list_detectors
 from .detection_recipe import DetectionRecipe
@@ -35,7 +35,9 @@ class TrainedRetinaNet(nn.Module):
     def __init__(self, recipe: DetectionRecipe, num_classes: int, weights: Path | None) -> None:
         super().__init__()
         pyramid: Any = create_model(recipe.model, features_only=True, out_indices=3, checkpoint=weights)
-        self.detector = retinanet(pyramid, num_classes=num_classes)
+        self.detector = retinanet(
+            pyramid, num_classes=num_classes, anchor_generator=anchors(recipe.anchor_side)
+        )
         self.detector.transform = _NoResize(recipe.short_side, recipe.long_side, MEAN, STD)
         self.freeze_norms = recipe.freeze_norms
         self.frozen = pyramid.network.blocks[: recipe.frozen_blocks] if recipe.frozen_blocks else None
