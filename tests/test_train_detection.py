@@ -299,7 +299,14 @@ def test_stopping_and_going_on_gives_the_same_bits(kind, folder, tmp_path, monke
     )
 
 
-def test_a_small_end_to_end_detector_fits_eight_images(folder, tmp_path):
+FITTING = {
+    "retinanet": dict(epochs=15, milestones=(12,), backbone_lr=1.0, anchor_side=8),
+    "end_to_end": dict(epochs=40, milestones=(30,), dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("kind", FITTING)
+def test_a_small_detector_fits_eight_images(kind, folder, tmp_path):
     """Each is there eight times in an epoch, and is what is evaluated on."""
     root = tmp_path / "set"
     root.mkdir()
@@ -316,8 +323,7 @@ def test_a_small_end_to_end_detector_fits_eight_images(folder, tmp_path):
             for a in content["annotations"]
         ]
     (root / "annotations" / "instances_train.json").write_text(json.dumps(many))
-    settings = dict(epochs=40, batch_size=8, lr=1e-3, dropout=0.0, milestones=(30,), short_side=64)
-    job = training(root, tmp_path / "run", "end_to_end", **settings)
+    job = training(root, tmp_path / "run", kind, batch_size=8, lr=1e-3, short_side=64, **FITTING[kind])
     job.run()
     assert job.rows[-1]["loss"] < job.rows[0]["loss"] / 4
     assert max(row["AP50"] for row in job.rows) >= 95
@@ -376,9 +382,10 @@ def test_images_keep_their_size_in_training_and_in_evaluation(folder, tmp_path):
     assert shapes == {(True, (64, 64)), (False, (64, 64))}  # 40, padded to a multiple of 32
 
 
-def test_norms_of_the_backbone_are_frozen_or_learn(folder, tmp_path):
+@pytest.mark.parametrize("kind", NAMES)
+def test_norms_of_the_backbone_are_frozen_or_learn(kind, folder, tmp_path):
     def statistics(freeze: bool) -> torch.Tensor:
-        job = training(folder, tmp_path / str(freeze), "retinanet", epochs=1, freeze_norms=freeze)
+        job = training(folder, tmp_path / str(freeze), kind, epochs=1, freeze_norms=freeze)
         job.run()
         return job.network.backbone.network.stem[1].running_mean
 

@@ -27,9 +27,7 @@ class DetectionRecipe:
     warmup_steps: int = 0  # linear, of the learning rate, from a thousandth of it
     milestones: tuple[int, ...] = ()  # epochs after each of which the learning rate is a tenth
     clip_grad: float | None = None  # largest norm of all gradients together
-    freeze_norms: bool = (
-        True  # a RetinaNet's backbone keeps its norms' statistics; an end-to-end one always does
-    )
+    freeze_norms: bool = True  # the backbone's keep their statistics; wrong from random weights
     frozen_blocks: int = 0  # the first so many of a RetinaNet's DMF, which do not learn
     anchor_side: int = 32  # of a RetinaNet's smallest anchors in pixels
     queries: int = 100  # of an end-to-end detector

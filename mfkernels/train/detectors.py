@@ -81,6 +81,7 @@ class TrainedEndToEnd(nn.Module):
 
     def __init__(self, recipe: DetectionRecipe, num_classes: int, weights: Path | None) -> None:
         super().__init__()
+        self.freeze_norms = recipe.freeze_norms
         self.detector: Any = create_model(
             recipe.model, num_classes=num_classes, queries=recipe.queries, dropout=recipe.dropout
         )
@@ -93,6 +94,12 @@ class TrainedEndToEnd(nn.Module):
     @property
     def backbone(self) -> Any:
         return self.detector.backbone
+
+    def train(self, mode: bool = True) -> "TrainedEndToEnd":
+        super().train(mode)
+        if not self.freeze_norms:
+            self.backbone.train(mode)  # the detector itself freezes them
+        return self
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         batch, mask = _batched(images)
