@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -12,7 +13,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from .fpn import CHANNELS, PyramidWithFPN, pyramid_of
 from .models import FeaturePyramid, MobileFormer
 
-__all__ = ["mask_rcnn", "retinanet"]
+__all__ = ["anchors", "mask_rcnn", "retinanet"]
 
 
 def retinanet(backbone: str | FeaturePyramid, *, num_classes: int = 80, **options: Any) -> RetinaNet:
@@ -26,7 +27,8 @@ def retinanet(backbone: str | FeaturePyramid, *, num_classes: int = 80, **option
             features_only=True, out_indices=3, checkpoint=path)` for one with released weights. By name the
             attentions of iformer_m, iformer_l and iformer_l2 are in windows of 16.
         num_classes: of objects; labels are 0 to num_classes - 1.
-        **options: torchvision's, for example `min_size`, `max_size`, `score_thresh`.
+        **options: torchvision's, for example `min_size`, `max_size`, `score_thresh`, and `anchor_generator`
+            for objects of other sizes than COCO's, see `anchors`.
 
     Returns:
         The detector, in train mode. See `torchvision.models.detection.RetinaNet` for what it takes and
@@ -43,6 +45,26 @@ def retinanet(backbone: str | FeaturePyramid, *, num_classes: int = 80, **option
     extra = CoarseLevels(CHANNELS if on_output else body.feature_info.channels()[-1], CHANNELS)
     extra.use_P5 = on_output  # torchvision takes the output, too, when a map happens to have its channels
     return RetinaNet(PyramidWithFPN(body, extra), num_classes, **options)
+
+
+def anchors(side: int = 32) -> AnchorGenerator:
+    """Create the anchors of a RetinaNet: torchvision's own, but for the side of the smallest.
+
+    An object is learned where an anchor overlaps it by half: of objects that are much smaller than the
+    smallest anchor few are found.
+
+    Args:
+        side: of the smallest anchors in pixels, at least 4; each of five levels has twice that of the one
+            before.
+
+    Raises:
+        ValueError: `side` is no integer of at least 4.
+    """
+    if isinstance(side, bool) or not isinstance(side, int) or side < 4:
+        raise ValueError(f"anchors: side must be an integer of at least 4, got {side!r}")
+    of_levels = [side * 2**level for level in range(5)]
+    sizes = tuple(tuple(int(of_level * 2 ** (third / 3)) for third in range(3)) for of_level in of_levels)
+    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
 
 
 def mask_rcnn(backbone: str | FeaturePyramid, *, num_classes: int = 80, **options: Any) -> MaskRCNN:

@@ -146,6 +146,15 @@ def test_bad_arguments(kind):
             create("mobile_former_26m", num_classes=classes)
 
 
+def test_anchors():
+    own, theirs = detection.anchors(), detection.retinanet("mobile_former_26m").anchor_generator
+    assert (own.sizes, own.aspect_ratios) == (theirs.sizes, theirs.aspect_ratios)
+    assert detection.anchors(16).sizes[:2] == ((16, 20, 25), (32, 40, 50))
+    for side in (3, 16.0, True):
+        with pytest.raises(ValueError, match=f"anchors: side must be an integer of at least 4, got {side}"):
+            detection.anchors(side)
+
+
 def test_background_has_no_boxes_or_masks():
     model = detection.mask_rcnn("mobile_former_26m", num_classes=4)
     scores, boxes = model.roi_heads.box_predictor(torch.randn(2, 1024))

@@ -246,6 +246,7 @@ def test_recipes_are_the_papers(tmp_path):
         ("digits_retinanet", {"milestones": [5, 3]}, ValueError, "milestones must be growing epochs"),
         ("digits_retinanet", {"optimizer": "lamb"}, ValueError, "optimizer must be one of adamw, sgd"),
         ("digits_retinanet", {"frozen_blocks": 4}, ValueError, "frozen_blocks must be 0 for mobile_former"),
+        ("digits_retinanet", {"anchor_side": 3}, ValueError, "anchor_side must be at least 4, got 3"),
         ("digits_retinanet", {"short_side": 0}, ValueError, "short_side must be at least 1, got 0"),
     ],
 )
@@ -298,7 +299,14 @@ def test_stopping_and_going_on_gives_the_same_bits(kind, folder, tmp_path, monke
     )
 
 
-def test_a_small_end_to_end_detector_fits_eight_images(folder, tmp_path):
+FITTING = {
+    "retinanet": dict(epochs=15, milestones=(12,), backbone_lr=1.0, anchor_side=8),
+    "end_to_end": dict(epochs=40, milestones=(30,), dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("kind", FITTING)
+def test_a_small_detector_fits_eight_images(kind, folder, tmp_path):
     """Each is there eight times in an epoch, and is what is evaluated on."""
     root = tmp_path / "set"
     root.mkdir()
@@ -315,8 +323,7 @@ def test_a_small_end_to_end_detector_fits_eight_images(folder, tmp_path):
             for a in content["annotations"]
         ]
     (root / "annotations" / "instances_train.json").write_text(json.dumps(many))
-    settings = dict(epochs=40, batch_size=8, lr=1e-3, dropout=0.0, milestones=(30,), short_side=64)
-    job = training(root, tmp_path / "run", "end_to_end", **settings)
+    job = training(root, tmp_path / "run", kind, batch_size=8, lr=1e-3, short_side=64, **FITTING[kind])
     job.run()
     assert job.rows[-1]["loss"] < job.rows[0]["loss"] / 4
     assert max(row["AP50"] for row in job.rows) >= 95
@@ -364,9 +371,21 @@ def test_a_classifiers_weights_are_the_backbones(folder, tmp_path):
     assert ours and all(torch.equal(value, classifier.state_dict()[name]) for name, value in ours.items())
 
 
-def test_norms_of_the_backbone_are_frozen_or_learn(folder, tmp_path):
+def test_images_keep_their_size_in_training_and_in_evaluation(folder, tmp_path):
+    """torchvision's own transform would bring them to 800 pixels."""
+    job = training(folder, tmp_path / "run", "retinanet", epochs=1, short_side=40)
+    shapes = set()
+    job.network.backbone.register_forward_pre_hook(
+        lambda _, x: shapes.add((job.network.training, x[0].shape[2:]))
+    )
+    job.run()
+    assert shapes == {(True, (64, 64)), (False, (64, 64))}  # 40, padded to a multiple of 32
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_norms_of_the_backbone_are_frozen_or_learn(kind, folder, tmp_path):
     def statistics(freeze: bool) -> torch.Tensor:
-        job = training(folder, tmp_path / str(freeze), "retinanet", epochs=1, freeze_norms=freeze)
+        job = training(folder, tmp_path / str(freeze), kind, epochs=1, freeze_norms=freeze)
         job.run()
         return job.network.backbone.network.stem[1].running_mean
 

@@ -130,4 +130,4 @@ def _optimizer(recipe: DetectionRecipe, network: Any) -> torch.optim.Optimizer:
     groups = [dict(params=rest, lr_scale=1.0), dict(params=backbone, lr_scale=recipe.backbone_lr)]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)

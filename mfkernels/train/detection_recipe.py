@@ -27,10 +27,9 @@ class DetectionRecipe:
     warmup_steps: int = 0  # linear, of the learning rate, from a thousandth of it
     milestones: tuple[int, ...] = ()  # epochs after each of which the learning rate is a tenth
     clip_grad: float | None = None  # largest norm of all gradients together
-    freeze_norms: bool = (
-        True  # a RetinaNet's backbone keeps its norms' statistics; an end-to-end one always does
-    )
+    freeze_norms: bool = True  # the backbone's keep their statistics; wrong from random weights
     frozen_blocks: int = 0  # the first so many of a RetinaNet's DMF, which do not learn
+    anchor_side: int = 32  # of a RetinaNet's smallest anchors in pixels
     queries: int = 100  # of an end-to-end detector
     dropout: float = 0.1  # of an end-to-end detector's head
     hflip: float = 0.5  # probability
@@ -50,6 +49,7 @@ class DetectionRecipe:
             check_number(name, getattr(self, name), 1)
         for name in ("lr", "weight_decay", "backbone_lr", "warmup_steps", "frozen_blocks", "workers"):
             check_number(name, getattr(self, name), 0)
+        check_number("anchor_side", self.anchor_side, 4)
         for name in ("hflip", "dropout"):
             check_number(name, getattr(self, name), 0, 1)
         if self.clip_grad is not None:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..boxes import postprocess
 from ..demo import MEAN, STD
-from ..detection import retinanet
+from ..detection import anchors, retinanet
 from ..detection_loss import detection_loss
 from ..models import create_model, list_detectors
 from .detection_recipe import DetectionRecipe
@@ -34,8 +35,10 @@ class TrainedRetinaNet(nn.Module):
     def __init__(self, recipe: DetectionRecipe, num_classes: int, weights: Path | None) -> None:
         super().__init__()
         pyramid: Any = create_model(recipe.model, features_only=True, out_indices=3, checkpoint=weights)
-        # The images have their size already.
-        self.detector = retinanet(pyramid, num_classes=num_classes, _skip_resize=True)
+        self.detector = retinanet(
+            pyramid, num_classes=num_classes, anchor_generator=anchors(recipe.anchor_side)
+        )
+        self.detector.transform = _NoResize(recipe.short_side, recipe.long_side, MEAN, STD)
         self.freeze_norms = recipe.freeze_norms
         self.frozen = pyramid.network.blocks[: recipe.frozen_blocks] if recipe.frozen_blocks else None
         if self.frozen is not None:
@@ -60,6 +63,16 @@ class TrainedRetinaNet(nn.Module):
         return found if targets is None else torch.stack(list(found.values())).sum()
 
 
+class _NoResize(GeneralizedRCNNTransform):
+    """Normalise and pad images that have their size already.
+
+    torchvision's `_skip_resize` counts in training alone: in evaluation it would bring small images to 800.
+    """
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        return image, target
+
+
 class TrainedEndToEnd(nn.Module):
     """An end-to-end detector in a training; see `TrainedRetinaNet`.
 
@@ -68,6 +81,7 @@ class TrainedEndToEnd(nn.Module):
 
     def __init__(self, recipe: DetectionRecipe, num_classes: int, weights: Path | None) -> None:
         super().__init__()
+        self.freeze_norms = recipe.freeze_norms
         self.detector: Any = create_model(
             recipe.model, num_classes=num_classes, queries=recipe.queries, dropout=recipe.dropout
         )
@@ -80,6 +94,12 @@ class TrainedEndToEnd(nn.Module):
     @property
     def backbone(self) -> Any:
         return self.detector.backbone
+
+    def train(self, mode: bool = True) -> "TrainedEndToEnd":
+        super().train(mode)
+        if not self.freeze_norms:
+            self.backbone.train(mode)  # the detector itself freezes them
+        return self
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         batch, mask = _batched(images)
