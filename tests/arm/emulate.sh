@@ -80,14 +80,14 @@ emulated() {
   (cd "$arm" && QEMU_CPU=$1 OMP_NUM_THREADS=1 qemu-aarch64-static -L "$root" "$root/usr/bin/python3.11" "${@:2}")
 }
 
-files=(contract released_data deploy deploy_dmf_iformer int8)
+files=(contract released_data deploy deploy_dmf_iformer deploy_maps int8)
 files=("${files[@]/#/$repository/tests/test_}")
 networks="(test_same_numbers and (mobile_former_26m or dmf_xxs or iformer_t))"
 quick="(test_chosen_shapes and float32 and same) or (test_integers_are_exact and float32 and same) or \
   test_operator_cpu or $networks or test_pointwise or test_dense_conv or test_largest_sums or \
-  (test_bfloat16 and (mobile_former_26m or iformer_t))"
+  test_convolutions_in_bfloat16"
 all="test_chosen_shapes or test_integers_are_exact or test_not_finite or (test_released_data and not triton) or \
-  test_same_numbers or test_int8 or test_bfloat16"
+  test_same_numbers or test_int8 or bfloat16"
 
 run_tests() {
   emulated "$1" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" -p no:cacheprovider --durations=10 \
