@@ -27,6 +27,7 @@ from mfkernels.train import checkpoint, data, digits
 from mfkernels.train.classification import STOPPED, Training
 from mfkernels.train.objective import Objective
 from mfkernels.train.processes import Processes
+from mfkernels.train.processes import processes as join
 from mfkernels.train.recipe import list_recipes, load_recipe, save_recipe
 from mfkernels.train.schedule import learning_rate, temperature
 
@@ -478,6 +479,24 @@ def test_two_processes_equal_one_with_accumulation(name, tmp_path):
         torch.testing.assert_close(value, two["weights"][key], rtol=1e-3, atol=1e-4, msg=key)
     # Running statistics, too, are the same in both when they are evaluated.
     assert_same(*(torch.load(tmp_path / "2" / f"evaluated-{rank}.pt", weights_only=True) for rank in (0, 1)))
+
+
+def test_a_restart_does_not_see_the_addresses_of_the_processes_before(monkeypatch):
+    kept = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    settings = dict(RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=kept.port)
+    settings |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=1)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    kept.set("address", "before")
+    joined = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, **given: joined.update(given))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with join():
+        store = joined["store"]
+        assert not store.check(["address"])
+        store.set("address", "now")
+        assert store.get("address") == b"now"
+    assert kept.get("address") == b"before"
 
 
 def test_a_killed_process_costs_what_came_after_the_last_checkpoint(folder, tmp_path):

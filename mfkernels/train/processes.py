@@ -50,7 +50,13 @@ def processes() -> Iterator[Processes]:
         torch.cuda.set_device(device)
     together = "WORLD_SIZE" in os.environ
     if together:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # `torchrun` keeps the store when it restarts the processes, with the addresses of those before
+            # (pytorch #135712). Several machines count restarts differently.
+            store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
         yield Processes(rank, count, device)
     finally:
