@@ -108,9 +108,14 @@ def deploy(
             "can be deployed"
         )
     known = (*_KNOWN, *detectors)
-    chain = None if on_gpu or type(model) in known else mobilenet_chain(model)
-    if type(model) not in known and chain is None:
-        model = _published(model)
+    chain = None
+    if type(model) not in known:
+        published = _published(model)
+        chain = mobilenet_chain(model) if published is None and not on_gpu else None
+        if published is None and chain is None:
+            names = " or ".join(kind.__name__ for kind in _KNOWN)
+            raise TypeError(f"deploy: model must be a {names}, got {type(model).__name__}")
+        model = model if published is None else published
     if on_gpu:
         return deployed_on_gpu(model, dtype)
     if dtype == torch.bfloat16 and not _C.bf16_supported():
@@ -171,12 +176,8 @@ def _on_gpu(model: nn.Module) -> bool:
     return any(device.startswith("cuda") for device in devices)
 
 
-def _published(model: nn.Module) -> nn.Module:
+def _published(model: nn.Module) -> nn.Module | None:
     try:
-        ours = as_ours(model)
+        return as_ours(model)
     except Unfit as reason:
         raise TypeError(f"deploy: model is a {type(model).__name__}, but {reason}") from reason
-    if ours is None:
-        names = " or ".join(kind.__name__ for kind in _KNOWN)
-        raise TypeError(f"deploy: model must be a {names}, got {type(model).__name__}")
-    return ours
