@@ -17,10 +17,10 @@ gpu-bed: .venv/installed
 	  tests/test_gpu_account.py
 	cd tests && TRITON_CACHE_DIR=$(CURDIR)/build/gpu-bed ../.venv/bin/python triton_compile.py --rest > /dev/null
 
-# Networks and users of timm, transformers and torchvision, with the newest PyTorch (ten minutes).
+# Networks and users of timm, transformers and torchvision, with the newest PyTorch (three minutes).
 vision: .venv/installed .venv-vision/installed
-	.venv-vision/bin/python -m pytest -m vision tests/test_vision.py tests/test_detection.py tests/test_deploy_detectors.py tests/test_end_to_end.py \
-	  tests/test_accelerate_operators.py tests/test_openmmlab.py
+	.venv-vision/bin/python -m pytest -m vision -n auto --maxprocesses 8 --dist worksteal \
+	  $(addprefix tests/test_,vision.py detection.py deploy_detectors.py end_to_end.py accelerate_operators.py openmmlab.py)
 
 # Trainings by recipe (minutes): recipes, schedules, data and faults; and with the smallest classifier of one family,
 # FAMILY, which is mobile_former_26m, dmf_96 or iformer_t, that a training that stopped and went on gives the same
