@@ -7,6 +7,7 @@ mutated. Triton kernels run interpreted. Names choose some mutations. Fails if t
 pass.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -190,8 +191,11 @@ def mutated(file: Path, old: str, new: str) -> str:
 
 
 def main() -> None:
-    folder, *names = sys.argv[1:]
-    source, target = (Path(folder).resolve() / name for name in ("source", "built"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    options = parser.parse_args()
+    source, target = (options.folder.resolve() / name for name in ("source", "built"))
     for place in (source, target):  # of another time
         shutil.rmtree(place, ignore_errors=True)
     copy_sources(source)
@@ -199,7 +203,7 @@ def main() -> None:
     assert survives(source, target, file, old, old, tests), "tests fail where nothing is broken"
     alive = []
     for name, mutation in MUTATIONS.items():
-        if names and name not in names:
+        if options.names and name not in options.names:
             continue
         alive += [name] * survives(source, target, *mutation)
         print(f"{name}: {'NOT NOTICED' if name in alive else 'noticed'}", flush=True)
