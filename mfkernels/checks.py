@@ -57,22 +57,40 @@ def check_argument(
     check_shape(op, name, tensor, axes, shape)
 
 
-def match_autocast(*values: Any) -> tuple[Any, ...]:
-    """Return the values, with tensors in the widest of their dtypes where autocast is on.
+def as_given(*values: Any) -> tuple[Any, ...]:
+    """Return the values as they are: what an operator does under autocast that takes several dtypes."""
+    return values
 
-    Autocast leaves a network with a map in one dtype and coefficients in another. Where it is off, different
-    dtypes are the caller's mistake.
+
+def as_first(*values: Any) -> tuple[Any, ...]:
+    """Return the values, where autocast is on with tensors in the first one's dtype.
+
+    Autocast leaves a network with a map in one dtype and coefficients in another. The map, which is large,
+    stays as it is. Where autocast is off, different dtypes are the caller's mistake.
     """
+    return _in_dtype(values, values[0].dtype) if _is_autocast(values) else values
+
+
+def as_widest(*values: Any) -> tuple[Any, ...]:
+    """Return the values, where autocast is on with tensors in the widest of their dtypes."""
+    if not _is_autocast(values):
+        return values
+    dtypes = (v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point())
+    return _in_dtype(values, functools.reduce(torch.promote_types, dtypes))
+
+
+def _is_autocast(values: Sequence[Any]) -> bool:
     if not torch._C._is_any_autocast_enabled():
-        return values
-    device = values[0].device.type if isinstance(values[0], Tensor) else "meta"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return values
-    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    if not tensors:
-        return values
-    widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-    return tuple(v.to(widest) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
+        return False
+    first = values[0]
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return False
+    device = first.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _in_dtype(values: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
 
 
 def check_heads(

@@ -80,6 +80,39 @@ def test_autocast_takes_mixed_dtypes():
     assert (out.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+def test_autocast_leaves_maps_as_they_are():
+    """Coefficients in float32 do not widen a map in bfloat16; the other way round they are widened."""
+    x, slopes = torch.randn(2, 8, 6, 6), torch.randn(2, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = ops.dynamic_relu(x.bfloat16(), slopes)
+        wide = ops.dynamic_relu(x, slopes.bfloat16())
+    assert narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32
+    assert torch.equal(narrow, ops.dynamic_relu(x.bfloat16(), slopes.bfloat16()))
+    with pytest.raises(TypeError, match="slopes must have the dtype of x"):
+        ops.dynamic_relu(x.bfloat16(), slopes)
+
+
+@pytest.mark.parametrize("name", ["mobile_former_26m", "dmf_96", "iformer_t"])
+def test_autocast_trains_on_narrow_maps(name):
+    """Under autocast no convolution of a network is given a map in float32 but the images.
+
+    A mean over the pixels, of which dynamic kernels are made, is no map.
+    """
+    model = mfkernels.models.create_model(name)
+    wide = []
+
+    def note(module, inputs):
+        if inputs[0].dtype == torch.float32 and inputs[0].shape[2:] != (1, 1):
+            wide.append(module.in_channels)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 3, 64, 64))
+    assert wide == [3]
+
+
 def test_set_instruction_set():
     before = native.instruction_set()
     for name in native.supported_instruction_sets():

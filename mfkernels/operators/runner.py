@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import match_autocast
+from ..checks import as_first
 from .dispatch import register_triton
 
 
@@ -27,7 +27,8 @@ class Runner:
         library: other operators, PyTorch's or ours, in the place of the kernels, by default, where
             `by_library` says that on a CPU they are the faster way: given whether gradients are asked for,
             and the arguments, which are not checked yet. Not asked while compiling, which fixes no sizes.
-        mixed: arguments may be of several dtypes, which autocast then leaves as they are.
+        match: what autocast does with arguments of several dtypes; by default the first, a map, keeps its
+            own, and the others follow.
 
     These functions take the operator's arguments, all of them, in order.
     """
@@ -42,10 +43,10 @@ class Runner:
         result: Callable[..., Any] | None = None,
         library: Callable[..., Any] | None = None,
         by_library: Callable[..., bool] | None = None,
-        mixed: bool = False,
+        match: Callable[..., tuple[Any, ...]] = as_first,
     ) -> None:
         self._op, self._reference, self._check, self._result = op, reference, check, result
-        self._library, self._by_library, self._mixed = library, by_library, mixed
+        self._library, self._by_library, self._match = library, by_library, match
         self._kernel = getattr(torch.ops.mfkernels, op).default
         self._backward_kernel = getattr(torch.ops.mfkernels, f"{op}_backward").default
 
@@ -62,7 +63,7 @@ class Runner:
         register_triton(op)
 
     def __call__(self, *args: Any) -> Any:
-        args = args if self._mixed else match_autocast(*args)
+        args = self._match(*args)
         x, refused = args[0], None
         if self._library is not None and self._is_library_faster(args):
             self._check(*args)

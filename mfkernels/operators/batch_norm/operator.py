@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from ...checks import check_shape, check_tensor, register_fake
+from ...checks import as_given, check_shape, check_tensor, register_fake
 from ..layout import empty_map
 from ..runner import Runner
 from .reference import batch_norm_reference
@@ -133,4 +133,4 @@ def _result(outputs, x, weight, bias, mean, variance, eps, activation):
     return outputs if mean is None else (outputs[0], mean, variance)
 
 
-_run = Runner(OP, batch_norm_reference, _check, _setup_context, _backward, _result, mixed=True)
+_run = Runner(OP, batch_norm_reference, _check, _setup_context, _backward, _result, match=as_given)

@@ -46,7 +46,7 @@ def dynamic_conv2d(
         basis_scale: factor of the basis.
 
     All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
-    differ, and the widest dtype is taken.
+    differ, and the dtype of `x` is taken.
 
     Returns:
         (B, O, H', W') in x's dtype and memory format, H' and W' as of `torch.nn.functional.conv2d`.

@@ -24,7 +24,7 @@ def dynamic_relu(
         attention: None, or (B, M, H, W), M >= 1. Need not sum to one.
 
     All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
-    differ, and the widest dtype is taken.
+    differ, and the dtype of `x` is taken.
 
     Returns:
         (B, C, H, W) in x's dtype and memory format. Where several functions attain the maximum, the

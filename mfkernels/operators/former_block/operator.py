@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_argument, check_heads, check_tensor, register_fake
+from ...checks import as_widest, check_argument, check_heads, check_tensor, register_fake
 from ..layout import gradients_like, without_absent
 from ..runner import Runner
 from .library import former_block_by_library
@@ -145,4 +145,5 @@ _run = Runner(
     *(OP, former_block_reference, _check, _setup_context, _backward),
     library=former_block_by_library,
     by_library=_by_library,
+    match=as_widest,
 )

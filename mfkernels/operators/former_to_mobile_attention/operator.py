@@ -24,7 +24,7 @@ def former_to_mobile_attention(
         scale: factor of the logits, by default `(C / num_heads) ** -0.5`.
 
     All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
-    differ, and the widest dtype is taken.
+    differ, and the dtype of `x` is taken.
 
     Returns:
         (B, C, H, W) in x's dtype and memory format. The gradient of a constant added to all of `k` is

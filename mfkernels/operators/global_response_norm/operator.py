@@ -26,7 +26,7 @@ def global_response_norm(
         eps: added to the mean.
 
     All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
-    differ, and the widest dtype is taken.
+    differ, and the dtype of `x` is taken.
 
     Returns:
         (B, C, H, W) in x's dtype and memory format. The gradient of the norm of a channel of zeros is zero.

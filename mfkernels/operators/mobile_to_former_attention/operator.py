@@ -26,7 +26,7 @@ def mobile_to_former_attention(
         return_logits: also return the scaled logits before the softmax.
 
     All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
-    differ, and the widest dtype is taken.
+    differ, and the dtype of `x` is taken.
 
     Returns:
         (B, M, C); with `return_logits` the pair of it and (B, num_heads, M, H, W).

@@ -33,7 +33,7 @@ def modulation_attention(
             divide H and W.
 
     All of one dtype (kernels: float32, float64, bfloat16) and on one device. Under autocast they may
-    differ, and the widest dtype is taken.
+    differ, and the dtype of `q` is taken.
 
     Returns:
         (B, C, H, W) in v's dtype and memory format.

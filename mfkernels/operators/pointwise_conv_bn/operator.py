@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...checks import check_argument, check_tensor, register_fake
+from ...checks import as_widest, check_argument, check_tensor, register_fake
 from ..batch_norm import batch_norm
 from ..dynamic_conv2d.operator import convolve_pointwise
 from ..layout import empty_map, memory_format
@@ -152,4 +152,5 @@ _run = Runner(
     *(OP, pointwise_conv_bn_reference, _check, _setup_context, _backward),
     library=_apart,
     by_library=_is_apart,
+    match=as_widest,
 )

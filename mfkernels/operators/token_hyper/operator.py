@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_like, check_shape, check_tensor, register_fake
+from ...checks import as_widest, check_like, check_shape, check_tensor, register_fake
 from ..layout import gradients_like, without_absent
 from ..runner import Runner
 from .reference import token_hyper_reference
@@ -113,4 +113,4 @@ def _result(outputs, token, *arguments):
     return slopes if arguments[4] is None else (slopes, other_slopes)
 
 
-_run = Runner(OP, token_hyper_reference, _check, _setup_context, _backward, _result)
+_run = Runner(OP, token_hyper_reference, _check, _setup_context, _backward, _result, match=as_widest)
