@@ -1,18 +1,15 @@
-"""Detectors on one core: milliseconds of PyTorch, OpenVINO and `deploy`, as the table of docs/detection.md.
+"""Time detectors on one core, deployed and in other runtimes, for the table of docs/detection.md.
 
-taskset -c 1 python benchmarks/detectors.py [NETWORK ...]
+    python benchmarks/detectors.py [NETWORK ...] && mfkernels bench --report
 
-needs torchvision, and for OpenVINO's column openvino, onnx and onnxscript.
+Each runtime that is installed has each network in its best form; see `mfkernels bench`. The networks over
+pyramids need torchvision, `detr_resnet_50` needs transformers. What is measured replaces the results of all.
 """
 
-import copy
-import functools
-import importlib.util
-import io
-import statistics
+import json
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,18 +17,36 @@ from torch import Tensor, nn
 
 import mfkernels
 from mfkernels import detection, segmentation
-from mfkernels.bench.run import randomise
+from mfkernels.bench.figures import RESULTS
+from mfkernels.bench.run import Chosen, Key, forms_of, formulations, machine, measure, pinned, randomise
+from mfkernels.bench.runtimes import RUNTIMES, Call, Job, Skipped, result_of
 from mfkernels.models import create_model
 
-ROUNDS = 5
+SECONDS = 20.0
+# Of the others, those whose calls give all results.
+RIVALS = [name for name in RUNTIMES if name not in ("mfkernels", "ncnn")]
+
+
+def detr_resnet_50() -> nn.Module:
+    """Return transformers' DETR with 41.5 M parameters, random weights."""
+    import transformers
+
+    body = transformers.ResNetConfig(out_features=["stage4"])
+    return transformers.DetrForObjectDetection(
+        transformers.DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone_config=body)
+    )
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "e2e_mobile_former_151m": lambda: create_model("e2e_mobile_former_151m"),
+    "e2e_mobile_former_214m": lambda: create_model("e2e_mobile_former_214m"),
+    "e2e_mobile_former_294m": lambda: create_model("e2e_mobile_former_294m"),
+    "e2e_mobile_former_508m": lambda: create_model("e2e_mobile_former_508m"),
+    "detr_resnet_50": detr_resnet_50,
     "retinanet, mobile_former_294m": lambda: detection.retinanet("mobile_former_294m"),
     "mask_rcnn, dmf_s": lambda: detection.mask_rcnn("dmf_s"),
     "semantic_fpn, iformer_m": lambda: segmentation.semantic_fpn("iformer_m"),
-    "e2e_mobile_former_151m": lambda: create_model("e2e_mobile_former_151m"),
-    "e2e_mobile_former_508m": lambda: create_model("e2e_mobile_former_508m"),
 }
-Call = Callable[[], Any]
 
 
 class Levels(nn.Module):
@@ -50,90 +65,64 @@ class Levels(nn.Module):
         if isinstance(model, segmentation.SemanticFPN):
             return model(x)["out"]
         found = model(x)
-        return found.logits, found.boxes
-
-
-def plain(model: nn.Module, x: Any) -> Call:
-    def call() -> Any:
-        with torch.inference_mode(), mfkernels.use_backend("reference"):
-            return model(x)
-
-    return call
-
-
-def openvino(network: nn.Module, x: Tensor) -> Call:
-    import openvino
-
-    with torch.no_grad(), mfkernels.use_backend("reference"):
-        program = torch.export.export(network, (x,)).run_decompositions(mfkernels.decompositions())
-        file = io.BytesIO()
-        torch.onnx.export(program, dynamo=True, verbose=False).save(file)  # type: ignore[union-attr]
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(file.getvalue()), "CPU", settings)
-    request = compiled.create_infer_request()
-    return lambda: request.infer([x.numpy()])
+        return found.logits, found[1] if isinstance(found, tuple) else found.pred_boxes
 
 
 def deployed_network(model: Any, x: Tensor, dtype: torch.dtype) -> Call:
+    """Return a call of what `Levels` has, deployed."""
     deployed: Any = mfkernels.deploy(model, dtype=dtype)
     if isinstance(model, detection.MaskRCNN):
         deployed = deployed.backbone
-    elif isinstance(model, detection.RetinaNet):
+        return lambda: tuple(deployed(x).values())
+    if isinstance(model, detection.RetinaNet):
         deployed, x = deployed.network, x.contiguous(memory_format=torch.channels_last)
-    return lambda: deployed(x)
+    return lambda: tuple(deployed(x))
 
 
-def forms(model: Any, x: Tensor) -> dict[str, Callable[[], Call]]:
-    network = Levels(model)
-    found: dict[str, Callable[[], Call]] = {
-        "PyTorch": lambda: plain(network, x),
-        "PyTorch, channels last": lambda: plain(
-            copy.deepcopy(network).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
-            x.contiguous(memory_format=torch.channels_last),
-        ),
-        "deploy": functools.partial(deployed_network, model, x, torch.float32),
-    }
-    if mfkernels._C.bf16_supported():
-        found["deploy, bfloat16"] = functools.partial(deployed_network, model, x, torch.bfloat16)
-    if importlib.util.find_spec("openvino") and importlib.util.find_spec("onnxscript"):
-        found["OpenVINO"] = lambda: openvino(network, x)
-    if isinstance(model, detection.RetinaNet | detection.MaskRCNN):
-        images = [torch.rand(*x.shape[1:])]
-        found["all of it: PyTorch"] = lambda: plain(model, images)
-        found["all of it: deploy"] = lambda: plain(mfkernels.deploy(model), images)
+def chosen_forms(name: str, x: Tensor) -> dict[Key, Chosen]:
+    """Return the network deployed, and in the best form of each other runtime."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    body: Any = getattr(model, "backbone", model)
+    randomise(getattr(body, "body", body), torch.randn(2, 3, 64, 64))
+    network = Levels(model.eval())
+    with torch.no_grad(), mfkernels.use_backend("reference"):
+        expected = result_of(lambda: network(x))
+    job = Job({**formulations(model), "definition": network}, x, 1)
+    found: dict[Key, Chosen] = {}
+    if name != "detr_resnet_50":
+        dtypes = [torch.float32, *([torch.bfloat16] if mfkernels._C.bf16_supported() else [])]
+        for dtype in dtypes:
+            call = deployed_network(model, x, dtype)
+            difference = float(abs(result_of(call) - expected).max() / abs(expected).max())
+            found[name, "mfkernels", dtype] = Chosen("deployed", call, difference)
+    for runtime in RIVALS:
+        try:
+            forms = sorted(forms_of(f"{name} in {runtime}", runtime, job, expected), key=lambda pair: pair[0])
+        except Skipped as reason:
+            print(f"{name}: {runtime}: skipped, {reason}", file=sys.stderr)
+            continue
+        if forms:
+            found[name, runtime, torch.float32] = forms[0][1]
     return found
 
 
-def milliseconds(call: Call) -> float:
-    begin = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - begin)
-
-
 def main() -> None:
-    torch.set_num_threads(1)
-    for name in sys.argv[1:] or NETWORKS:
-        torch.manual_seed(0)
-        model = NETWORKS[name]().eval()
-        body: Any = model.backbone
-        body = getattr(body, "body", body)
-        randomise(body, torch.randn(2, 3, 64, 64))
-        made: dict[str, Call] = {}
-        x = torch.randn(1, 3, 800, 1333)
-        for form, make in forms(model.eval(), x).items():
+    x = torch.randn(1, 3, 800, 1333)
+    log = RESULTS / "detectors" / "results.jsonl"
+    log.parent.mkdir(exist_ok=True)
+    log.unlink(missing_ok=True)
+    with pinned(1):
+        for name in sys.argv[1:] or NETWORKS:
             try:
-                made[form] = make()
-                made[form]()
-            except Exception as error:
-                print(f"{name}: {form}: {str(error).splitlines()[0]}", file=sys.stderr)
-                made.pop(form, None)
-        times: dict[str, list[float]] = {form: [] for form in made}
-        for _ in range(ROUNDS):
-            for form, call in made.items():
-                times[form].append(milliseconds(call))
-        for form, values in times.items():
-            print(f"| {name} | {form} | {statistics.median(values):.0f} |", flush=True)
+                chosen = chosen_forms(name, x)
+            except ImportError as error:
+                print(f"{name}: skipped, {error}", file=sys.stderr)
+                continue
+            with log.open("a") as file:
+                for entry in measure(chosen, x, 1, SECONDS):
+                    print(f"{name}, {entry.runtime}, {entry.dtype}: {entry.median_ms:.0f} ms, {entry.form}")
+                    file.write(json.dumps(machine() | asdict(entry)) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,19 @@ products of matrices, softmax over the last axis and element-wise functions.
 from torch import nn
 
 from mfkernels.models.dynamic_mobile_former import DynamicMobileFormer
+from mfkernels.models.end_to_end import EndToEndMobileFormer
 from mfkernels.models.iformer import IFormer
 from mfkernels.models.mobile_former import MobileFormer
 
 from .dynamic_mobile_former import ExportableDynamicMobileFormer
+from .end_to_end import ExportableEndToEnd
 from .iformer import exportable_iformer
 from .mobile_former import ExportableMobileFormer
 
 _FAMILIES = {
     MobileFormer: ExportableMobileFormer,
     DynamicMobileFormer: ExportableDynamicMobileFormer,
+    EndToEndMobileFormer: ExportableEndToEnd,
     IFormer: exportable_iformer,
 }
 

@@ -70,12 +70,16 @@ class Gather(nn.Module):
         self.query = scaled(query, (query.out_features // heads) ** -0.5)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        out = torch.softmax(self.logits(x, tokens), -1) @ self._pixels(x).transpose(2, 3)
+        return out.transpose(1, 2).reshape(int(x.shape[0]), int(tokens.shape[1]), int(x.shape[1]))
+
+    def logits(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Return those of all pixels, (B, heads, T, H * W)."""
+        return by_head(self.query(tokens), self.heads) @ self._pixels(x)
+
+    def _pixels(self, x: Tensor) -> Tensor:
         batch, channels, height, width = sizes(x)
-        count = int(tokens.shape[1])
-        pixels = x.reshape(batch, self.heads, channels // self.heads, height * width)
-        q = by_head(self.query(tokens), self.heads)
-        out = torch.softmax(q @ pixels, -1) @ pixels.transpose(2, 3)
-        return out.transpose(1, 2).reshape(batch, count, channels)
+        return x.reshape(batch, self.heads, channels // self.heads, height * width)
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

@@ -18,8 +18,8 @@ class ExportableMobileFormer(nn.Module):
         super().__init__()
         self.tokens = nn.Parameter(model.tokens.weight.detach().clone())
         self.stem = folded(model.stem)
-        self.blocks = nn.ModuleList(_block(block) for block in model.features)
-        self.bridge = _MobileToFormer(model.local_global)
+        self.blocks = nn.ModuleList(exportable_block(block) for block in model.features)
+        self.bridge = ToFormer(model.local_global)
         head = model.classifier
         if head.class_tokens != 1 or head.act.num_functions:
             raise ValueError("exportable: the head must have one class token and relu6")
@@ -36,7 +36,7 @@ class ExportableMobileFormer(nn.Module):
         return self.classifier(self.fc(torch.cat([pooled, tokens[:, 0]], 1)))
 
 
-def _block(block: nn.Module) -> nn.Module:
+def exportable_block(block: nn.Module) -> nn.Module:
     if isinstance(block, LiteBottleneck):
         return _Lite(block)
     if not isinstance(block, MobileFormerBlock | MobileFormerDownsample):
@@ -62,37 +62,53 @@ class _Block(nn.Module):
         (first, hyper1), (second, hyper2) = block._generators()
         last = block.act4 if self.down else block.act3
         functions = [act.num_functions for act in (first, second, last)]
-        if functions != [2, 2, -1] or block.token_id != 0 or getattr(block, "before_skip", False):
-            raise ValueError("exportable: a block must have two dynamic ReLUs, driven by the first token")
+        if functions != [2, 2, -1] or block.token_id > 0 or getattr(block, "before_skip", False):
+            raise ValueError(
+                "exportable: a block must have two dynamic ReLUs, driven by the first token or by all of them"
+            )
+        self.spatial, self.stride = block.token_id < 0, block.stride
         self.conv1 = folded(block.conv1)
         self.middle = folded(block.conv2)
         self.conv3 = folded(block.conv3)
         self.conv4 = folded(block.conv4) if self.down else nn.Identity()
-        self.hyper1, self.hyper2 = _Slopes(hyper1), _Slopes(hyper2)
+        self.hyper1, self.hyper2 = DynamicSlopes(hyper1), DynamicSlopes(hyper2)
         self.skip = block.skip
-        self.to_former = _MobileToFormer(block.local_global)
+        self.to_former = ToFormer(block.local_global)
         self.former = _Former(block.global_block)
-        self.to_mobile = _FormerToMobile(block.global_local)
+        self.to_mobile = ToMobile(block.global_local)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.former(self.to_former(x, tokens))
-        first, second = self.hyper1(tokens[:, 0]), self.hyper2(tokens[:, 0])
-        hidden = _dynamic_relu(self.conv1(x), *first)
-        middle = self.middle(hidden)
+        new = self.former(self.to_former(x, tokens))
+        if self.spatial:
+            weights = self.weights(x, tokens)
+            first, second = self.hyper1.mixed(new, weights), self.hyper2.mixed(new, weights)
+        else:
+            first, second = self.hyper1(new[:, 0]), self.hyper2(new[:, 0])
+        tokens = new
+        middle = self.middle(dynamic_relu(self.conv1(x), *first))
         if self.down:
-            out = self.conv4(_dynamic_relu(self.conv3(middle), *second)) + middle
+            out = self.conv4(dynamic_relu(self.conv3(middle), *second)) + middle
             out = self.to_mobile(out, tokens)
             return (out + x if self.skip else out), tokens
-        out = self.conv3(_dynamic_relu(middle, *second))
+        out = self.conv3(dynamic_relu(middle, *second))
         return self.to_mobile(out + x if self.skip else out, tokens), tokens
 
+    def weights(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Return the share (B, T, H, W) of each token in the slopes, of the block's output's size."""
+        logits = self.to_former.gather.logits(x, tokens).mean(1)
+        logits = logits.reshape(*sizes(logits)[:2], *sizes(x)[2:])
+        if self.stride == 2:
+            size = [(side + 1) // 2 for side in sizes(x)[2:]]
+            logits = nn.functional.adaptive_avg_pool2d(logits, size)
+        return torch.softmax(logits, 1)
 
-def _dynamic_relu(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+
+def dynamic_relu(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.maximum(x * first, x * second)
 
 
-class _Slopes(nn.Module):
-    """The two slopes (B, C, 1, 1) of a dynamic ReLU."""
+class DynamicSlopes(nn.Module):
+    """The two slopes (B, C, 1, 1) of a dynamic ReLU, by one token."""
 
     def __init__(self, hyper: nn.Module) -> None:
         super().__init__()
@@ -103,8 +119,16 @@ class _Slopes(nn.Module):
         first, second = theta.split(int(theta.shape[1]) // 2, 1)
         return first, second - 1
 
+    def mixed(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both slopes (B, C, H, W), mixed of the tokens' by the weights (B, T, H, W)."""
+        batch, count, height, width = sizes(weights)
+        theta = 2 * self.net(tokens).transpose(1, 2) @ weights.reshape(batch, count, height * width)
+        theta = theta.reshape(batch, int(theta.shape[1]), height, width)
+        first, second = theta.split(int(theta.shape[1]) // 2, 1)
+        return first, second - 1
 
-class _MobileToFormer(nn.Module):
+
+class ToFormer(nn.Module):
     def __init__(self, bridge: nn.Module) -> None:
         super().__init__()
         if not hasattr(bridge, "alpha") or hasattr(bridge, "mlp") or hasattr(bridge, "k"):
@@ -115,8 +139,9 @@ class _MobileToFormer(nn.Module):
             self.proj.weight.mul_(2)  # the gate's factor
         self.norm = copy.deepcopy(bridge.layer_norm)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return self.norm(tokens + self.proj(self.gather(x, tokens) * self.gate(tokens)))
+    def forward(self, x: Tensor, tokens: Tensor, position: Tensor | None = None) -> Tensor:
+        gathered = self.gather(x, tokens if position is None else tokens + position)
+        return self.norm(tokens + self.proj(gathered * self.gate(tokens)))
 
 
 class _Former(nn.Module):
@@ -136,7 +161,7 @@ class _Former(nn.Module):
         return self.norm2(tokens + self.ffn(tokens))
 
 
-class _FormerToMobile(nn.Module):
+class ToMobile(nn.Module):
     def __init__(self, bridge: nn.Module) -> None:
         super().__init__()
         if hasattr(bridge, "alpha") or hasattr(bridge, "mlp") or hasattr(bridge, "q"):

@@ -1,9 +1,9 @@
-"""The figures of README.md and docs/speed.md: what is measured for them, and how the tables are written."""
+"""The figures of README.md and pages of docs: what is measured for them, and how the tables are written."""
 
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,16 @@ def _source_tree() -> None:
 def _networks(lines: list[dict[str, Any]]) -> str:
     entries = sorted(_entries(lines), key=lambda entry: _NETWORKS.index(entry.network))
     runtimes = [name for name in _TITLES if any(entry.runtime == name for entry in entries)]
-    rows = [["network", *(_TITLES[name] for name in runtimes), "best other / ours"]]
+    columns = [*(_TITLES[name] for name in runtimes), "best other / ours"]
+    all_cold = all(entry.cold_ms is not None for entry in entries)
+    rows = [["network", *columns, *(["cold: mfkernels", "cold: best other", "ratio"] if all_cold else [])]]
     for network in dict.fromkeys(entry.network for entry in entries):
-        times = {entry.runtime: entry.median_ms for entry in entries if entry.network == network}
+        own = [entry for entry in entries if entry.network == network]
+        times = {entry.runtime: entry.median_ms for entry in own}
         rows.append([network, *(_number(times.get(name)) for name in runtimes), _ratio(times)])
+        if all_cold:
+            cold = {entry.runtime: entry.cold_ms or 0.0 for entry in own}
+            rows[-1] += [_number(cold.get("mfkernels")), _best_other(cold), _ratio(cold)]
     title = _where(lines) + ", float32, batch 1, 224x224:"
     return "\n\n".join([title, _table(rows), _losses(entries), _forms(entries)])
 
@@ -110,10 +116,7 @@ def _summary(lines: list[dict[str, Any]]) -> str:
     rows = [["network", "mfkernels", "best other runtime", "best other / ours"]]
     for network in dict.fromkeys(entry.network for entry in entries):
         times = {entry.runtime: entry.median_ms for entry in entries if entry.network == network}
-        others = {name: time for name, time in times.items() if name != "mfkernels"}
-        best = min(others, key=lambda name: others[name], default=None)
-        other = "-" if best is None else f"{_number(others[best])} {_TITLES[best]}"
-        rows.append([network, _number(times.get("mfkernels")), other, _ratio(times)])
+        rows.append([network, _number(times.get("mfkernels")), _best_other(times), _ratio(times)])
     return "\n\n".join([_where(lines) + ", float32, batch 1, 224x224:", _table(rows)])
 
 
@@ -132,27 +135,30 @@ def _losses(entries: list[Entry]) -> str:
 def _sizes(lines: list[dict[str, Any]]) -> str:
     entries = _entries(lines)
     sizes = sorted({entry.size for entry in entries})
-    rows = [["image side", *map(str, sizes)]]
+    rows = [["image side", *map(str, sizes)], *_over_sizes(entries, sizes, "")]
+    if all(entry.cold_ms is not None for entry in entries):
+        cold = [replace(entry, median_ms=entry.cold_ms or 0.0) for entry in entries]
+        rows += _over_sizes(cold, sizes, "cold: ")
+    return "\n\n".join([_where(lines) + ", float32, batch 1:", _table(rows), _forms(entries)])
+
+
+def _over_sizes(entries: list[Entry], sizes: list[int], before: str) -> list[list[str]]:
+    """Return rows of times and of ratios, with a word before each."""
+    rows = []
     for network in dict.fromkeys(entry.network for entry in entries):
         own = [entry for entry in entries if entry.network == network]
-        ours = {entry.size: entry for entry in own if entry.runtime == "mfkernels"}
+        of_size = [{e.runtime: e.median_ms for e in own if e.size == size} for size in sizes]
+        ours = "mfkernels" in of_size[0]
         if ours:
-            rows.append([f"{network}, deployed", *(_number(ours[size].median_ms) for size in sizes)])
-        best = [
-            min(
-                (entry for entry in own if entry.size == size and entry.runtime != "mfkernels"),
-                key=lambda entry: entry.median_ms,
-            )
-            for size in sizes
-        ]
-        cells = [f"{_number(entry.median_ms)} {_TITLES[entry.runtime]}" for entry in best]
-        rows.append([f"{network}, best {'other ' if ours else ''}runtime", *cells])
+            rows.append([f"{network}, deployed", *(_number(times["mfkernels"]) for times in of_size)])
+        best = [_best_other(times) for times in of_size]
+        rows.append([f"{network}, best {'other ' if ours else ''}runtime", *best])
         if network == _RIVALS[0] and any(entry.runtime == "mfkernels" for entry in entries):
             others = (e for e in entries if e.network not in _RIVALS)
             mine = {e.size: e.median_ms for e in others if e.runtime == "mfkernels"}
-            ratios = [f"{entry.median_ms / mine[size]:.2f}" for entry, size in zip(best, sizes, strict=True)]
-            rows.append([f"{network} / ours", *ratios])
-    return "\n\n".join([_where(lines) + ", float32, batch 1:", _table(rows), _forms(entries)])
+            times = [{**of, "mfkernels": mine[size]} for of, size in zip(of_size, sizes, strict=True)]
+            rows.append([f"{network} / ours", *map(_ratio, times)])
+    return [[before + row[0], *row[1:]] for row in rows]
 
 
 def _precision(lines: list[dict[str, Any]]) -> str:
@@ -168,9 +174,26 @@ def _precision(lines: list[dict[str, Any]]) -> str:
     return "\n\n".join([_where(lines) + text, _table(rows), _forms(entries)])
 
 
+def _detectors(lines: list[dict[str, Any]]) -> str:
+    """Return a table of what `benchmarks/detectors.py` has measured."""
+    entries = _entries(lines)
+    columns = [
+        ("mfkernels", dtype) for dtype in dict.fromkeys(e.dtype for e in entries if e.runtime == "mfkernels")
+    ]
+    columns += [(name, "float32") for name in _TITLES if any(e.runtime == name for e in entries)][1:]
+    titles = [_TITLES[name] + (f", {dtype}" if name == "mfkernels" else "") for name, dtype in columns]
+    rows = [["network", *titles, "best other / ours"]]
+    for network in dict.fromkeys(entry.network for entry in entries):
+        own = {(e.runtime, e.dtype): e.median_ms for e in entries if e.network == network}
+        times = {name: time for (name, dtype), time in own.items() if dtype == "float32"}
+        rows.append([network, *(_number(own.get(column)) for column in columns), _ratio(times)])
+    text = ", batch 1, 800x1333; the others in float32:"
+    return "\n\n".join([_where(lines) + text, _table(rows), _forms(entries)])
+
+
 def _entries(lines: list[dict[str, Any]]) -> list[Entry]:
     names = [field.name for field in fields(Entry)]
-    return [Entry(**{name: line[name] for name in names}) for line in lines]
+    return [Entry(**{name: line[name] for name in names if name in line}) for line in lines]
 
 
 def _where(lines: list[dict[str, Any]]) -> str:
@@ -206,6 +229,13 @@ def _forms(entries: list[Entry]) -> str:
     return "Forms. " + "\n".join(parts)
 
 
+def _best_other(times: dict[str, float]) -> str:
+    """Return the time and the name of the fastest of the others."""
+    others = {name: time for name, time in times.items() if name != "mfkernels"}
+    best = min(others, key=lambda name: others[name], default=None)
+    return "-" if best is None else f"{_number(others[best])} {_TITLES[best]}"
+
+
 def _ratio(times: dict[str, float]) -> str:
     others = [time for runtime, time in times.items() if runtime != "mfkernels"]
     return f"{min(others) / times['mfkernels']:.2f}" if others and "mfkernels" in times else "-"
@@ -230,4 +260,5 @@ PAGES: dict[str, dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]]] =
         "sizes": ("sizes", _sizes),
         "precision": ("precision", _precision),
     },
+    "docs/detection.md": {"detectors": ("detectors", _detectors)},
 }

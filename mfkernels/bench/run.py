@@ -29,7 +29,7 @@ from ..models import create_model, list_models
 from ..nn import DynamicResidualConv2d
 from .runtimes import RUNTIMES, Call, Job, Skipped, result_of, version
 
-UNTIMED, TIMED = 2, 4  # calls of a network in each round
+UNTIMED, TIMED = 1, 4  # calls of a network in each round, after the cold one
 # The largest difference from eager float32, relative to the largest output, that a form may have. Networks of
 # random weights hardly survive static quantisation: what it costs them is told beside its time.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.int8: math.inf}
@@ -44,7 +44,10 @@ LARGE = 512
 
 @dataclass
 class Entry:
-    """One network in one runtime at one size. Milliseconds a call: median, and the middle half's borders."""
+    """One network in one runtime at one size. Milliseconds a call: median, and the middle half's borders.
+
+    `cold_ms` is the median of calls before each of which the caches were filled with something else.
+    """
 
     network: str
     runtime: str
@@ -59,10 +62,13 @@ class Entry:
     calls: int
     dtype: str
     difference: float  # largest from eager float32, relative to the largest output
+    cold_ms: float | None = None  # None: an older result, without it
 
 
 @dataclass
-class _Chosen:
+class Chosen:
+    """A form of a network in a runtime, how it is called, and how far its numbers are off."""
+
     form: str
     call: Call
     difference: float
@@ -86,8 +92,8 @@ def bench(
     compared with the float32 network; the fastest whose numbers agree is measured.
 
     At each size all of them run in turn, round after round, so that a drift of the machine meets all alike.
-    In a round each runs some calls untimed, which bring its weights into cache, and some timed. Pinned to as
-    many cores as there are threads; random images.
+    In a round each runs one call with cold caches, one untimed, which brings its weights into cache, and some
+    timed. Pinned to as many cores as there are threads; random images.
 
     Args:
         networks: names of `mfkernels.models.list_models()` or of `rivals()`.
@@ -110,13 +116,13 @@ def bench(
     entries: list[Entry] = []
     with pinned(threads), torch.inference_mode():
         for size in sizes:
-            chosen: dict[Key, _Chosen] = {}
+            chosen: dict[Key, Chosen] = {}
             x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
             for name in networks:
                 for runtime, dtype, one in _prepared(name, runtimes, dtypes, x, threads, favourites):
                     chosen[name, runtime, dtype] = one
             if chosen:
-                entries += _measure(chosen, x, threads, seconds)
+                entries += measure(chosen, x, threads, seconds)
             chosen.clear()
             torch.compiler.reset()
             gc.collect()
@@ -204,7 +210,7 @@ def _prepared(
     x: Tensor,
     threads: int,
     favourites: Favourites | None,
-) -> Iterator[tuple[str, torch.dtype, _Chosen]]:
+) -> Iterator[tuple[str, torch.dtype, Chosen]]:
     with torch.inference_mode(False), torch.no_grad():
         x = x.clone()
         model = network(name)
@@ -220,9 +226,9 @@ def _prepared(
             wanted = wanted or known.get((family, runtime, torch.float32, large))
             own = replace(job, dtype=dtype)
             try:
-                times = _forms(what, runtime, own, expected, wanted)
+                times = forms_of(what, runtime, own, expected, wanted)
                 if wanted and not times:
-                    times = _forms(what, runtime, own, expected)
+                    times = forms_of(what, runtime, own, expected)
                 if not times:
                     raise Skipped("none of its forms runs and gives the right numbers")
             except Skipped as reason:
@@ -236,10 +242,18 @@ def _prepared(
             yield runtime, dtype, chosen
 
 
-def _forms(
+def forms_of(
     what: str, runtime: str, job: Job, expected: np.ndarray, wanted: list[str] | None = None
-) -> list[tuple[float, _Chosen]]:
-    """Return the forms that run and agree, each with a rough time."""
+) -> list[tuple[float, Chosen]]:
+    """Return the forms of a network in a runtime that run and agree, each with a rough time.
+
+    Args:
+        what: the network and the runtime, for messages.
+        runtime: one of `RUNTIMES`.
+        job: the network.
+        expected: its first result in eager float32.
+        wanted: names of forms; None for all.
+    """
     made = []
     for form, make in RUNTIMES[runtime](job):
         if wanted is not None and form not in wanted:
@@ -255,7 +269,7 @@ def _forms(
             words = str(error).strip().splitlines() or [type(error).__name__]
             progress.show(f"{what}: skipped, {form}: {words[0][:200]}", keep=True)
             continue
-        made.append(_Chosen(form, call, difference))
+        made.append(Chosen(form, call, difference))
     return list(zip(_rough_times([one.call for one in made]), made, strict=True))
 
 
@@ -277,12 +291,17 @@ def _time(call: Call) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def _measure(chosen: dict[Key, _Chosen], x: Tensor, threads: int, seconds: float) -> list[Entry]:
+def measure(chosen: dict[Key, Chosen], x: Tensor, threads: int, seconds: float) -> list[Entry]:
+    """Time all of them in turn, for so many seconds each, as `bench` tells; the images are `x`."""
     batch, _, _, size = x.shape
     times: dict[Key, list[float]] = {key: [] for key in chosen}
+    cold: dict[Key, list[float]] = {key: [] for key in chosen}
+    filler = np.ones(2 * _last_cache(), np.uint8)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds * len(chosen) or len(next(iter(times.values()))) < 2 * TIMED:
         for key, one in chosen.items():
+            filler += 1
+            cold[key].append(_time(one.call))
             for _ in range(UNTIMED):
                 one.call()
             times[key] += [_time(one.call) for _ in range(TIMED)]
@@ -304,9 +323,16 @@ def _measure(chosen: dict[Key, _Chosen], x: Tensor, threads: int, seconds: float
                 calls=len(values),
                 dtype=str(dtype)[6:],
                 difference=one.difference,
+                cold_ms=statistics.median(cold[name, runtime, dtype]),
             )
         )
     return entries
+
+
+def _last_cache() -> int:
+    """Return the bytes of the processor's largest cache; 64 MiB where the system does not tell."""
+    sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((1024 * int(size.strip().removesuffix("K")) for size in sizes), default=64 << 20)
 
 
 def profile(name: str, size: int, rounds: int = 50) -> list[dict[str, Any]]:

@@ -310,6 +310,7 @@ def version(runtime: str) -> str:
 
 
 def result_of(call: Call) -> np.ndarray:
-    """Call the network and return its results in float32."""
+    """Call the network and return its result, the first of several, in float32."""
     out = call()
+    out = out[0] if isinstance(out, tuple) else out
     return out.float().numpy() if isinstance(out, Tensor) else np.asarray(out)
