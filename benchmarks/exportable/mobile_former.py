@@ -97,9 +97,10 @@ class _Block(nn.Module):
         """Return the share (B, T, H, W) of each token in the slopes, of the block's output's size."""
         logits = self.to_former.gather.logits(x, tokens).mean(1)
         logits = logits.reshape(*sizes(logits)[:2], *sizes(x)[2:])
-        if self.stride == 2:
-            size = [(side + 1) // 2 for side in sizes(x)[2:]]
-            logits = nn.functional.adaptive_avg_pool2d(logits, size)
+        if self.stride == 2:  # what an adaptive pool is here, which exporters refuse for odd sides
+            odd = [side % 2 for side in sizes(x)[2:]]
+            kernel = [2 + side for side in odd]
+            logits = nn.functional.avg_pool2d(logits, kernel, 2, odd, count_include_pad=False)
         return torch.softmax(logits, 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .run import Entry, Favourites, bench
+from .run import Entry, Favourites, bench, machine
 from .runtimes import RUNTIMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +36,8 @@ _TITLES = {
 def measure() -> None:
     """Measure all that the tables need, into the folders of `benchmarks/results`.
 
+    A processor without AVX-512 has folders and tables of its own.
+
     Raises:
         ValueError: this is no source tree.
     """
@@ -43,7 +45,8 @@ def measure() -> None:
     favourites: Favourites = {}
 
     def run(table: str, networks: Iterable[Sequence[str]], *what: Any, **how: Any) -> None:
-        log = RESULTS / table / "results.jsonl"
+        own = "-avx2" if machine()["instruction_set"] == "avx2" else ""
+        log = RESULTS / f"{table}{own}" / "results.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
         for group in networks:
@@ -259,6 +262,9 @@ PAGES: dict[str, dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]]] =
         "networks": ("networks", _networks),
         "sizes": ("sizes", _sizes),
         "precision": ("precision", _precision),
+        "networks-avx2": ("networks-avx2", _networks),
+        "sizes-avx2": ("sizes-avx2", _sizes),
+        "precision-avx2": ("precision-avx2", _precision),
     },
     "docs/detection.md": {"detectors": ("detectors", _detectors)},
 }
