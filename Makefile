@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test gpu-bed vision train-check train-check-all lint docs sanitize fuzz mutate versions versions-quick versions-cuda arm arm-quick arm-networks wheel rivals figures clean
+.PHONY: demo test gpu-bed vision train-check train-check-all lint docs sanitize fuzz mutate versions versions-quick versions-cuda versions-triton arm arm-quick arm-networks wheel rivals figures clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -83,7 +83,7 @@ mutate: .venv/installed
 VERSIONS = build/versions
 OLDEST = $(VERSIONS)/torch-2.10.0
 CUDA_OLDEST = $(VERSIONS)/torch-2.11.0
-versions: .venv/installed .venv-vision/installed $(OLDEST)/installed $(if $(shell command -v nvcc || true),versions-cuda)
+versions: .venv/installed .venv-vision/installed $(OLDEST)/installed versions-triton $(if $(shell command -v nvcc || true),versions-cuda)
 	$(call build_with,$(OLDEST),oldest)
 	$(call run_with,$(OLDEST),oldest,$(ALL))
 	$(call run_with,.venv,oldest,$(ALL))
@@ -105,6 +105,13 @@ versions-cuda: .venv-vision/installed $(CUDA_OLDEST)/headers
 	  LD_LIBRARY_PATH=$$(echo $$newest/nvidia/*/lib | tr ' ' ':') \
 	  $(CURDIR)/$(CUDA_OLDEST)/bin/python $(CURDIR)/tests/cuda/load.py
 	cd $(VERSIONS)/cuda && PYTHONPATH=. $(CURDIR)/.venv-vision/bin/python $(CURDIR)/tests/cuda/load.py
+
+# The kernels of the GPU with the Triton that goes with PyTorch 2.11: interpreted, and compiled as in `make test`. Its
+# interpreter needs an older NumPy.
+OLDEST_TRITON = $(VERSIONS)/triton-3.6.0
+versions-triton: .venv/installed
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps --upgrade --target $(OLDEST_TRITON) triton==3.6.0 'numpy<2.3'
+	PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) .venv/bin/python -m pytest tests/test_triton.py -n auto
 
 NETWORKS = (test_same_numbers and (mobile_former_26m or dmf_xxs or iformer_t))
 SOME = (test_chosen_shapes and float32 and same) or test_operator_cpu or $(NETWORKS)

@@ -54,7 +54,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Variant = tuple[GPUTarget, str]  # and what Triton says of it: kernel, types, constants, options
 # Bytes of a thread's stack, and of these what spills. ptxas takes eight where doubles are divided, though
 # nothing spills. Of the rest, which networks in bfloat16 on sm_90 do not launch, the largest tiles in float32
-# spill a few registers with Triton 3.7.
+# spill a few registers with Triton 3.7; with older ones those of the networks in float32 do, too.
 MOST_LOCAL, MOST_LOCAL_OF_THE_REST, MOST_SPILLED_OF_THE_REST = 8, 36, 12
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes
 MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # along the axes of a grid
@@ -321,8 +321,13 @@ def main() -> None:
         results = [job.result() for job in jobs]
     for result in results:
         print(json.dumps(result), flush=True)
-    allowed = (MOST_SPILLED_OF_THE_REST, MOST_LOCAL_OF_THE_REST) if "--rest" in sys.argv else ()
-    misfits = [result for result in results if not fits(result, *allowed)]
+    older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    rest = MOST_SPILLED_OF_THE_REST, MOST_LOCAL_OF_THE_REST
+
+    def allowed(result: dict) -> tuple[int, ...]:
+        return rest if "--rest" in sys.argv or (older and result["target"] != "sm_90") else ()
+
+    misfits = [result for result in results if not fits(result, *allowed(result))]
     if misfits:
         sys.exit("these do not fit: " + json.dumps(misfits))
 
