@@ -237,7 +237,7 @@ def residual() -> nn.Module:
         *(conv(3, 16, 7, 2, act=nn.ReLU), nn.MaxPool2d(3, 2, 1), Basic(16, 16, 1), Basic(16, 24, 2)),
         *(Bottleneck(24, 36, 1, 3), Bottleneck(36, 64, 2, 4), Bottleneck(64, 64, 1, 4)),
     ]
-    return Chain(features, [nn.Linear(64, 5)])
+    return Chain(features, [nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU6(), nn.Linear(30, 5)])
 
 
 NETWORKS = {

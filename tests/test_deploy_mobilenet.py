@@ -125,6 +125,18 @@ class Doubled(Inverted):
         return 2 * super().forward(x)
 
 
+class Halves(nn.Module):
+    """Its convolution reads half of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(10, 10, 3, padding=1)
+
+    def forward(self, x):
+        one, other = x.chunk(2, 1)
+        return torch.cat([one, self.conv(other)], 1)
+
+
 def broken(kind: str) -> nn.Module:
     model = make("v3")
     if kind == "hook":
@@ -135,6 +147,8 @@ def broken(kind: str) -> nn.Module:
         model.features[3].block[0][0].padding = (1, 1)
     elif kind == "other":
         model.features[3] = Doubled(20, 20, 36, 5, 1, nn.Hardswish).eval()
+    elif kind == "halves":
+        model.features[3] = Halves()
     elif kind == "groups of the image":
         model.features[0][0] = nn.Conv2d(3, 12, 3, 2, 1, groups=3)
     elif kind == "rounded up":
@@ -149,6 +163,7 @@ def broken(kind: str) -> nn.Module:
         ("dilation", r"features\.2\.block\.1\.0 \(Conv2d\): only convolutions without dilation"),
         ("padding", r"features\.3\.block\.0\.0 \(Conv2d\): only dense convolutions of squares up to 15x15"),
         ("other", r"the model \(Chain\) computes something else"),
+        ("halves", r"the model \(Chain\) computes something else"),
         ("groups of the image", r"features\.0\.0 \(Conv2d\): only convolutions of the image without groups"),
         ("rounded up", r"features\.2\.1 \(MaxPool2d\): only poolings of squares up to 15x15, rounded down"),
     ],

@@ -175,9 +175,7 @@ class PlanCheck {
     kind_ = kLinear;
     for (int64_t i = 0; i < plan_.linears; ++i) {
       const auto& [activation, l] = layers_of(plan_)[i];
-      need(activation == kNoActivation || activation == kGelu || activation == kHardswish ||
-               activation == kSilu,
-           "has an unknown activation");
+      activated(activation);
       count(l.outputs, "has a wrong number of outputs");
       row_linear(l, l.inputs, l.outputs);
       if (i == 0) {

@@ -27,6 +27,7 @@ _GATES = {"Hardsigmoid": "hardsigmoid", "HardSigmoid": "hardsigmoid", "Sigmoid":
 # In eval mode, or where pixels are one.
 _NOTHING = ("Identity", "Dropout", "DropPath", "StochasticDepth", "Flatten")
 _SKIPS = ("use_res_connect", "has_skip", "residual")
+_SHORTCUTS = ("downsample", "shortcut")  # of ResNets' blocks
 
 
 class _Conv(NamedTuple):
@@ -86,7 +87,7 @@ class _Chain(NamedTuple):
 
 
 def mobilenet_chain(model: nn.Module) -> _Chain | None:
-    """Return the parts of a network that is a chain of layers and residual blocks, in the order of its modules.
+    """Return the parts of a network that is a chain of layers and residual blocks, in their order.
 
     The parts are convolutions, batch norms, ReLUs, SiLUs and the like, a pooling by the maximum, residual
     blocks of them with squeeze-and-excitation or without, a global average and linear layers; without the
@@ -128,7 +129,8 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     A residual block is a `_Part`.
     """
     found: list[tuple[str, Any]] = []
-    for name, child in module.named_children():
+    # The convolution that replaces several, as in RepVGG, is the last child and called first.
+    for name, child in sorted(module.named_children(), key=lambda child: child[0] != "reparam_conv"):
         path = f"{prefix}{name}"
         if isinstance(child, nn.Conv2d | nn.Linear):
             found.append((path, _Conv(child, None, None, path)))
@@ -142,7 +144,7 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
             found.append((path, _Pool(child, path)))
         elif (squeeze := _squeeze(child, path)) is not None:
             found.append((path, squeeze))
-        elif any(hasattr(child, flag) for flag in (*_SKIPS, "downsample")):
+        elif any(hasattr(child, flag) for flag in (*_SKIPS, *_SHORTCUTS)):
             found.append((path, _block(child, path)))
         elif next(child.children(), None) is not None:
             for inner_path, inner in _flat(child, f"{path}."):
@@ -153,14 +155,15 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _block(module: nn.Module, path: str) -> _Part:
-    """Return a residual block; `downsample` makes it one as ResNets have them."""
+    """Return a residual block; where it has a shortcut, one as ResNets have them."""
     parts = list(_flat(module, f"{path}."))
-    shortcut = [layer for name, layer in parts if name.startswith(f"{path}.downsample")]
-    layers = [layer for name, layer in parts if not name.startswith(f"{path}.downsample")]
+    beside = tuple(f"{path}.{name}" for name in _SHORTCUTS)
+    shortcut = [layer for name, layer in parts if name.startswith(beside)]
+    layers = [layer for name, layer in parts if not name.startswith(beside)]
     known = all(isinstance(layer, _Conv | _Squeeze) for layer in layers)
     if not known or not layers or not all(isinstance(layer, _Conv) for layer in shortcut):
         raise _Unknown
-    if not hasattr(module, "downsample"):
+    if not any(hasattr(module, name) for name in _SHORTCUTS):
         return _Part(path, layers, any(getattr(module, flag, False) is True for flag in _SKIPS), path, [])
     # The last activation follows the sum. If there is but one, all layers have it.
     *before, last = layers
@@ -184,11 +187,13 @@ def _replace_last(found: list[tuple[str, Any]], last: str, **values: Any) -> Non
     if not found or not isinstance(found[-1][1], _Conv | _Squeeze):
         raise _Unknown
     path, layer = found[-1]
-    if layer.then is not None or (
-        "norm" in values and (isinstance(layer, _Squeeze) or layer.norm is not None)
-    ):
+    if layer.then is not None or ("norm" in values and not _takes(layer, values["norm"])):
         raise _Unknown
     found[-1] = (path, layer._replace(last=last, **values))
+
+
+def _takes(layer: _Conv | _Squeeze, norm: nn.BatchNorm2d) -> bool:
+    return isinstance(layer, _Conv) and layer.norm is None and len(layer.layer.weight) == norm.num_features
 
 
 def _squeeze(module: nn.Module, path: str) -> _Squeeze | None:
@@ -217,6 +222,7 @@ def deployed_mobilenet(model: nn.Module, chain: _Chain, formats: Formats) -> Dep
             their order.
     """
     kind, maps = type(model).__name__, not chain.linears
+    other = ValueError(f"deploy: the model ({kind}) computes something else than its parts in a row")
     # What a plan cannot say is refused before anything is tried.
     deployed = _Plan(model, chain, formats).run([len(chain.parts) - 1] if maps else None)
     images = torch.randn(4, deployed.in_channels, 64, 75, generator=torch.Generator().manual_seed(0))
@@ -226,16 +232,18 @@ def deployed_mobilenet(model: nn.Module, chain: _Chain, formats: Formats) -> Dep
         results = _results(trial, chain, images) if maps else None
         if maps:
             deployed = _Plan(model, chain, formats).run(results)
-        got = _Plan(trial, same, Formats()).run(results)(images)
+        try:
+            got = _Plan(trial, same, Formats()).run(results)(images)
+        except RuntimeError as error:  # parts that do not fit one another
+            raise other from error
         expected = trial.double()(images.double())
     if not maps and (not torch.is_tensor(expected) or expected.shape != got.shape):
         raise ValueError(f"deploy: the model ({kind}) returns something else than logits")
     pairs = zip(got, expected, strict=True) if maps else [(got, expected)]
     if not all(
-        one.shape == other.shape and (one - other).abs().max() <= 1e-3 * other.abs().max()
-        for one, other in pairs
+        one.shape == two.shape and (one - two).abs().max() <= 1e-3 * two.abs().max() for one, two in pairs
     ):
-        raise ValueError(f"deploy: the model ({kind}) computes something else than its parts in a row")
+        raise other
     return deployed
 
 
@@ -325,9 +333,6 @@ class _Plan(Plan):
         return self.finished_pyramid(maps, in_channels, margins)
 
     def linear_of(self, layer: _Conv) -> tuple[Linear, str | None]:
-        known = (None, "gelu", "hardswish", "silu")
-        what = "linear layers with a GELU, a hardswish, a SiLU, or none, after them"
-        self.need(layer.then in known, layer.layer, what)
         _, bias = layer.folded()
         weight = layer.layer.weight
         self.need(weight[0].numel() == weight.shape[1], layer.layer, "1x1 convolutions after the pooling")
