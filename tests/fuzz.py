@@ -315,12 +315,14 @@ def small_networks() -> list:
     detector = EndToEndMobileFormer(
         FeaturePyramid(backbone), (1, 1), num_classes=4, queries=5, channels=24, num_heads=2, expansion=2
     ).eval()
-    chains = [mobilenets.make(name) for name in ("v3", "efficient")]
+    chains = [mobilenets.make(name) for name in ("v3", "efficient", "fused, same", "residual")]
     made = [mfkernels.deploy(model) for model in (*models, *pyramids, *chains, detector)]
     made.append(resizing())
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     int8.BUDGET = math.inf  # all parts
-    made += [mfkernels.deploy(model, dtype=torch.int8, calibration=images) for model in models[:3]]
+    made += [
+        mfkernels.deploy(model, dtype=torch.int8, calibration=images) for model in (*models[:3], chains[-1])
+    ]
     narrow = zip(models, (torch.int8, torch.bfloat16, torch.int8), strict=False)
     made += [mfkernels.deploy(model, weights=weights) for model, weights in narrow]
     mixing = MobileFormer(

@@ -1,4 +1,4 @@
-"""Small chains of inverted bottlenecks, in the forms that other libraries write them in."""
+"""Small chains of convolutions and residual blocks, in the forms that other libraries write them in."""
 
 import torch
 from torch import Tensor, nn
@@ -156,9 +156,95 @@ def efficient() -> nn.Module:
     return Chain(features, [nn.Linear(70, 40), nn.SiLU(), nn.Dropout(0.2), nn.Linear(40, 5)])
 
 
+class Conv2dSame(nn.Conv2d):
+    """Padded as by TensorFlow, and by its name timm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = [
+            max((-(-size // s) - 1) * s + k - size, 0)
+            for size, s, k in zip(x.shape[2:], self.stride, self.kernel_size, strict=True)
+        ]
+        above, left = (rows // 2 for rows in missing)
+        return super().forward(nn.functional.pad(x, (left, missing[1] - left, above, missing[0] - above)))
+
+
+def tensorflow(model: nn.Module) -> nn.Module:
+    """The network with TensorFlow's padding where a convolution has a stride."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d) and child.stride != (1, 1):
+                sizes = (child.in_channels, child.out_channels, child.kernel_size, child.stride)
+                setattr(module, name, Conv2dSame(*sizes, groups=child.groups, bias=child.bias is not None))
+    return model
+
+
+class Skip(nn.Sequential):
+    """Any layers, whose input is added to what they make."""
+
+    has_skip = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def fused() -> nn.Module:
+    """As EfficientNetV2: dense convolutions in blocks and before the pooling; and other sizes."""
+    act = nn.SiLU
+    features = [
+        *(conv(3, 16, 3, 2, act=act), Skip(conv(16, 16, 3, act=act)), conv(16, 40, 3, 2, act=act)),
+        *(conv(40, 20, 1), Skip(conv(20, 50, 3), Squeeze(50, 6, False, act), act(), conv(50, 20, 1))),
+        *(Skip(conv(20, 20, 3), Squeeze(20, 6, True)), Squeeze(20, 5, False, act), nn.ReLU6()),
+        *(Skip(conv(20, 20, 3, 1, 20)), conv(20, 20, 7, 2, 20, act), conv(20, 20, 4, 1, 20)),
+        *(nn.Conv2d(20, 20, 2, padding="same", groups=20), conv(20, 24, 1, 2), conv(24, 70, 3, act=act)),
+    ]
+    return Chain(features, [nn.Linear(70, 5)])
+
+
+class Basic(nn.Module):
+    """As torchvision's: one ReLU, called twice."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.downsample = None if inputs == outputs else conv(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """As a RegNet's: with groups and squeeze-and-excitation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.conv1 = conv(inputs, outputs, 1, act=nn.ReLU)
+        self.conv2 = conv(outputs, outputs, 3, stride, groups, nn.ReLU)
+        self.se = Squeeze(outputs, 9, False, gate=nn.Sigmoid)
+        self.conv3 = conv(outputs, outputs, 1)
+        self.act3 = nn.ReLU()
+        self.downsample = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act3(self.conv3(self.se(self.conv2(self.conv1(x)))) + self.downsample(x))
+
+
+def residual() -> nn.Module:
+    """As ResNets and RegNets; the groups of one block are in panels of their own, those of another not."""
+    features = [
+        *(conv(3, 16, 7, 2, act=nn.ReLU), nn.MaxPool2d(3, 2, 1), Basic(16, 16, 1), Basic(16, 24, 2)),
+        *(Bottleneck(24, 36, 1, 3), Bottleneck(36, 64, 2, 4), Bottleneck(64, 64, 1, 4)),
+    ]
+    return Chain(features, [nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU6(), nn.Linear(30, 5)])
+
+
 NETWORKS = {
     **{"v2": version2, "v3": version3, "v3, functions": lambda: version3(True), "named": named},
-    "efficient": efficient,
+    **{"efficient": efficient, "fused": fused, "residual": residual},
+    "v3, same": lambda: tensorflow(version3()),
+    **{f"{f.__name__}, same": lambda f=f: tensorflow(f()) for f in (efficient, fused)},
 }
 
 

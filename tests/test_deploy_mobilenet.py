@@ -50,7 +50,7 @@ def test_bfloat16(name):
     assert max(ours) <= 2 * max(reference)
 
 
-@pytest.mark.parametrize("name", ["v3", "efficient"])
+@pytest.mark.parametrize("name", ["v3", "efficient", "efficient, same", "residual"])
 def test_maps(name, instruction_set):
     model = Backbone(make(name), (4, 0, 2)).eval()
     deployed = mfkernels.deploy(model)
@@ -125,22 +125,34 @@ class Doubled(Inverted):
         return 2 * super().forward(x)
 
 
+class Halves(nn.Module):
+    """Its convolution reads half of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(10, 10, 3, padding=1)
+
+    def forward(self, x):
+        one, other = x.chunk(2, 1)
+        return torch.cat([one, self.conv(other)], 1)
+
+
 def broken(kind: str) -> nn.Module:
     model = make("v3")
     if kind == "hook":
         model.features[2].register_forward_hook(lambda *_: None)
     elif kind == "dilation":
         model.features[2].block[1][0].dilation = (2, 2)
-    elif kind == "stride":
-        model.features[3].block[0][0].stride = (2, 2)
+    elif kind == "padding":
+        model.features[3].block[0][0].padding = (1, 1)
     elif kind == "other":
         model.features[3] = Doubled(20, 20, 36, 5, 1, nn.Hardswish).eval()
-    elif kind == "squeeze at the end":
-        model.features[3].block.append(model.features[4].block[2])
-        model.features[3].block[-1].fc1 = nn.Conv2d(20, 8, 1)
-        model.features[3].block[-1].fc2 = nn.Conv2d(8, 20, 1)
-    elif kind == "sum of an activation":
-        model.features[3].block[-1].append(nn.ReLU())
+    elif kind == "halves":
+        model.features[3] = Halves()
+    elif kind == "groups of the image":
+        model.features[0][0] = nn.Conv2d(3, 12, 3, 2, 1, groups=3)
+    elif kind == "rounded up":
+        model.features[2] = nn.Sequential(model.features[2], nn.MaxPool2d(2, ceil_mode=True))
     return model.eval()
 
 
@@ -149,10 +161,11 @@ def broken(kind: str) -> nn.Module:
     [
         ("hook", r"features\.2 \(Inverted\): has a forward hook"),
         ("dilation", r"features\.2\.block\.1\.0 \(Conv2d\): only convolutions without dilation"),
-        ("stride", r"features\.3\.block\.0\.0 \(Conv2d\): only 1x1 convolutions of stride 1"),
+        ("padding", r"features\.3\.block\.0\.0 \(Conv2d\): only dense convolutions of squares up to 15x15"),
         ("other", r"the model \(Chain\) computes something else"),
-        ("squeeze at the end", r"features\.3\.block\.3 \(Squeeze\): only squeeze-and-excitation before a"),
-        ("sum of an activation", r"features\.3\.block\.2\.0 \(Conv2d\): only residuals without"),
+        ("halves", r"the model \(Chain\) computes something else"),
+        ("groups of the image", r"features\.0\.0 \(Conv2d\): only convolutions of the image without groups"),
+        ("rounded up", r"features\.2\.1 \(MaxPool2d\): only poolings of squares up to 15x15, rounded down"),
     ],
 )
 def test_what_is_not_known_is_named(kind, message):

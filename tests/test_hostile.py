@@ -206,7 +206,7 @@ def test_deployed_on_meta(deployed):
         setattr(other, name, getattr(other, name).to("meta"))
         with pytest.raises(ValueError, match=f"{name} must be on the device of x, cpu, got meta"):
             other(x)
-    with pytest.raises(RuntimeError, match="plan must have format 7"):
+    with pytest.raises(RuntimeError, match="plan must have format 8"):
         copy.deepcopy(deployed).to_empty(device="cpu").apply(lambda m: m.plan.zero_())(x)
 
 
@@ -225,7 +225,7 @@ def test_changed_plans_are_refused(deployed):
                 target.copy_(plan)
                 calls += 1
     assert calls == 240 and torch.equal(deployed(x), good) and torch.equal(program(x), good)
-    with pytest.raises(RuntimeError, match="plan must have format 7, got 2 numbers"):
+    with pytest.raises(RuntimeError, match="plan must have format 8, got 2 numbers"):
         torch.ops.mfkernels.deployed(x, deployed.weights, plan[:2].clone(), 5)
     with pytest.raises(RuntimeError, match="classes must be 5, as of the plan, got 4"):
         torch.ops.mfkernels.deployed(x, deployed.weights, plan, 4)
@@ -243,13 +243,13 @@ def test_state_of_deployed_networks(deployed):
     old = {"weights": state["weights"], "plan": deployed.plan[3:]}
     for wrong, message in (
         (old, "plan is of an older version of mfkernels"),
-        ({"weights": state["weights"]}, r"_extra_state must be \[7, .*got NoneType"),
+        ({"weights": state["weights"]}, r"_extra_state must be \[8, .*got NoneType"),
         (unlike.state_dict(), "weights must be float32 of shape"),
         (
             {**state, "weights": state["weights"].double()},
             "weights must be float32 of shape .* got torch.float64",
         ),
-        ({**state, "_extra_state": unlike.get_extra_state()}, r"_extra_state must be \[7, .*another network"),
+        ({**state, "_extra_state": unlike.get_extra_state()}, r"_extra_state must be \[8, .*another network"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.nn.Sequential(other).load_state_dict({f"0.{name}": value for name, value in wrong.items()})
@@ -271,7 +271,7 @@ def test_pickles_of_deployed_networks(deployed, change):
     if change == "nothing":
         assert torch.equal(torch.load(file, weights_only=False)(x), deployed(x))
         return
-    message = "plan must have format 7" if change == "version" else "plan must have the checksum"
+    message = "plan must have format 8" if change == "version" else "plan must have the checksum"
     with pytest.raises(RuntimeError, match=message):
         torch.load(file, weights_only=False)
     with pytest.raises(RuntimeError, match=message):

@@ -83,14 +83,38 @@ def test_pointwise(name, isa):
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_dense_conv(name, kernel, stride, isa):
     """What lies around a map is zero, which is the byte `zero`."""
-    for inputs, outputs, height, width in ((3, 5, 9, 11), (16, 20, 30, 29), (20, 16, 1, 1), (32, 16, 70, 8)):
+    for inputs, outputs, height, width, groups in (
+        (3, 5, 9, 11, 1),
+        (16, 20, 30, 29, 1),
+        (20, 16, 1, 1, 1),
+        (32, 16, 70, 8, 1),
+        (6, 12, 5, 7, 3),
+        (64, 32, 9, 8, 2),
+        (42, 70, 6, 5, 14),
+    ):
         x = torch.randn(2, inputs, height, width, generator=generator(inputs))
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups)
         weight = torch.randn(conv.weight.shape, generator=generator(1))
         steps = Steps(inputs, ROUNDINGS[name])
         got = steps.run(x, steps.dense(steps.x, conv, weight, torch.zeros(outputs)), stride)
-        expected = product_of_bytes(x, weight, ROUNDINGS[name], stride=stride, padding=kernel // 2)
+        numbers = dict(stride=stride, padding=kernel // 2, groups=groups)
+        expected = product_of_bytes(x, weight, ROUNDINGS[name], **numbers)
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("inputs", [16, 24])
+def test_padding_of_tensorflow(inputs, isa):
+    """Of even and odd sizes: the smaller half of the zeros lies before the map."""
+    weight = torch.randn(20, inputs, 4, 4, generator=generator(1))
+    rounding, conv = ROUNDINGS["both signs"], mobilenets.Conv2dSame(inputs, 20, 4, 3)
+    for height, width in ((9, 10), (11, 12), (1, 2)):
+        x = torch.randn(2, inputs, height, width, generator=generator(inputs))
+        steps = Steps(inputs, rounding)
+        got = steps.run(x, steps.dense(steps.x, conv, weight, torch.zeros(20)), 3)
+        above, left = (max((-(-size // 3) - 1) * 3 + 4 - size, 0) // 2 for size in (height, width))
+        around = nn.functional.pad(x, (left, 4 - left, above, 4 - above))
+        expected = product_of_bytes(around, weight, rounding, stride=3)
+        assert torch.equal(got, expected[..., : got.shape[2], : got.shape[3]])
 
 
 def test_largest_sums(isa):

@@ -296,6 +296,13 @@ CHAINS = (
     *(("timm", name) for name in ("mnasnet_100", "lcnet_050")),
     ("torchvision", "efficientnet_b0"),
     *(("timm", name) for name in ("efficientnet_b0", "efficientnet_lite0")),
+    *(("timm", name) for name in ("tf_efficientnet_b0", "tf_mobilenetv3_small_100", "tf_efficientnetv2_b0")),
+    *(
+        ("timm", name)
+        for name in ("mobilenetv4_conv_small", "mobilenet_edgetpu_100", "repvgg_a0", "mobileone_s0")
+    ),
+    *(("timm", name) for name in ("resnet18", "seresnet18", "regnety_002", "gernet_s")),
+    *(("torchvision", name) for name in ("resnet18", "resnet50")),
 )
 
 
@@ -309,11 +316,16 @@ def test_deployed_chains(library, name):
     model = make(name, num_classes=5)
     # Of two images of 64x64 alone, signals of other sizes would grow a thousandfold, and errors with them.
     randomise(model)
+    if name in ("repvgg_a0", "mobileone_s0"):
+        model = pytest.importorskip("timm.utils").reparameterize_model(model)
     model.eval()
     check_numbers(model, [(2, 64, 64), (1, 97, 70)] * 3, name)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_large_100", "mobilenetv2_100", "efficientnet_b0"])
+NETWORKS = ("mobilenetv3_large_100", "mobilenetv2_100", "efficientnet_b0", "tf_efficientnet_b0", "resnet18")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_deployed_pyramids_of_chains(name):
     torch.manual_seed(0)
     make = pytest.importorskip("timm").create_model

@@ -188,7 +188,7 @@ class Network {
     switch (step->kind) {
       case kImageConv:
       case kDenseConv:
-        return of(fields_of<ConvStep>(step).linear);
+        return of(fields_of<ConvStep>(step).linear) / fields_of<ConvStep>(step).groups;
       case kPointwise:
         return of(fields_of<PointwiseStep>(step).linear) / fields_of<PointwiseStep>(step).groups;
       case kInverted:
@@ -245,6 +245,11 @@ class Network {
     const int64_t kind = plan->kind, in = input(plan);
     auto need = [&](bool fits, const char* what) { need_of_step(fits, i, kind, what); };
     const auto& made = fields_of<MapOut>(plan);
+    auto shrink = [&](Shape& map, const auto& window) {
+      map.height = size_after(window, map.height);
+      map.width = size_after(window, map.width);
+      need_of_image(map.height >= 1 && map.width >= 1, i, kind, "would make an empty map");
+    };
     const Shape from = in < 0 ? Shape{1, images_.height, images_.width} : maps[in];
     Shape to = from;
     int64_t floats = padded(made.channels), most = kSecondCache, stride = 1;  // of a position's memory
@@ -252,10 +257,7 @@ class Network {
       case kImageConv:
       case kDenseConv: {
         const auto& conv = fields_of<ConvStep>(plan);
-        const int64_t grown = 2 * conv.padding - conv.kernel + conv.stride;
-        to.height = (from.height + grown) / conv.stride;
-        to.width = (from.width + grown) / conv.stride;
-        need_of_image(to.height >= 1 && to.width >= 1, i, kind, "would make an empty map");
+        shrink(to, conv);
         if (kind == kDenseConv) floats = padded(conv.in_channels * conv.kernel * conv.kernel);
         most = 98304;
         if (kind == kDenseConv && is_direct(conv, from.count) && conv.linear.scale == 0) {
@@ -265,7 +267,10 @@ class Network {
         break;
       }
       case kDepthwise:
-        stride = fields_of<DepthwiseStep>(plan).stride;
+        shrink(to, fields_of<DepthwiseStep>(plan));
+        break;
+      case kMaxPool:
+        shrink(to, fields_of<MaxPoolStep>(plan));
         break;
       case kWeigh:
         need(from.whole_height == 0, "reads a map in windows");

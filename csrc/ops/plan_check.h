@@ -26,9 +26,9 @@ constexpr int64_t kMostPixels = 1LL << 33;  // of a map
 constexpr const char* kKindNames[] = {
     "image_conv", "dense_conv", "pointwise",    "depthwise", "inverted", "attention", "split",
     "join",       "lite",       "block",        "down",      "add",      "map_norm",  "weigh",
-    "resize",     "state_rows", "dynamic_lite", "spread",    "copy",     "linear",    "norm",
-    "attend",     "combine",    "gate",         "slopes",    "kernels",  "mix",       "affine",
-    "pool",       "pooled",     "collect",      "turn",      "hand_out"};
+    "resize",     "state_rows", "dynamic_lite", "spread",    "max_pool", "copy",      "linear",
+    "norm",       "attend",     "combine",      "gate",      "slopes",   "kernels",   "mix",
+    "affine",     "pool",       "pooled",       "collect",   "turn",     "hand_out"};
 
 inline const PlanLayer* layers_of(const Plan& plan) { return reinterpret_cast<const PlanLayer*>(&plan + 1); }
 inline const PlanStep* first_step(const Plan& plan) {
@@ -175,9 +175,7 @@ class PlanCheck {
     kind_ = kLinear;
     for (int64_t i = 0; i < plan_.linears; ++i) {
       const auto& [activation, l] = layers_of(plan_)[i];
-      need(activation == kNoActivation || activation == kGelu || activation == kHardswish ||
-               activation == kSilu,
-           "has an unknown activation");
+      activated(activation);
       count(l.outputs, "has a wrong number of outputs");
       row_linear(l, l.inputs, l.outputs);
       if (i == 0) {
@@ -261,9 +259,12 @@ class PlanCheck {
   }
   // 3x3, and the bias behind it.
   void taps(int64_t channels, int64_t offset) const { in_weights(offset, 10 * channels); }
-  void depthwise_kernel(int64_t kernel, int64_t stride) const {
-    need(kernel >= 1 && kernel <= kMostDepthwise && kernel % 2 == 1, "has a wrong kernel");
-    in_range(stride, 1, kMostStride, "has a wrong stride");
+  // What a step reads for a pixel; some of it lies in the map, whatever its size is.
+  template <class Step>
+  void window(const Step& s, int64_t most) const {
+    in_range(s.kernel, 1, most, "has a wrong kernel");
+    in_range(s.stride, 1, kMostStride, "has a wrong stride");
+    in_range(s.padding, kSamePadding, s.kernel / 2, "has a wrong padding");
   }
 
   void conv(const ConvStep& s, bool image) {
@@ -272,12 +273,20 @@ class PlanCheck {
     } else {
       read(s.input, s.in_channels);
     }
-    in_range(s.kernel, 1, kMostKernel, "has a wrong kernel");
-    in_range(s.stride, 1, kMostStride, "has a wrong stride");
-    in_range(s.padding, 0, s.kernel / 2, "has a wrong padding");
+    window(s, kMostKernel);
     activated(s.activation);
-    linear(s.linear, s.kernel * s.kernel * s.in_channels, s.out.channels,
-           image ? s.kernel * s.in_channels : 0, !image);
+    count(s.out.channels, "has a wrong number of channels");
+    const int64_t taps = s.kernel * s.kernel, inputs = taps * s.in_channels;
+    if (s.groups == 1) {
+      linear(s.linear, inputs, s.out.channels, image ? s.kernel * s.in_channels : 0, !image);
+    } else {
+      need(!image, "has wrong groups");
+      in_groups(s);
+      matrix_shape(s.linear, inputs, s.out.channels);
+      rounding(s.linear, true);
+      in_weights(s.linear.weight, grouped_size(s, taps));
+      in_weights(s.linear.bias, s.linear.outputs);
+    }
     out(s.out, s.input);
   }
   void pointwise(const PointwiseStep& s) {
@@ -293,29 +302,35 @@ class PlanCheck {
     }
     const int64_t inputs = s.in_channels, outputs = s.out.channels;
     need(s.linear.inputs == inputs && s.linear.outputs == padded(outputs), "has another matrix");
-    need(s.groups >= 1 && inputs % s.groups == 0 && outputs % s.groups == 0, "has wrong groups");
+    in_groups(s);
     rounding(s.linear, s.mixed == 0);
     const int64_t size =
-        s.groups == 1 ? matrix_size(s.linear, inputs, inputs, padded(outputs)) : grouped_size(s);
+        s.groups == 1 ? matrix_size(s.linear, inputs, inputs, padded(outputs)) : grouped_size(s, 1);
     s.mixed ? in_state(s.linear.weight, size) : in_weights(s.linear.weight, size);
     in_weights(s.linear.bias, padded(outputs));
     out(s.out, s.input);
   }
-  // See gemm_groups.
-  int64_t grouped_size(const PointwiseStep& s) const {
+  template <class Step>
+  void in_groups(const Step& s) const {
+    need(s.groups >= 1 && s.in_channels % s.groups == 0 && s.out.channels % s.groups == 0,
+         "has wrong groups");
+  }
+  // See gemm_groups; `taps`: runs of inputs.
+  template <class Step>
+  int64_t grouped_size(const Step& s, int64_t taps) const {
     const int64_t outputs = s.out.channels, group_in = s.in_channels / s.groups,
                   group_out = outputs / s.groups;
     int64_t size = 0;
     for (int64_t o = 0; o < outputs; o += 16) {
       const int64_t end = o + 15 < outputs ? o + 15 : outputs - 1;
       const int64_t inputs = (end / group_out - o / group_out + 1) * group_in;
-      size += matrix_size(s.linear, inputs, inputs, 16);
+      size += matrix_size(s.linear, taps * inputs, inputs, 16);
     }
     return size;
   }
   void depthwise(const DepthwiseStep& s) {
     read(s.input, s.in_channels);
-    depthwise_kernel(s.kernel, s.stride);
+    window(s, kMostDepthwise);
     activated(s);
     flag(s.mixed, "has a wrong mixed");
     count(s.out.channels, "has a wrong number of channels");
@@ -330,7 +345,7 @@ class PlanCheck {
     const int64_t channels = s.out.channels;
     read(s.input, channels);
     if (s.kernel != 0) {
-      depthwise_kernel(s.kernel, 1);
+      need(s.kernel >= 1 && s.kernel <= kMostDepthwise && s.kernel % 2 == 1, "has a wrong kernel");
       taps(s.kernel, padded(channels), s.taps, s.bias);
     }
     count(s.expand.outputs, "has a wrong number of channels");
@@ -410,6 +425,12 @@ class PlanCheck {
     read(s.input, s.out.channels);
     read(s.added, s.out.channels);
     flag(s.maximum, "has a wrong maximum");
+    activated(s.activation);
+    out(s.out, s.input);
+  }
+  void max_pool(const MaxPoolStep& s) {
+    read(s.input, s.out.channels);
+    window(s, kMostKernel);
     out(s.out, s.input);
   }
   void map_norm(const MapNormStep& s) {
@@ -599,6 +620,8 @@ class PlanCheck {
         return down(fields<DownStep>(at));
       case kAdd:
         return add(fields<AddStep>(at));
+      case kMaxPool:
+        return max_pool(fields<MaxPoolStep>(at));
       case kMapNorm:
         return map_norm(fields<MapNormStep>(at));
       case kWeigh:

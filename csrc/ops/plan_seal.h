@@ -9,7 +9,7 @@
 namespace mfk {
 
 // To be changed with the fields of any plan.
-constexpr int64_t kPlanFormat = 7;
+constexpr int64_t kPlanFormat = 8;
 
 struct PlanSeal {
   int64_t format;

@@ -52,8 +52,8 @@ def deploy(
 
     Args:
         model: a network of `mfkernels.models`, of the released code as published, or timm's iFormer,
-            `accelerate`d or not; on a CPU also a chain of inverted bottlenecks, as MobileNetV2 and V3 and
-            EfficientNet-B0 of torchvision and timm are, the end-to-end detector, and what
+            `accelerate`d or not; on a CPU also a chain of convolutions and residual blocks, as MobileNets,
+            EfficientNets and ResNets of torchvision and timm are, the end-to-end detector, and what
             `mfkernels.detection` and `mfkernels.segmentation` make, or its backbone with a feature pyramid
             network; in eval mode. It is left as it is; later changes of its weights do not reach the result.
         dtype: of weights and activations; torch.float32, or torch.bfloat16: on a GPU, or on processors that

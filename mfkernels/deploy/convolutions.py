@@ -44,6 +44,6 @@ class Convolution:
         """Add it for one map."""
         if self.size == 1:
             return self.plan.pointwise(x, self.outputs, self.linear, activation=self.activation)
-        numbers = (x.number, self.inputs, self.size, self.stride, self.size // 2)
+        numbers = (x.number, self.inputs, self.size, self.stride, self.size // 2, 1)
         out, act = self.plan.out(self.outputs), ACTIVATIONS.index(self.activation)
         return self.plan.made("dense_conv", steps.Conv(out, *numbers, act, self.linear))

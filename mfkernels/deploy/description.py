@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from . import steps
-from .steps import ACTIVATIONS, GATINGS, RESAMPLINGS, SIZES, Linear
+from .steps import ACTIVATIONS, GATINGS, RESAMPLINGS, SAME_PADDING, SIZES, Linear
 
 
 class _Shape(NamedTuple):
@@ -61,9 +61,12 @@ def _made(kind: str, fields: Any, maps: dict[int, _Shape]) -> _Shape:
         window = fields.window
         windows = -(-shape.height // window) * -(-shape.width // window)
         return _Shape(shape.windows * windows, window, window)
-    if kind.endswith("conv"):
+    if hasattr(fields, "padding"):
         margin = 2 * fields.padding - fields.kernel + fields.stride
-        return _Shape(1, (shape.height + margin) // fields.stride, (shape.width + margin) // fields.stride)
+        if fields.padding == SAME_PADDING:
+            margin = fields.stride - 1
+        height, width = ((side + margin) // fields.stride for side in (shape.height, shape.width))
+        return _Shape(shape.windows, height, width)
     stride = getattr(fields, "stride", 1) if hasattr(fields, "out") else 1
     return _Shape(shape.windows, -(-shape.height // stride), -(-shape.width // stride))
 

@@ -1,4 +1,4 @@
-"""MobileNets, EfficientNets, and other chains of inverted bottlenecks, as plans."""
+"""MobileNets, EfficientNets, ResNets, and other chains of convolutions and residual blocks, as plans."""
 
 import copy
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from ..nn.conv_bn import affine
 from .deployed import Deployed
 from .packing import Formats, fold, padded
 from .plan import Map, Plan
-from .pyramid import ChainMaps, margin_and_reduction
-from .steps import Linear
+from .pyramid import ChainMaps, margin_and_reduction, sizes_of
+from .steps import SAME_PADDING, Linear
 
 # By the names of the classes, of which others than PyTorch's have some, too.
 _ACTIVATIONS = {
@@ -27,6 +27,7 @@ _GATES = {"Hardsigmoid": "hardsigmoid", "HardSigmoid": "hardsigmoid", "Sigmoid":
 # In eval mode, or where pixels are one.
 _NOTHING = ("Identity", "Dropout", "DropPath", "StochasticDepth", "Flatten")
 _SKIPS = ("use_res_connect", "has_skip", "residual")
+_SHORTCUTS = ("downsample", "shortcut")  # of ResNets' blocks
 
 
 class _Conv(NamedTuple):
@@ -34,7 +35,7 @@ class _Conv(NamedTuple):
 
     layer: Any
     norm: nn.BatchNorm2d | None
-    activation: str | None
+    then: str | None
     last: str  # the name of the last of them
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -46,22 +47,36 @@ class _Conv(NamedTuple):
 
 
 class _Squeeze(NamedTuple):
-    """Squeeze-and-excitation."""
+    """Squeeze-and-excitation, and its activation."""
 
     module: nn.Module
     reduce: nn.Conv2d
     expand: nn.Conv2d
-    activation: str
+    between: str
     gate: str
+    then: str | None
+    last: str
+
+
+class _Pool(NamedTuple):
+    """The largest of some pixels."""
+
+    layer: nn.MaxPool2d
+    last: str
 
 
 class _Part(NamedTuple):
-    """Layers one after the other, and whether the input is added to what they make."""
+    """Layers one after the other, and whether the input is added to what they make.
+
+    Before that it goes through the layers of a shortcut; an activation may follow the sum.
+    """
 
     name: str
     layers: list[Any]
     skip: bool
     last: str  # the name of the module whose result is the part's
+    shortcut: list[Any]
+    activation: str | None = None
 
 
 class _Chain(NamedTuple):
@@ -72,12 +87,12 @@ class _Chain(NamedTuple):
 
 
 def mobilenet_chain(model: nn.Module) -> _Chain | None:
-    """Return the parts of a network that is a chain of inverted bottlenecks, in the order of its modules.
+    """Return the parts of a network that is a chain of layers and residual blocks, in their order.
 
-    The parts are convolutions, batch norms, ReLUs, SiLUs and the like, inverted bottlenecks of them with
-    squeeze-and-excitation or without, a global average and linear layers; without the latter in networks that
-    have a `feature_info`, as timm's of `features_only` do. Return None where `model` has other parts, or none
-    of these.
+    The parts are convolutions, batch norms, ReLUs, SiLUs and the like, a pooling by the maximum, residual
+    blocks of them with squeeze-and-excitation or without, a global average and linear layers; without the
+    latter in networks that have a `feature_info`, as timm's of `features_only` do. Return None where `model`
+    has other parts, or none of these.
     """
     try:
         flat = [(name, part) for name, part in _flat(model, "")]
@@ -91,13 +106,17 @@ def mobilenet_chain(model: nn.Module) -> _Chain | None:
             parts.append(part)
         elif isinstance(part, nn.AdaptiveAvgPool2d):
             pooled = True
-        elif pooled or isinstance(part.layer, nn.Linear):
+        elif isinstance(part, _Conv) and (pooled or isinstance(part.layer, nn.Linear)):
             pooled = True
             linears.append((name, part))
+        elif pooled:
+            return None
         else:
-            parts.append(_Part(name, [part], False, part.last))
+            parts.append(_Part(name, [part], False, part.last, []))
+    if not parts or parts[0].skip or not isinstance(parts[0].layers[0], _Conv):
+        return None
     whole = bool(linears) or (not pooled and hasattr(model, "feature_info"))
-    return _Chain(parts, linears) if parts and whole else None
+    return _Chain(parts, linears) if whole else None
 
 
 class _Unknown(Exception):
@@ -110,7 +129,8 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     A residual block is a `_Part`.
     """
     found: list[tuple[str, Any]] = []
-    for name, child in module.named_children():
+    # The convolution that replaces several, as in RepVGG, is the last child and called first.
+    for name, child in sorted(module.named_children(), key=lambda child: child[0] != "reparam_conv"):
         path = f"{prefix}{name}"
         if isinstance(child, nn.Conv2d | nn.Linear):
             found.append((path, _Conv(child, None, None, path)))
@@ -120,14 +140,12 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
                 _activate(found, inner, path)
         elif isinstance(child, nn.AdaptiveAvgPool2d):
             found.append((path, child))
-        elif _squeeze(child) is not None:
-            found.append((path, _squeeze(child)))
-        elif any(hasattr(child, flag) for flag in _SKIPS):
-            layers = [layer for _, layer in _flat(child, f"{path}.")]
-            skip = any(getattr(child, flag, False) is True for flag in _SKIPS)
-            if not all(isinstance(layer, _Conv | _Squeeze) for layer in layers) or not layers:
-                raise _Unknown
-            found.append((path, _Part(path, layers, skip, path)))
+        elif isinstance(child, nn.MaxPool2d):
+            found.append((path, _Pool(child, path)))
+        elif (squeeze := _squeeze(child, path)) is not None:
+            found.append((path, squeeze))
+        elif any(hasattr(child, flag) for flag in (*_SKIPS, *_SHORTCUTS)):
+            found.append((path, _block(child, path)))
         elif next(child.children(), None) is not None:
             for inner_path, inner in _flat(child, f"{path}."):
                 found.append((inner_path, inner))
@@ -136,25 +154,49 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     yield from found
 
 
+def _block(module: nn.Module, path: str) -> _Part:
+    """Return a residual block; where it has a shortcut, one as ResNets have them."""
+    parts = list(_flat(module, f"{path}."))
+    beside = tuple(f"{path}.{name}" for name in _SHORTCUTS)
+    shortcut = [layer for name, layer in parts if name.startswith(beside)]
+    layers = [layer for name, layer in parts if not name.startswith(beside)]
+    known = all(isinstance(layer, _Conv | _Squeeze) for layer in layers)
+    if not known or not layers or not all(isinstance(layer, _Conv) for layer in shortcut):
+        raise _Unknown
+    if not any(hasattr(module, name) for name in _SHORTCUTS):
+        return _Part(path, layers, any(getattr(module, flag, False) is True for flag in _SKIPS), path, [])
+    # The last activation follows the sum. If there is but one, all layers have it.
+    *before, last = layers
+    activations = [layer.then for layer in layers if layer.then is not None]
+    if len(activations) == 1:
+        before = [layer._replace(then=activations[0]) for layer in before]
+    layers = [*before, last._replace(then=None)]
+    return _Part(path, layers, True, path, shortcut, activations[-1] if activations else None)
+
+
 def _activate(found: list[tuple[str, Any]], module: nn.Module, path: str) -> None:
     kind = type(module).__name__
     if kind in _ACTIVATIONS:
-        _replace_last(found, path, activation=_ACTIVATIONS[kind])
+        _replace_last(found, path, then=_ACTIVATIONS[kind])
     elif kind not in _NOTHING:
         raise _Unknown
 
 
 def _replace_last(found: list[tuple[str, Any]], last: str, **values: Any) -> None:
     """Add a norm or an activation, the module `last`, to the last layer, which must have no later one."""
-    if not found or not isinstance(found[-1][1], _Conv):
+    if not found or not isinstance(found[-1][1], _Conv | _Squeeze):
         raise _Unknown
     path, layer = found[-1]
-    if layer.activation is not None or ("norm" in values and layer.norm is not None):
+    if layer.then is not None or ("norm" in values and not _takes(layer, values["norm"])):
         raise _Unknown
     found[-1] = (path, layer._replace(last=last, **values))
 
 
-def _squeeze(module: nn.Module) -> _Squeeze | None:
+def _takes(layer: _Conv | _Squeeze, norm: nn.BatchNorm2d) -> bool:
+    return isinstance(layer, _Conv) and layer.norm is None and len(layer.layer.weight) == norm.num_features
+
+
+def _squeeze(module: nn.Module, path: str) -> _Squeeze | None:
     """Two 1x1 convolutions that lead back to as many channels, an activation between them, and a gate.
 
     Those that are functions count as ReLU and hardsigmoid, until the network is tried.
@@ -169,7 +211,7 @@ def _squeeze(module: nn.Module) -> _Squeeze | None:
         return None
     activations = [*(_BETWEEN[name] for name in others if name in _BETWEEN), "relu"]
     gates = [*(_GATES[name] for name in others if name in _GATES), "hardsigmoid"]
-    return _Squeeze(module, reduce, expand, activations[0], gates[0])
+    return _Squeeze(module, reduce, expand, activations[0], gates[0], None, path)
 
 
 def deployed_mobilenet(model: nn.Module, chain: _Chain, formats: Formats) -> Deployed:
@@ -180,22 +222,28 @@ def deployed_mobilenet(model: nn.Module, chain: _Chain, formats: Formats) -> Dep
             their order.
     """
     kind, maps = type(model).__name__, not chain.linears
+    other = ValueError(f"deploy: the model ({kind}) computes something else than its parts in a row")
     # What a plan cannot say is refused before anything is tried.
     deployed = _Plan(model, chain, formats).run([len(chain.parts) - 1] if maps else None)
-    images = torch.randn(4, deployed.in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(4, deployed.in_channels, 64, 75, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         trial = _random_copy(model, images)
         same: Any = mobilenet_chain(trial)
         results = _results(trial, chain, images) if maps else None
         if maps:
             deployed = _Plan(model, chain, formats).run(results)
-        got = _Plan(trial, same, Formats()).run(results)(images)
+        try:
+            got = _Plan(trial, same, Formats()).run(results)(images)
+        except RuntimeError as error:  # parts that do not fit one another
+            raise other from error
         expected = trial.double()(images.double())
     if not maps and (not torch.is_tensor(expected) or expected.shape != got.shape):
         raise ValueError(f"deploy: the model ({kind}) returns something else than logits")
     pairs = zip(got, expected, strict=True) if maps else [(got, expected)]
-    if not all((one - other).abs().max() <= 1e-3 * other.abs().max() for one, other in pairs):
-        raise ValueError(f"deploy: the model ({kind}) computes something else than its parts in a row")
+    if not all(
+        one.shape == two.shape and (one - two).abs().max() <= 1e-3 * two.abs().max() for one, two in pairs
+    ):
+        raise other
     return deployed
 
 
@@ -238,6 +286,10 @@ def _random_copy(model: nn.Module, images: Tensor) -> nn.Module:
     return trial.eval()
 
 
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return sizes_of(conv) in ((1, 1, 0), (1, 1, SAME_PADDING))
+
+
 class _Plan(Plan):
     def __init__(self, model: nn.Module, chain: _Chain, formats: Formats) -> None:
         super().__init__(model, formats)
@@ -267,10 +319,10 @@ class _Plan(Plan):
         x: Any = None
         stages, margins, size = [], [], (0, 1)
         for i, part in enumerate(self.chain.parts[: max(results) + 1]):
-            convs = (layer.layer for layer in part.layers if isinstance(layer, _Conv))
-            size = margin_and_reduction(convs, size)
             with self.named(part.name):
                 x = self.part_of(x, part, pooled=False)
+                layers = (layer.layer for layer in part.layers if not isinstance(layer, _Squeeze))
+                size = margin_and_reduction(layers, size)
                 if i in results:
                     self.hand_out(x)
                     stages.append(Stage(part.name, x.channels, size[1]))
@@ -281,38 +333,59 @@ class _Plan(Plan):
         return self.finished_pyramid(maps, in_channels, margins)
 
     def linear_of(self, layer: _Conv) -> tuple[Linear, str | None]:
-        known = (None, "gelu", "hardswish", "silu")
-        what = "linear layers with a GELU, a hardswish, a SiLU, or none, after them"
-        self.need(layer.activation in known, layer.layer, what)
         _, bias = layer.folded()
         weight = layer.layer.weight
         self.need(weight[0].numel() == weight.shape[1], layer.layer, "1x1 convolutions after the pooling")
         factor = 1.0 if layer.norm is None else affine(layer.norm)[0]
-        return self.pack.row_linear(weight.flatten(1), bias, factor), layer.activation
+        return self.pack.row_linear(weight.flatten(1), bias, factor), layer.then
 
     def part_of(self, x: Map | None, part: _Part, pooled: bool) -> Map:
         """Return the map after the part; `pooled`: its means are wanted."""
-        made: Any = x
-        with ExitStack() as places:
-            factors = -1
-            for i, layer in enumerate(part.layers):
-                if isinstance(layer, _Squeeze):
-                    factors = self.factors(layer, made.channels, places)
-                    continue
-                rest = part.layers[i + 1 :]
-                sums = isinstance(rest[0], _Squeeze) if rest else pooled
-                added = x if part.skip and not rest else None
-                new = self.layer(made, layer, factors, added, int(sums))
-                if made is not None and made is not x:
-                    self.free(made)
-                made, factors = new, -1
-        if factors >= 0:
-            raise self.refuse(
-                part.layers[-1].module, "only squeeze-and-excitation before a convolution can be deployed"
-            )
+        # A 1x1 convolution adds the input itself.
+        *_, last = part.layers
+        plain = isinstance(last, _Conv) and last.then is None and _is_pointwise(last.layer)
+        adds = part.skip and plain and not part.shortcut and part.activation is None
+        made = self.layers(x, part.layers, x if adds else None, int(pooled and (adds or not part.skip)))
+        if part.skip and not adds:
+            other = self.layers(x, part.shortcut, None, 0)
+            sum_of_both = self.add(made, other, activation=part.activation, sums=int(pooled))
+            if other is not x:
+                self.free(other)
+            made = self.replaced(made, sum_of_both)
         if x is not None:
             self.free(x)
         return made
+
+    def layers(self, x: Any, layers: list[Any], added: Map | None, sums: int) -> Any:
+        """Add layers; `added` and `sums` are of the last one. `x` is left."""
+        made = x
+        with ExitStack() as places:
+            factors = -1
+            for i, layer in enumerate(layers):
+                rest = layers[i + 1 :]
+                sums_now = int(isinstance(rest[0], _Squeeze)) if rest else sums
+                if isinstance(layer, _Squeeze):
+                    made = self.summed(made) if i == 0 else made
+                    factors = self.factors(layer, made.channels, places)
+                    if (
+                        rest
+                        and layer.then is None
+                        and isinstance(rest[0], _Conv)
+                        and _is_pointwise(rest[0].layer)
+                    ):
+                        continue  # which multiplies its inputs with the factors itself
+                    new = self.multiplied(made, factors, layer.then, sums_now)
+                else:
+                    new = self.layer(made, layer, factors, None if rest else added, sums_now)
+                if made is not x:
+                    self.free(made)
+                made, factors = new, -1
+        return made
+
+    def multiplied(self, x: Map, factors: int, activation: str | None, sums: int) -> Map:
+        """Add a depthwise convolution of 1x1, whose weights lie in the state."""
+        zeros = self.pack.add(torch.zeros(padded(x.channels)))
+        return self.depthwise(x, 1, factors, zeros, mixed=True, activation=activation, sums=sums)
 
     def factors(self, squeeze: _Squeeze, channels: int, places: ExitStack) -> int:
         """Return the place of what multiplies the channels of the last map, and of summands that are zero."""
@@ -325,25 +398,22 @@ class _Plan(Plan):
         (place,) = places.enter_context(self.places(2 * width))
         with self.places(width, reduce.outputs) as (means, hidden):
             self.pool(channels, means)
-            self.linear(1, means, reduce, hidden, activation=squeeze.activation)
+            self.linear(1, means, reduce, hidden, activation=squeeze.between)
             self.linear(1, hidden, expand, place, activation=squeeze.gate)
         self.copy_weights(torch.zeros(width), place + width)
         return place
 
-    def layer(self, x: Map | None, layer: _Conv, factors: int, added: Map | None, sums: int) -> Map:
-        conv, activation = layer.layer, layer.activation
+    def layer(self, x: Map | None, layer: _Conv | _Pool, factors: int, added: Map | None, sums: int) -> Map:
+        if isinstance(layer, _Pool):
+            assert x is not None
+            self.need(sums == 0, layer.layer, "poolings by the maximum that no mean follows")
+            return self.max_pool(x, layer.layer)
+        conv, activation = layer.layer, layer.then
         weight, bias = layer.folded()
-        if added is not None:
-            self.need(activation is None, conv, "residuals without an activation before the sum")
-        if x is not None and conv.kernel_size == (1, 1):
-            self.need(conv.stride == (1, 1) and conv.padding == (0, 0), conv, "1x1 convolutions of stride 1")
+        if x is not None and _is_pointwise(conv):
             linear = self.pack.map_linear(weight.flatten(1), bias, groups=conv.groups)
             options: dict[str, Any] = dict(groups=conv.groups, activation=activation, affine=factors)
             return self.pointwise(x, conv.out_channels, linear, added=added, sums=sums, **options)
-        self.need(factors < 0, conv, "1x1 convolutions after squeeze-and-excitation")
-        self.need(added is None, conv, "1x1 convolutions before the sum of a residual")
-        if x is not None and conv.groups > 1:
-            places = self.depthwise_weights(conv, weight, bias)
-            return self.depthwise(x, *places, stride=conv.stride[0], activation=activation, sums=sums)
-        self.need(sums == 0, conv, "1x1 or depthwise convolutions before a mean")
-        return self.dense(x, conv, weight, bias, activation)
+        if x is not None and conv.groups == conv.in_channels == conv.out_channels > 1:
+            return self.depthwise_conv(x, conv, weight, bias, activation=activation, sums=sums)
+        return self.dense(x, conv, weight, bias, activation, sums=sums)

@@ -82,7 +82,7 @@ class Packer:
         Args:
             runs: of inputs that lie apart in memory; a pair does not reach from one to the next.
             groups: of a convolution, whose weight is (outputs, inputs / groups); where there are several, a
-                panel has the inputs of its outputs' groups alone.
+                panel has the inputs of its outputs' groups alone, of each run those in it.
             dtype: another than that of the other matrices.
         """
         outputs, inputs = len(weight), weight.shape[1] * groups
@@ -106,10 +106,10 @@ class Packer:
         rounding = self.formats.rounding.get(self.products)
         if rounding is None:
             return self.linear(weight, bias, runs=runs, groups=groups)._replace(zero=self.products)
-        full = dense(weight.detach().double(), groups)
+        full = dense(weight.detach().double(), groups, runs)
         values, factors = narrowed(full, torch.int8)
         panels: list[Tensor] = []
-        for rows, panel in self._panels(values, groups):
+        for rows, panel in self._panels(values, groups, runs):
             sums = -rounding.zero * panel.int().sum(1)
             last = torch.stack([sums.int(), (factors[rows] / rounding.scale).float().view(torch.int32)])
             fours = _together(_wide(panel.t()).reshape(runs, -1, LANES), 4)
@@ -121,7 +121,7 @@ class Packer:
         offsets = self.add(torch.cat(panels)), self.add(biases)
         return Linear(inputs, padded(outputs), *offsets, bits_of_float(rounding.scale), rounding.zero)
 
-    def _panels(self, matrix: Tensor, groups: int) -> Iterator[tuple[slice, Tensor]]:
+    def _panels(self, matrix: Tensor, groups: int, runs: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield 16 rows after the other of a matrix, and these: of several groups the inputs of theirs."""
         outputs, inputs = matrix.shape
         for o in range(0, outputs, LANES):
@@ -129,7 +129,9 @@ class Packer:
             rows = matrix[place]
             if groups > 1:
                 first, last = (i * groups // outputs for i in (place.start, place.stop - 1))
-                rows = rows[:, first * inputs // groups : (last + 1) * inputs // groups]
+                of_run = inputs // runs
+                rows = rows.unflatten(1, (runs, of_run))
+                rows = rows[..., first * of_run // groups : (last + 1) * of_run // groups].flatten(1)
             yield place, rows
 
     def row_linear(self, weight: Tensor, bias: Tensor | None = None, factor: Tensor | float = 1.0) -> Linear:
@@ -156,7 +158,7 @@ class Packer:
     ) -> Tensor:
         """Return the values of `linear` in their order and stored dtype, not added yet."""
         dtype, panels = dtype or self.formats.dtype, []
-        for _, rows in self._panels(dense(weight.detach().double(), groups), groups):
+        for _, rows in self._panels(dense(weight.detach().double(), groups, runs), groups, runs):
             columns = _wide(rows.t())
             if dtype == torch.bfloat16:
                 columns = _together(columns.reshape(runs, -1, columns.shape[1]), 2)
@@ -245,10 +247,12 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return weight, shift if conv.bias is None else shift + scale * conv.bias.detach().double()
 
 
-def dense(weight: Tensor, groups: int) -> Tensor:
-    """Return the (outputs, inputs) matrix of a grouped 1x1 convolution."""
-    blocks = weight.flatten(1).chunk(groups)
-    return torch.block_diag(*blocks)
+def dense(weight: Tensor, groups: int, runs: int = 1) -> Tensor:
+    """Return the (outputs, inputs) matrix of a grouped convolution, whose inputs are so many runs."""
+    if groups == 1:
+        return weight.flatten(1)
+    of_runs = weight.flatten(1).unflatten(1, (runs, -1)).unbind(1)
+    return torch.stack([torch.block_diag(*run.chunk(groups)) for run in of_runs], 1).flatten(1)
 
 
 def shuffled(shuffle: nn.Module, channels: int) -> list[int]:

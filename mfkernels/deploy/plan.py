@@ -12,8 +12,8 @@ from . import steps
 from .deployed import Deployed
 from .packing import Formats, padded, padded_rows, padded_slots
 from .planner import Planner
-from .pyramid import ChainMaps, DeployedPyramid, Result, Wanted, padding_of
-from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, RESAMPLINGS, SIZES, Linear, MapOut
+from .pyramid import ChainMaps, DeployedPyramid, Result, Wanted, sizes_of
+from .steps import ACTIVATIONS, GATINGS, KINDS, NORMS, RESAMPLINGS, SAME_PADDING, SIZES, Linear, MapOut
 
 MOST_STEPS, MOST_SIZE = 4096, 15  # of a plan; of a dense convolution's kernel and stride
 MOST_DEPTHWISE = 255  # of a depthwise convolution's kernel and stride
@@ -151,22 +151,34 @@ class Plan(Planner):
         bias: Tensor,
         activation: str | None = None,
         bridges: Bridges | None = None,
+        sums: int = 0,
     ) -> Map:
         """Add a dense convolution, folded to this weight and bias; of the image where x is None."""
-        outputs, inputs, size, _ = weight.shape
-        (stride, across), padding = conv.stride, padding_of(conv)
-        fits = conv.groups == 1 and conv.kernel_size == (size, size) and size <= MOST_SIZE
-        fits = fits and stride == across <= MOST_SIZE and 0 <= padding <= size // 2
+        outputs, inputs = weight.shape[0], conv.in_channels
+        size, stride, padding = self.sizes(conv, MOST_SIZE)
+        self.need(x is not None or conv.groups == 1, conv, "convolutions of the image without groups")
         limits = f"squares up to {MOST_SIZE}x{MOST_SIZE}, padded by half of them or less"
-        self.need(fits, conv, f"dense convolutions of {limits}")
+        self.need(size > 0, conv, f"dense convolutions of {limits}")
         matrix = weight.permute(0, 2, 3, 1).flatten(1)
         if x is None:
             linear = self.pack.linear(matrix, bias, runs=size)
         else:
-            linear = self.pack.map_linear(matrix, bias)
+            runs = size**2 if conv.groups > 1 else 1
+            linear = self.pack.map_linear(matrix, bias, runs=runs, groups=conv.groups)
         kind, number = ("image_conv", -1) if x is None else ("dense_conv", x.number)
-        out, act = self.out(outputs, 0, bridges), ACTIVATIONS.index(activation)
-        return self.made(kind, steps.Conv(out, number, inputs, size, stride, padding, act, linear))
+        out, act = self.out(outputs, sums, bridges), ACTIVATIONS.index(activation)
+        numbers = (number, inputs, size, stride, padding, conv.groups)
+        return self.made(kind, steps.Conv(out, *numbers, act, linear))
+
+    def sizes(self, layer: nn.Conv2d | nn.MaxPool2d, most: int) -> tuple[int, int, int]:
+        """Return kernel, stride and padding; zeros where they are not those of squares, or more than `most`.
+
+        The padding must be half of the kernel or less, or `SAME_PADDING`.
+        """
+        size, stride, padding = sizes_of(layer)
+        if size is None or stride is None or padding is None or max(size, stride) > most:
+            return 0, 0, 0
+        return (size, stride, padding) if SAME_PADDING <= padding <= size // 2 else (0, 0, 0)
 
     def pointwise(
         self,
@@ -191,14 +203,29 @@ class Plan(Planner):
         return self.made("pointwise", steps.Pointwise(out, *numbers))
 
     def depthwise_weights(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> tuple[int, int, int]:
-        """Of a depthwise convolution, folded to this weight and bias: its size, where taps and biases are."""
-        size, channels, (stride, across) = conv.kernel_size[0], conv.out_channels, conv.stride
-        fits = conv.kernel_size == (size, size) and conv.groups == channels == conv.in_channels
-        fits = fits and size % 2 == 1 and size <= MOST_DEPTHWISE
-        fits = fits and conv.padding == (size // 2, size // 2) and stride == across <= MOST_DEPTHWISE
+        """Of a depthwise convolution, folded to this weight and bias: its size, where taps and biases are.
+
+        It is one of an odd square, padded by half of it.
+        """
+        size, _, padding = self.sizes(conv, MOST_DEPTHWISE)
+        fits = size % 2 == 1 and padding == size // 2
         self.need(fits, conv, "depthwise convolutions of odd squares, padded by half of them")
+        return self._depthwise_weights(conv, size, weight, bias)
+
+    def _depthwise_weights(
+        self, conv: nn.Conv2d, size: int, weight: Tensor, bias: Tensor
+    ) -> tuple[int, int, int]:
+        channels = conv.out_channels
+        self.need(conv.groups == channels == conv.in_channels, conv, "depthwise convolutions, or dense ones,")
         offset = self.pack.depthwise(weight, bias, padded_slots(channels))
         return size, offset, offset + size * size * padded(channels)
+
+    def depthwise_conv(self, x: Map, conv: nn.Conv2d, weight: Tensor, bias: Tensor, **options: Any) -> Map:
+        """Add a depthwise convolution, folded to this weight and bias."""
+        size, stride, padding = self.sizes(conv, MOST_DEPTHWISE)
+        self.need(size > 0, conv, "depthwise convolutions of squares, padded by half of them or less")
+        places = self._depthwise_weights(conv, size, weight, bias)
+        return self.depthwise(x, *places, stride=stride, padding=padding, **options)
 
     def depthwise(
         self,
@@ -208,15 +235,17 @@ class Plan(Planner):
         bias: int,
         *,
         stride: int = 1,
+        padding: int | None = None,
         activation: str | None = None,
         slopes: Slopes = NO_SLOPES,
         mixed: bool = False,
         sums: int = 0,
         outputs: int | None = None,
     ) -> Map:
-        """To as many channels, or to `outputs`, a multiple of the padded ones."""
+        """To as many channels, or to `outputs`, a multiple of the padded ones; padded by half of the size."""
         out, act = self.out(outputs or x.channels, sums), ACTIVATIONS.index(activation)
-        numbers = (*x, size, stride, act, *slopes, mixed, taps, bias)
+        padding = size // 2 if padding is None else padding
+        numbers = (*x, size, stride, padding, act, *slopes, mixed, taps, bias)
         return self.made("depthwise", steps.Depthwise(out, *numbers))
 
     def inverted(
@@ -250,7 +279,7 @@ class Plan(Planner):
 
     def summed(self, x: Map) -> Map:
         """Return the same map, whose sums are kept for the next steps."""
-        return self.made("add", steps.Add(self.out(x.channels, 1), x.number, x.number, 1))
+        return self.made("add", steps.Add(self.out(x.channels, 1), x.number, x.number, 1, 0))
 
     def spread(self, x: Map, mlp: nn.Linear, values: int, row: int, bridges: Bridges | None) -> Map:
         """Add what `mlp`, from tokens to positions, makes of the tokens' values to each position.
@@ -267,9 +296,27 @@ class Plan(Planner):
     def join(self, x: Map, window: int, sums: int = 0) -> Map:
         return self.made("join", steps.Windows(self.out(x.channels, sums), x.number, window))
 
-    def add(self, x: Map, other: Map, bridges: Bridges | None = None, *, maximum: bool = False) -> Map:
-        """Or the larger of both."""
-        return self.made("add", steps.Add(self.out(x.channels, 0, bridges), x.number, other.number, maximum))
+    def add(
+        self,
+        x: Map,
+        other: Map,
+        bridges: Bridges | None = None,
+        *,
+        maximum: bool = False,
+        activation: str | None = None,
+        sums: int = 0,
+    ) -> Map:
+        """Or the larger of both; and then an activation."""
+        numbers = (x.number, other.number, maximum, ACTIVATIONS.index(activation))
+        return self.made("add", steps.Add(self.out(x.channels, sums, bridges), *numbers))
+
+    def max_pool(self, x: Map, pool: nn.MaxPool2d) -> Map:
+        sizes = self.sizes(pool, MOST_SIZE)
+        dilation: Any = pool.dilation
+        plain = dilation in (1, (1, 1)) and not pool.ceil_mode and not pool.return_indices
+        fits = plain and sizes[0] > 0
+        self.need(fits, pool, f"poolings of squares up to {MOST_SIZE}x{MOST_SIZE}, rounded down")
+        return self.made("max_pool", steps.MaxPool(self.out(x.channels), x.number, *sizes))
 
     def resize(
         self, x: Map, like: Map | str, resampling: str = "nearest", *, added: Map | None = None

@@ -11,6 +11,7 @@ from ..models.features import FeatureInfo, FeaturePyramid
 from ..models.network import Stage
 from ..operators.layout import empty_map
 from .deployed import Deployed
+from .steps import SAME_PADDING
 
 
 class ChainMaps(NamedTuple):
@@ -131,18 +132,41 @@ class DeployedPyramid(DeployedMaps):
         return f"channels={self.feature_info.channels()}"
 
 
-def padding_of(conv: nn.Conv2d) -> int:
-    """Return a convolution's padding where it is the same on all sides, -1 where it is not."""
-    height, width = (-1, -1) if isinstance(conv.padding, str) else conv.padding
-    return height if height == width else -1
+class Sizes(NamedTuple):
+    """Hold the sides of the square that a convolution or a pooling reads, and its stride and padding.
+
+    None where they are not the same along both axes. The padding may be `SAME_PADDING`, that of TensorFlow.
+    """
+
+    kernel: int | None
+    stride: int | None
+    padding: int | None
 
 
-def margin_and_reduction(convs: Iterable[nn.Conv2d], before: tuple[int, int] = (0, 1)) -> tuple[int, int]:
-    """Return both of the map after these convolutions, from those of the map before them."""
+def sizes_of(layer: nn.Conv2d | nn.MaxPool2d) -> Sizes:
+    padding: Any = layer.padding
+    if padding == "same" or type(layer).__name__ == "Conv2dSame":
+        padding = SAME_PADDING
+    elif padding == "valid":
+        padding = 0
+    return Sizes(_side(layer.kernel_size), _side(layer.stride), _side(padding))
+
+
+def _side(value: int | tuple[int, ...]) -> int | None:
+    sides = value if isinstance(value, tuple) else (value,)
+    return sides[0] if len(set(sides)) == 1 else None
+
+
+def margin_and_reduction(
+    layers: Iterable[nn.Conv2d | nn.MaxPool2d], before: tuple[int, int] = (0, 1)
+) -> tuple[int, int]:
+    """Return both of the map after these layers, which a plan can say, from those of the map before them."""
     margin, reduction = before
-    for conv in convs:
-        margin += reduction * (2 * padding_of(conv) - conv.kernel_size[0] + conv.stride[0])
-        reduction *= conv.stride[0]
+    for layer in layers:
+        kernel, stride, padding = sizes_of(layer)
+        assert kernel is not None and stride is not None and padding is not None
+        margin += reduction * (stride - 1 if padding == SAME_PADDING else 2 * padding - kernel + stride)
+        reduction *= stride
     return margin, reduction
 
 

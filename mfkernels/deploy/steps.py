@@ -11,6 +11,7 @@ ACTIVATIONS = (
     *("silu", "sigmoid"),
 )
 GATINGS = ("ungated", "sigmoid_gate", "silu_gate")
+SAME_PADDING = -1  # as many zeros as make a map's size that of the input divided by the stride
 SIZES = {"image": -1, "twice": -2, "half": -3}  # of a resized map; else that of another one
 RESAMPLINGS = ("nearest", "bilinear", "bilinear_by_two")
 NORMS = ("group_norm", "response_norm", "response_norm_of_channels")
@@ -67,6 +68,7 @@ class Conv(NamedTuple):
     kernel: int
     stride: int
     padding: int
+    groups: int
     activation: int
     linear: Linear
 
@@ -93,6 +95,7 @@ class Depthwise(NamedTuple):
     in_channels: int
     kernel: int
     stride: int
+    padding: int
     activation: int
     slopes: int
     attention: int
@@ -176,6 +179,15 @@ class Add(NamedTuple):
     input: int
     added: int
     maximum: int
+    activation: int
+
+
+class MaxPool(NamedTuple):
+    out: MapOut
+    input: int
+    kernel: int
+    stride: int
+    padding: int
 
 
 class MapNorm(NamedTuple):
@@ -384,6 +396,7 @@ KINDS: dict[str, Any] = {
     "state_rows": StateRows,
     "dynamic_lite": DynamicLite,
     "spread": Spread,
+    "max_pool": MaxPool,
     "copy": Copy,
     "linear": LinearStep,
     "norm": Norm,

@@ -85,7 +85,7 @@ MFK_PLAN_FUNCTION float float_from_bits(int64_t bits) {
       }),                                                                                                  \
       name, Args)
 
-// A linear layer of a whole batch; no activation, kGelu, kHardswish or kSilu.
+// A linear layer of a whole batch; no activation, or one up to kRelu6, or kSilu.
 struct DeployedLinearArgs {
   bool bf16;
   int64_t narrow;  // as of Plan

@@ -28,6 +28,10 @@ void deployed_linear(const DeployedLinearArgs& args, int64_t begin, int64_t end)
       return run(AddBiasHardswish{bias});
     case kGelu:
       return run(AddBiasGelu{bias});
+    case kRelu:
+      return run(AddBiasRelu{bias});
+    case kRelu6:
+      return run(AddBiasRelu6{bias});
     default:
       run(AddBias{bias});
   }

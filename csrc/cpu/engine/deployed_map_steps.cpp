@@ -45,6 +45,7 @@ struct MapSteps : MapTasks {
   void image_conv(const ConvStep& step, int64_t begin, int64_t end) {
     const int64_t k = step.kernel, channels = step.in_channels;
     const int64_t line = round_up((args.out.width * step.stride + k) * channels, 2);
+    const Before before = padding_before(step, args.images->height, args.images->width);
     const auto space = room<1>({k * line});
     Stored* lines = space.stored(0);  // (kernel, pixels, channels)
     memset(lines, 0, k * line * sizeof(Stored));
@@ -54,8 +55,8 @@ struct MapSteps : MapTasks {
         const int64_t kept = r > r0 && step.stride < k ? k - step.stride : 0;
         memmove(lines, lines + (k - kept) * line, kept * line * sizeof(Stored));
         for (int64_t i = kept; i < k; ++i) {
-          image_line(*args.images, channels, args.sample, r * step.stride - step.padding + i,
-                     lines + i * line + step.padding * channels);
+          image_line(*args.images, channels, args.sample, r * step.stride - before.rows + i,
+                     lines + i * line + before.columns * channels);
         }
         convolve(step, args.out.width, Rows<Stored>{lines, step.stride * channels, k, k * channels, line},
                  out_row(r));
@@ -65,8 +66,17 @@ struct MapSteps : MapTasks {
   }
   template <class T>
   void convolve(const ConvStep& step, int64_t positions, Rows<T> x, Stored* out) {
+    constexpr bool kStored = std::is_same<T, Stored>::value;
+    if constexpr (kStored) {
+      if (step.groups > 1 && args.calibration != nullptr) calibrate(positions, x, step.linear);
+    }
     with_activation(step.activation, at(step.linear.bias), [&](auto epilogue) {
-      if constexpr (std::is_same<T, Stored>::value) {
+      if (step.groups > 1) {
+        if constexpr (!kStored || !kBytesAlone) {
+          gemm_groups(positions, x, step.groups, Weights{at(step.linear.weight), made.channels, &fetched},
+                      out, out_channels, epilogue);
+        }
+      } else if constexpr (kStored) {
         product_of_rounded(positions, x, step.linear, out, out_channels, epilogue);
       } else {
         gemm(positions, x, matrix(step.linear), out, out_channels, epilogue);
@@ -85,17 +95,17 @@ struct MapSteps : MapTasks {
   void direct_conv(const ConvStep& step, int64_t begin, int64_t end) {
     constexpr int64_t kOutputs = 2 * kPanel;
     const int64_t k = step.kernel, channels = step.in_channels, width = args.in.width, s = step.stride;
-    const int64_t line = ((args.out.width - 1) * s + k > width + step.padding ? (args.out.width - 1) * s + k
-                                                                              : width + step.padding) *
-                         channels;
+    const Before before = padding_before(step, args.in.height, width);
+    const int64_t used = (args.out.width - 1) * s + k, whole = width + before.columns;
+    const int64_t line = (used > whole ? used : whole) * channels;
     const int64_t most = (args.group - 1) * s + k, inputs = weight_rows(k * channels) * k;
     const auto space = room<1>({most * line});
     Stored* lines = space.stored(0);
     memset(lines, 0, most * line * sizeof(Stored));
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t i = 0; i < (r1 - r0 - 1) * s + k; ++i) {
-        const Stored* from = in_row(r0, r0 * s + i - step.padding, channels, nullptr);
-        Stored* to = lines + i * line + step.padding * channels;
+        const Stored* from = in_row(r0, r0 * s + i - before.rows, channels, nullptr);
+        Stored* to = lines + i * line + before.columns * channels;
         if (from == nullptr) {
           memset(to, 0, width * channels * sizeof(Stored));
         } else {
@@ -127,10 +137,11 @@ struct MapSteps : MapTasks {
     const int64_t patch = padded(k * k * step.in_channels), width = args.out.width;
     const auto space = room<2>({args.group * width * patch + 16, pixel});
     Stored *patches = space.stored(0), *zeros = space.stored(1);
+    const int64_t above = padding_before(step, args.in.height);
     memset(zeros, 0, pixel * sizeof(Stored));
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       convolve_patches<Stored>(step, r0, r1, zeros, patches, [&](int64_t r, int64_t ky) {
-        return in_row(r, r % args.out.height * step.stride + ky - step.padding, pixel, nullptr);
+        return in_row(r, r % args.out.height * step.stride + ky - above, pixel, nullptr);
       });
     });
   }
@@ -144,18 +155,18 @@ struct MapSteps : MapTasks {
         {args.group * args.out.width * patch / 4 + 16, pixel / 4, bytes_room(step.linear, most * row)});
     auto part = [&](int i) { return reinterpret_cast<uint8_t*>(space.part[i]); };
     const Bytes bytes(step.linear);
+    const int64_t above = padding_before(step, args.in.height);
     memset(part(1), Bytes(step.linear).nothing(), pixel);
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0, next; r < r1; r = next) {
         const int64_t y = r % args.out.height, window = r / args.out.height * args.in.height;
         next = r1 - r < args.out.height - y ? r1 : r + args.out.height - y;
-        int64_t from = y * step.stride - step.padding,
-                until = (y + next - r - 1) * step.stride - step.padding + k;
+        int64_t from = y * step.stride - above, until = (y + next - r - 1) * step.stride - above + k;
         from = from < 0 ? 0 : from;
         until = until < args.in.height ? until : args.in.height;
         bytes.round(in_row(window + from, pixel), (until - from) * row, part(2));
         convolve_patches<uint8_t>(step, r, next, part(1), part(0), [&](int64_t at, int64_t ky) {
-          const int64_t line = at % args.out.height * step.stride + ky - step.padding;
+          const int64_t line = at % args.out.height * step.stride + ky - above;
           return line < from || line >= until ? static_cast<uint8_t*>(nullptr)
                                               : part(2) + (line - from) * row;
         });
@@ -169,12 +180,13 @@ struct MapSteps : MapTasks {
                         Input input) {
     const int64_t k = step.kernel, channels = step.in_channels, pixel = padded(channels);
     const int64_t inputs = k * k * channels, patch = padded(inputs), width = args.out.width;
+    const int64_t before = padding_before(step, args.in.width);
     T* to = patches;
     for (int64_t r = r0; r < r1; ++r) {
       const T* rows[16];
       for (int64_t ky = 0; ky < k; ++ky) rows[ky] = input(r, ky);
       for (int64_t x = 0; x < width; ++x, to += patch) {
-        const int64_t left = x * step.stride - step.padding;
+        const int64_t left = x * step.stride - before;
         T* tap = to;
         for (int64_t ky = 0; ky < k; ++ky) {
           const T* row = rows[ky] == nullptr ? nullptr : rows[ky] + left * pixel;
@@ -191,7 +203,8 @@ struct MapSteps : MapTasks {
         memset(tap, 0, (patch - inputs) * sizeof(T));
       }
     }
-    convolve(step, (r1 - r0) * width, Rows<T>{patches, patch, 1, inputs, 0}, out_row(r0));
+    const Rows<T> of_groups{patches, patch, k * k, channels, channels}, whole{patches, patch, 1, inputs, 0};
+    convolve(step, (r1 - r0) * width, step.groups > 1 ? of_groups : whole, out_row(r0));
     pass(step.activation, r0, r1);
   }
 
@@ -254,23 +267,27 @@ struct MapSteps : MapTasks {
 
   // The same with a kernel and a stride that are known only now.
   template <class... Args>
-  void depthwise_of(int64_t kernel, int64_t stride, Args... rest) const {
-    const bool common = kernel == 7 ? stride == 1 : (kernel == 3 || kernel == 5) && stride <= 2;
-    if (!common) return any_depthwise_of(kernel, stride, rest...);
-    if (kernel == 7) return MapTasks::depthwise_of<7, 1>(rest...);
-    if (kernel == 5) {
-      return stride == 1 ? MapTasks::depthwise_of<5, 1>(rest...) : MapTasks::depthwise_of<5, 2>(rest...);
+  void depthwise_of(int64_t kernel, int64_t stride, Before before, Args... rest) const {
+    const bool half = before.rows == kernel / 2 && before.columns == kernel / 2;
+    const bool small = kernel == 3 || kernel == 5;
+    if (!(stride == 1 && half && (small || kernel == 7)) && !(stride == 2 && small)) {
+      return any_depthwise_of(kernel, stride, before, rest...);
     }
-    stride == 1 ? MapTasks::depthwise_of<3, 1>(rest...) : MapTasks::depthwise_of<3, 2>(rest...);
+    if (kernel == 7) return MapTasks::depthwise_of<7, 1>(rest...);
+    if (stride == 1) {
+      return kernel == 5 ? MapTasks::depthwise_of<5, 1>(rest...) : MapTasks::depthwise_of<3, 1>(rest...);
+    }
+    kernel == 5 ? MapTasks::depthwise_of<5, 2>(rest..., before)
+                : MapTasks::depthwise_of<3, 2>(rest..., before);
   }
 
   // One output after the other, for kernels that networks rarely have.
   template <class Epilogue>
-  void any_depthwise_of(int64_t kernel, int64_t stride, int64_t r, int64_t channels, int64_t hidden,
-                        const float* taps, Stored*, Stored* out, Epilogue epilogue) const {
-    const int64_t top = r % args.out.height * stride - kernel / 2;
+  void any_depthwise_of(int64_t kernel, int64_t stride, Before before, int64_t r, int64_t channels,
+                        int64_t hidden, const float* taps, Stored*, Stored* out, Epilogue epilogue) const {
+    const int64_t top = r % args.out.height * stride - before.rows;
     for (int64_t x = 0; x < args.out.width; ++x, out += hidden) {
-      const int64_t left = x * stride - kernel / 2, rest = args.in.width - left;
+      const int64_t left = x * stride - before.columns, rest = args.in.width - left;
       const int64_t from = left < 0 ? -left : 0, to = rest < kernel ? rest : kernel;
       for (int64_t c = 0, in = 0; c < hidden; c += kLanes<float>, in += kLanes<float>) {
         if (in == channels) in = 0;
@@ -289,15 +306,16 @@ struct MapSteps : MapTasks {
   }
 
   void depthwise(const DepthwiseStep& step, int64_t begin, int64_t end) {
-    const int64_t channels = padded(step.in_channels), row = (args.in.width + 2) * channels;
+    const int64_t channels = padded(step.in_channels), row = (args.in.width + 4) * channels;
+    const Before before = padding_before(step, args.in.height, args.in.width);
     const auto space = room<1>({step.kernel == 5 && step.stride == 2 ? 6 * row : row});
     memset(space.part[0], 0, row * sizeof(Stored));
     const float* taps = step.mixed ? place(step.taps) : at(step.taps);
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
         with_activation(step.activation, at(step.bias), step.slopes, step.attention, [&](auto epilogue) {
-          depthwise_of(step.kernel, step.stride, r, channels, out_channels, taps, space.stored(0), out_row(r),
-                       epilogue);
+          depthwise_of(step.kernel, step.stride, before, r, channels, out_channels, taps, space.stored(0),
+                       out_row(r), epilogue);
         });
       }
       mix(step, r0, r1);
@@ -306,6 +324,7 @@ struct MapSteps : MapTasks {
 
   void inverted(const InvertedStep& step, int64_t begin, int64_t end) {
     const int64_t width = args.out.width, row = width * out_channels, hidden = step.expand.outputs;
+    const Before half{step.kernel / 2, step.kernel / 2};
     const auto space = room<4>({row, step.kernel > 0 ? args.group * row : 0, args.group * width * hidden,
                                 bytes_room(step.expand, args.group * row)});
     memset(space.part[0], 0, row * sizeof(Stored));
@@ -313,7 +332,7 @@ struct MapSteps : MapTasks {
       const Stored *x = in_row(r0, out_channels), *from = x;
       if (step.kernel > 0) {
         for (int64_t r = r0; r < r1; ++r) {
-          depthwise_of(step.kernel, 1, r, out_channels, out_channels, at(step.taps), space.stored(0),
+          depthwise_of(step.kernel, 1, half, r, out_channels, out_channels, at(step.taps), space.stored(0),
                        space.stored(1) + (r - r0) * row, AddBias{at(step.bias)});
         }
         from = space.stored(1);
@@ -350,14 +369,43 @@ struct MapSteps : MapTasks {
   }
 
   void add(const AddStep& step, int64_t begin, int64_t end) {
-    const auto space = room<1>({0});
+    const auto space = room<1>({kLanes<float>});
+    memset(space.part[0], 0, kLanes<float> * sizeof(float));
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       const Stored* x = in_row(r0, out_channels);
       const Stored* other = static_cast<const Stored*>(args.added.data) + (x - in_row(0, out_channels));
       Stored* out = out_row(r0);
-      for (int64_t i = 0; i < (r1 - r0) * args.out.width * out_channels; i += kLanes<float>) {
-        const vec<float> a = load(x + i), b = load(other + i);
-        store(out + i, step.maximum ? maximum(a, b) : a + b);
+      with_activation(step.activation, space.part[0], [&](auto epilogue) {
+        const auto finish = epilogue.at(0);
+        for (int64_t i = 0; i < (r1 - r0) * args.out.width * out_channels; i += kLanes<float>) {
+          const vec<float> a = load(x + i), b = load(other + i);
+          store(out + i, finish.activate(step.maximum ? maximum(a, b) : a + b));
+        }
+      });
+      pass(step.activation, r0, r1);
+    });
+  }
+
+  void max_pool(const MaxPoolStep& step, int64_t begin, int64_t end) {
+    const Before before = padding_before(step, args.in.height, args.in.width);
+    const auto space = room<1>({0});
+    for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0; r < r1; ++r) {
+        const int64_t top = r % args.out.height * step.stride - before.rows, below = top + step.kernel;
+        const int64_t y0 = top < 0 ? 0 : top, y1 = below < args.in.height ? below : args.in.height;
+        Stored* out = out_row(r);
+        for (int64_t x = 0; x < args.out.width; ++x, out += out_channels) {
+          const int64_t left = x * step.stride - before.columns, right = left + step.kernel;
+          const int64_t x0 = left < 0 ? 0 : left, x1 = right < args.in.width ? right : args.in.width;
+          for (int64_t c = 0; c < out_channels; c += kLanes<float>) {
+            vec<float> most = splat(-__builtin_inff());
+            for (int64_t y = y0; y < y1; ++y) {
+              const Stored* row = in_row(r, y, out_channels, nullptr) + c;
+              for (int64_t i = x0; i < x1; ++i) most = maximum(most, load(row + i * out_channels));
+            }
+            store(out + c, most);
+          }
+        }
       }
     });
   }
@@ -549,6 +597,8 @@ void map_step(const StepArgs& args, int64_t begin, int64_t end) {
       return maps.norm(fields_of<MapNormStep>(args), begin, end);
     case kSpread:
       return maps.spread(fields_of<SpreadStep>(args), begin, end);
+    case kMaxPool:
+      return maps.max_pool(fields_of<MaxPoolStep>(args), begin, end);
     case kWeigh:
       return maps.weigh(fields_of<WeighStep>(args), begin, end);
     default:

@@ -55,6 +55,7 @@ enum PlanKind : int64_t {
   kStateRows,
   kDynamicLite,
   kSpread,
+  kMaxPool,
   // write the state
   kCopy,
   kLinear,
@@ -87,15 +88,19 @@ struct MapOut {
   int64_t gather;   // of the next Mobile -> Former: the place of the queries; -1: none
 };
 
-// A dense convolution, of the image or of a map.
+// A padding of zeros on all sides; or as many zeros as make the result's size that of the map divided by the
+// stride, rounded up: half of them, rounded down, before the map.
+constexpr int64_t kSamePadding = -1;
+
+// A dense convolution, of the image or of a map, where it may be in groups (see gemm_groups).
 struct ConvStep {
   MapOut out;
-  int64_t input, in_channels, kernel, stride, padding, activation;
+  int64_t input, in_channels, kernel, stride, padding, groups, activation;
   PlanLinear linear;
 };
 // Whether it reads its input where it lies; see MapSteps::direct_conv.
 MFK_PLAN_FUNCTION bool is_direct(const ConvStep& step, int64_t windows) {
-  return step.in_channels % 16 == 0 && windows == 1;
+  return step.in_channels % 16 == 0 && windows == 1 && step.groups == 1;
 }
 // A 1x1 convolution, perhaps in groups (see gemm_groups). `affine`: -1, or the place of a factor and, padded
 // channels later, a summand for each channel of the input, after which comes a GELU where `affine_gelu`.
@@ -112,7 +117,7 @@ struct PointwiseStep {
 // Where it multiplies channels, output j * padded inputs + i comes from input i.
 struct DepthwiseStep {
   MapOut out;
-  int64_t input, in_channels, kernel, stride, activation, slopes;
+  int64_t input, in_channels, kernel, stride, padding, activation, slopes;
   int64_t attention, tokens;  // as of PointwiseStep
   int64_t mixed;              // 0 or 1: taps is a place in the state
   int64_t taps, bias;         // taps: (kernel, kernel, channels)
@@ -180,11 +185,17 @@ struct DownStep {
   PlanLinear project1, project2;
 };
 
-// input + added, or the larger of both
+// input + added, or the larger of both, and then an activation
 struct AddStep {
   MapOut out;
   int64_t input, added;
   int64_t maximum;  // 0 or 1
+  int64_t activation;
+};
+// The largest of some rows and columns; none of the padding.
+struct MaxPoolStep {
+  MapOut out;
+  int64_t input, kernel, stride, padding;
 };
 // Layer norm of each pixel; gamma and beta are padded.
 struct MapNormStep {
@@ -327,6 +338,27 @@ struct StepMap {
   void* data;
   int64_t count, height, width;
 };
+
+// Rows above a map, and columns before it, that a step pads it with.
+struct Before {
+  int64_t rows, columns;
+};
+template <class Step>
+MFK_PLAN_FUNCTION int64_t padding_before(const Step& step, int64_t size) {
+  if (step.padding != kSamePadding) return step.padding;
+  const int64_t missing = (blocks_of(size, step.stride) - 1) * step.stride + step.kernel - size;
+  return missing > 0 ? missing / 2 : 0;
+}
+template <class Step>
+MFK_PLAN_FUNCTION Before padding_before(const Step& step, int64_t height, int64_t width) {
+  return {padding_before(step, height), padding_before(step, width)};
+}
+// Rows of what a step makes of so many, or columns.
+template <class Step>
+MFK_PLAN_FUNCTION int64_t size_after(const Step& step, int64_t size) {
+  if (step.padding == kSamePadding) return blocks_of(size, step.stride);
+  return (size + 2 * step.padding - step.kernel + step.stride) / step.stride;
+}
 
 MFK_PLAN_FUNCTION int64_t gathered_size(const MapOut& out) {
   return out.gather >= 0 ? out.tokens * (2 * out.heads + out.channels) : 0;

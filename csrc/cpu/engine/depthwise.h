@@ -1,5 +1,5 @@
 // Depthwise convolution of one row, channels in the lanes; the kernels are odd squares, the padding is half
-// of them.
+// of them, or nothing.
 #pragma once
 
 #include "../simd/gemm.h"
@@ -41,19 +41,20 @@ void depthwise_run(const In* const (&rows)[kSize], int64_t pixel, const float* w
 
 // A row of `width_out` outputs from kSize input rows of `width_in` pixels (a row of zeros where the image
 // ends). Output channel c, of `channels`, comes from input channel c modulo `pixel`; taps (kSize, kSize,
-// channels). Runs are so long that what lies outside of the image is the whole padding or nothing; with
-// stride 2 this is so for 3x3 kernels alone, and for 5x5 ones where rows end in two pixels of zeros, which
-// `width_in` counts.
+// channels). The first output's left tap is `before` pixels outside of the image. Runs are so long that what
+// lies outside of it is the whole padding or nothing; with stride 2 this is so for 3x3 kernels alone, and for
+// 5x5 ones where rows have all of their padding in them, which `width_in` counts.
 template <int kSize, int kStride, class In, class Out, class Epilogue>
 void depthwise_row(const In* const (&rows)[kSize], int64_t width_in, int64_t width_out, int64_t pixel,
-                   const float* w, Out* out, Epilogue epilogue, int64_t channels) {
+                   const float* w, Out* out, Epilogue epilogue, int64_t channels,
+                   int64_t before = kSize / 2) {
   static_assert(kStride == 1 || kSize <= 5);
   constexpr int64_t kMost = 7;
   const int64_t runs = (width_out + kMost - 1) / kMost;
   for (int64_t run = 0; run < runs; ++run) {
     // Of nearly equal length.
     const int64_t first = width_out * run / runs, count = width_out * (run + 1) / runs - first;
-    const int64_t left = first * kStride - kSize / 2;
+    const int64_t left = first * kStride - before;
     const bool cut_left = left<0, cut_right = left + (count - 1) * kStride + kSize> width_in;
     const In* at[kSize];
     for (int ky = 0; ky < kSize; ++ky) at[ky] = rows[ky] + left * pixel;

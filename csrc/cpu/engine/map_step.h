@@ -97,25 +97,28 @@ struct MapTasks {
             activation == kScaledRelu6};
   }
 
-  // Row `r` of the output of a depthwise convolution; `zeros` are a row of the input, of two pixels more for
-  // 5x5 kernels of stride 2, after which room for five such rows follows.
+  // Row `r` of the output of a depthwise convolution; `zeros` are a row of the input, of four pixels more for
+  // 5x5 kernels of stride 2, after which room for five such rows follows. `before` are half of the kernel,
+  // or less with stride 2.
   template <int kSize, int kStride, class Out, class Epilogue>
   void depthwise_of(int64_t r, int64_t channels, int64_t hidden, const float* taps, Stored* zeros, Out* out,
-                    Epilogue epilogue) const {
+                    Epilogue epilogue, Before before = {kSize / 2, kSize / 2}) const {
     constexpr bool kCopied = kSize == 5 && kStride == 2;
-    const int64_t width = args.in.width, row = (width + 2) * channels;
+    const int64_t width = args.in.width, row = (width + 4) * channels;
     const Stored* rows[kSize];
     for (int ky = 0; ky < kSize; ++ky) {
-      rows[ky] = in_row(r, r % args.out.height * kStride + ky - kSize / 2, channels, zeros);
+      rows[ky] = in_row(r, r % args.out.height * kStride + ky - before.rows, channels, zeros);
       if constexpr (kCopied) {
         Stored* copy = zeros + (ky + 1) * row;
-        memcpy(copy, rows[ky], width * channels * sizeof(Stored));
-        memset(copy + width * channels, 0, 2 * channels * sizeof(Stored));
+        const int64_t from = before.columns * channels, to = from + width * channels;
+        memset(copy, 0, from * sizeof(Stored));
+        memcpy(copy + from, rows[ky], width * channels * sizeof(Stored));
+        memset(copy + to, 0, (row - to) * sizeof(Stored));
         rows[ky] = copy;
       }
     }
-    depthwise_row<kSize, kStride>(rows, kCopied ? width + 2 : width, args.out.width, channels, taps, out,
-                                  epilogue, hidden);
+    depthwise_row<kSize, kStride>(rows, kCopied ? width + 4 : width, args.out.width, channels, taps, out,
+                                  epilogue, hidden, kCopied ? 0 : before.columns);
   }
 
   // Whether a product's inputs are rounded to bytes.

@@ -366,7 +366,7 @@ void gemm(int64_t positions, Rows<T> x, WeightsOf<W> w, Out* out, int64_t out_st
 }
 
 // The same where outputs are of groups, each with inputs of its own: a panel's weights are for the inputs of
-// its outputs' groups alone. `w.outputs` is without padding.
+// its outputs' groups alone, which are a part of each run. `w.outputs` is without padding.
 template <class T, class Out, class Epilogue>
 void gemm_groups(int64_t positions, Rows<T> x, int64_t groups, Weights w, Out* out, int64_t out_stride,
                  Epilogue epilogue) {
@@ -374,9 +374,9 @@ void gemm_groups(int64_t positions, Rows<T> x, int64_t groups, Weights w, Out* o
   for (int64_t o = 0; o < w.outputs; o += kPanel) {
     const int64_t first = o / group_out,
                   last = (o + kPanel - 1 < w.outputs ? o + kPanel - 1 : w.outputs - 1) / group_out;
-    const int64_t inputs = (last - first + 1) * group_in, rows = blocks_of(inputs, kStep<T>);
-    gemm_panels(positions, Rows<T>{x.data + first * group_in, x.position, 1, inputs, 0}, w, rows, out,
-                out_stride, epilogue, o, o + kPanel);
+    const int64_t inputs = (last - first + 1) * group_in, rows = x.runs * blocks_of(inputs, kStep<T>);
+    gemm_panels(positions, Rows<T>{x.data + first * group_in, x.position, x.runs, inputs, x.skip}, w, rows,
+                out, out_stride, epilogue, o, o + kPanel);
     w.data += (rows + kLastRows<T>)*kPanel;
   }
 }
