@@ -54,7 +54,7 @@ sanitize: $(SANITIZED)/built
 	cd $(SANITIZED) && $(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/.venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
 	  --rootdir $(CURDIR) $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_deploy.py $(CURDIR)/tests/test_deploy_dmf_iformer.py $(CURDIR)/tests/test_plan.py -k "not fuzz and not compile and not export"
 	$(CXX) -std=gnu++17 -O1 -g -fsanitize=thread -Wno-psabi -DMFK_GENERIC_ONLY -DMFK_ISA=generic -o $(SANITIZED)/threads \
-	  tests/sanitize/threads.cpp csrc/isa.cpp $(wildcard csrc/cpu/engine/*.cpp)
+	  tests/sanitize/threads.cpp csrc/isa.cpp csrc/task_memory.cpp $(wildcard csrc/cpu/engine/*.cpp)
 	.venv/bin/python tests/sanitize/plan.py $(SANITIZED)
 	$(SANITIZED)/threads $(SANITIZED)
 

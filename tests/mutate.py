@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # Name: file, what stands there once, what is put in its place, and the tests that must fail.
 MUTATIONS = {
-    "dynamic_relu": ("csrc/cpu/operators/dynamic_relu.cpp", "share = g / ties", "share = g", "dynamic_relu"),
+    "dynamic_relu": ("csrc/cpu/operators/split_gradient.h", "share = g / ties", "share = g", "dynamic_relu"),
     "mobile_to_former_attention": (
         "csrc/ops/mobile_to_former_attention.cpp",
         "1 / std::sqrt(static_cast<double>(",

@@ -67,8 +67,8 @@ Tensor forward(const Tensor& x, const Tensor& slopes, const std::optional<Tensor
     tasks = args.batch * (rows ? args.channels : args.pixels);
     work = rows ? args.pixels : args.channels;
   }
-  parallel_for(tasks, grain(work),
-               [&](int64_t begin, int64_t end) { dynamic_relu_forward(args, begin, end); });
+  const auto kernel = args.tokens > 0 ? mixed_relu_forward : dynamic_relu_forward;
+  parallel_for(tasks, grain(work), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return y;
 }
 
@@ -98,9 +98,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   args.grad_attention = mixed ? grad_attention.data_ptr() : nullptr;
   args.grad_y = map_of(grad_out, channels_last, holder_g);
   args.grad_x = map_of(grad_x, channels_last, holder_x);
+  const auto kernel = mixed ? mixed_relu_backward : dynamic_relu_backward;
   parallel_for(args.batch * splits.count,
                grain(splits.size * args.channels * std::max<int64_t>(1, args.tokens)),
-               [&](int64_t begin, int64_t end) { dynamic_relu_backward(args, begin, end); });
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   const Parts parts = {args.batch, 1, splits.count, 1, per_sample};
   return {grad_x, sum_splits(partial_slopes, parts, x, call.coefficients),
           intercepts.has_value() ? sum_splits(partial_intercepts, parts, x, call.coefficients) : none,

@@ -73,7 +73,6 @@ class Network {
     args.records = reinterpret_cast<double*>(p + padded(plan_.state));
     args.images = &images_;
     args.sample = sample;
-    args.scratch = scratch;
     args.calibration = calibration_;
     const HandedOut* next = handed_out_.data();
     for (const Step& step : steps_) {

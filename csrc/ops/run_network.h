@@ -28,7 +28,7 @@ struct HandedOut {
   template <class Run>
   void write(bool bf16, const void* from, int64_t sample, Run run) const {
     const int64_t pixels = height * width;
-    const DeployedMapArgs args{bf16, from, pixels, channels, to, sample, scratch};
+    const DeployedMapArgs args{bf16, from, pixels, channels, to, sample};
     run(blocks_of(pixels, kMapTask), [&](int64_t begin, int64_t end) { deployed_map(args, begin, end); });
   }
 };
@@ -85,8 +85,7 @@ void run_network(const Network& network, int64_t batch, int64_t classes, float* 
                                   stride,
                                   batch,
                                   to,
-                                  outputs,
-                                  scratch};
+                                  outputs};
     parallel(blocks_of(outputs, kOutputsTask),
              [&](int64_t begin, int64_t end) { deployed_linear(args, begin, end); });
     done();

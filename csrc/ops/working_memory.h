@@ -30,17 +30,6 @@ Block allocate(int64_t floats) {
   return block;
 }
 
-// Working memory of the calling thread. It only grows, so that a steady state allocates nothing.
-float* scratch(int64_t floats) {
-  thread_local Block block;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    block = allocate(floats);
-    size = floats;
-  }
-  return block.get();
-}
-
 // Maps and token state of one call, taken from those that earlier calls gave back.
 class Memory {
  public:

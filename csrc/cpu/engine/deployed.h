@@ -96,7 +96,6 @@ struct DeployedLinearArgs {
   int64_t in_stride, batch;
   float* out;
   int64_t out_stride;
-  float* (*scratch)(int64_t floats);  // working memory of the calling thread
 };
 
 constexpr int64_t kOutputsTask = 32;  // outputs
@@ -111,7 +110,6 @@ struct DeployedMapArgs {
   int64_t pixels, channels;
   FeatureMap<float> out;
   int64_t sample;
-  float* (*scratch)(int64_t floats);  // working memory of the calling thread
 };
 
 constexpr int64_t kMapTask = 64;  // pixels

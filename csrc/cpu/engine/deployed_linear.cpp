@@ -10,7 +10,7 @@ void deployed_linear(const DeployedLinearArgs& args, int64_t begin, int64_t end)
   const int64_t o = begin * kOutputsTask;
   const int64_t until = end * kOutputsTask < l.outputs ? end * kOutputsTask : l.outputs;
   const Weights w{args.weights + l.weight + o * weight_rows(l.inputs), until - o};
-  auto* room = reinterpret_cast<Stored*>(args.scratch(args.batch * padded(l.inputs)));
+  Buffer<Stored> room(args.batch * padded(l.inputs));
   const Rows<Stored> rows = as_stored(args.in, args.batch, args.in_stride, l.inputs, room);
   auto run = [&](auto epilogue) {
     if constexpr (std::is_same<Stored, float>::value) {

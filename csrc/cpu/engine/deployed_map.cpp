@@ -18,7 +18,7 @@ void deployed_map(const DeployedMapArgs& args, int64_t begin, int64_t end) {
     }
     return;
   }
-  float* tile = args.scratch(width * kMapTask);
+  Buffer<float> tile(width * kMapTask);
   for (int64_t p = begin * kMapTask; p < until; p += kMapTask) {
     const int64_t count = until - p < kMapTask ? until - p : kMapTask;
     copy_tile<Stored>(in, 0, 0, args.channels, p, count, tile, kMapTask);

@@ -405,9 +405,8 @@ struct StepArgs {
   // how many pixels.
   const MapOut* last;
   int64_t tasks, pixels;
-  float* (*scratch)(int64_t floats);  // working memory of the calling thread
-  const Calibration* calibration;     // or null
-  bool bytes;                         // whether the step's matrices are int8
+  const Calibration* calibration;  // or null
+  bool bytes;                      // whether the step's matrices are int8
 };
 
 // The struct of the step's kind.

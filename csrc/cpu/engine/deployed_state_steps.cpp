@@ -13,10 +13,9 @@ struct StateSteps {
   const float* at(int64_t offset) const { return args.weights + offset; }
   float* place(int64_t offset) const { return args.state + offset; }
 
-  // `room` holds rows as wide as the inputs.
   template <class Epilogue>
   void linear(const PlanLinear& l, int64_t rows, const float* in, int64_t in_stride, float* out,
-              int64_t out_stride, float* room, Epilogue epilogue) const {
+              int64_t out_stride, Epilogue epilogue) const {
     if constexpr (std::is_same<Stored, float>::value) {
       const int64_t narrow = args.plan->narrow;
       if (narrow > 0) {
@@ -25,8 +24,9 @@ struct StateSteps {
                              epilogue);
       }
     }
-    gemm(rows, as_stored(in, rows, in_stride, l.inputs, reinterpret_cast<Stored*>(room)),
-         Weights{at(l.weight), l.outputs}, out, out_stride, epilogue);
+    Buffer<Stored> room(rows * padded(l.inputs));
+    gemm(rows, as_stored(in, rows, in_stride, l.inputs, room), Weights{at(l.weight), l.outputs}, out,
+         out_stride, epilogue);
   }
 
   // Sum i of channel c over the last step's map: 0 of values, 1 of squares.
@@ -52,10 +52,8 @@ struct StateSteps {
     const PlanLinear& l = step.linear;
     const float* bias = at(l.bias);
     float* target = place(step.target);
-    float* room = args.scratch(step.rows * padded(l.inputs) + 16);
     auto run = [&](auto epilogue) {
-      linear(l, step.rows, place(step.source), step.source_stride, target, step.target_stride, room,
-             epilogue);
+      linear(l, step.rows, place(step.source), step.source_stride, target, step.target_stride, epilogue);
     };
     if (step.added) {
       run(AddResidual<float>{bias, target, step.target_stride});
@@ -103,7 +101,7 @@ struct StateSteps {
   void attend(const AttendStep& step) const {
     const int64_t tokens = step.rows, depth = step.depth;
     const float scale = 1 / __builtin_sqrtf(static_cast<float>(depth));
-    float* logits = args.scratch(round_up(tokens, 16));
+    Buffer<float> logits(round_up(tokens, 16));
     memset(place(step.target), 0, tokens * step.target_stride * sizeof(float));
     for (int64_t head = 0; head < step.heads; ++head) {
       auto row = [&](int64_t of, int64_t t) { return place(of) + t * step.stride + head * depth; };
@@ -139,7 +137,7 @@ struct StateSteps {
     const int64_t columns = padded(step.channels), depth = step.channels / step.heads;
     const int64_t pairs = step.heads * step.tokens, record = record_size(*args.last);
     const double* gathered = args.records;
-    auto* pixels = reinterpret_cast<double*>(args.scratch(2 * round_up(depth, 16)));
+    Buffer<double> pixels(depth);
     memset(place(step.target), 0, step.tokens * columns * sizeof(float));
     for (int64_t i = 0; i < pairs; ++i) {
       double top = gathered[i];
@@ -177,7 +175,7 @@ struct StateSteps {
     const int64_t channels = l.outputs / step.functions;
     float* to = place(step.target);
     linear(l, step.rows, place(step.source), step.source_stride, to, 2 * channels,
-           args.scratch(step.rows * padded(l.inputs) + 16), AddBiasTwoHardsigmoid{at(l.bias)});
+           AddBiasTwoHardsigmoid{at(l.bias)});
     const bool sorted = step.rows == 1;
     for (int64_t row = 0; row < step.rows; ++row, to += 2 * channels) {
       if (step.functions == 1) {
@@ -198,7 +196,8 @@ struct StateSteps {
     const int64_t stride = padded(step.in_channels), rows = weight_rows(l.inputs);
     const int64_t pixels = args.in.count * args.in.height * args.in.width;
     const auto* in = static_cast<const Stored*>(args.in.data);
-    float* tile = args.scratch(kRun * kOutputsTask);
+    Buffer<float> room(kRun * kOutputsTask);
+    float* const tile = room;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t o = task * kOutputsTask, rest = l.outputs - o;
       const int64_t outputs = rest < kOutputsTask ? rest : kOutputsTask;
@@ -276,12 +275,12 @@ struct StateSteps {
   void kernels(const KernelsStep& step) const {
     const int64_t width = padded(step.token_dim), inputs = width + padded(step.channels);
     const int64_t hidden = step.hidden.outputs;
-    float* in = args.scratch(2 * inputs + 2 * hidden + 16);
-    float *middle = in + inputs, *room = middle + hidden, *to = place(step.target);
+    Buffer<float> in(inputs), middle(hidden);
+    float* to = place(step.target);
     memcpy(in, place(step.token), width * sizeof(float));
     means(step.channels, in + width);
-    linear(step.hidden, 1, in, inputs, middle, hidden, room, AddBiasRelu{at(step.hidden.bias)});
-    linear(step.scores, 1, middle, hidden, to, 0, room, AddBias{at(step.scores.bias)});
+    linear(step.hidden, 1, in, inputs, middle, hidden, AddBiasRelu{at(step.hidden.bias)});
+    linear(step.scores, 1, middle, hidden, to, 0, AddBias{at(step.scores.bias)});
     float total = 1;
     if (step.softmax) {
       float top = to[0];

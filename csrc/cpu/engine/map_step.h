@@ -184,22 +184,23 @@ struct MapTasks {
   // Working memory in parts, of so many floats each; the last is for `finish`.
   template <int kParts>
   struct Room {
+    Buffer<float> memory;
     float* part[kParts + 1];
+    Room(const int64_t (&floats)[kParts], int64_t last) : memory(total(floats) + last + 16) {
+      part[0] = memory;
+      for (int i = 0; i < kParts; ++i) part[i + 1] = part[i] + round_up(floats[i], 16);
+    }
+    static int64_t total(const int64_t (&floats)[kParts]) {
+      int64_t all = 0;
+      for (int64_t count : floats) all += round_up(count, 16);
+      return all;
+    }
     Stored* stored(int i) const { return reinterpret_cast<Stored*>(part[i]); }
     float* last() const { return part[kParts]; }
   };
   template <int kParts>
   Room<kParts> room(const int64_t (&floats)[kParts]) const {
-    int64_t total = made.heads > 0 ? bridge.scratch(args.group * args.out.width) : 0;
-    for (int64_t count : floats) total += round_up(count, 16);
-    Room<kParts> result;
-    float* next = args.scratch(total + 16);
-    for (int i = 0; i < kParts; ++i) {
-      result.part[i] = next;
-      next += round_up(floats[i], 16);
-    }
-    result.part[kParts] = next;
-    return result;
+    return {floats, made.heads > 0 ? bridge.scratch(args.group * args.out.width) : 0};
   }
 
   // Calls f(r0, r1) for each task's rows, and then does what the next steps want of them.

@@ -26,9 +26,12 @@ struct DynamicReluArgs {
   void* grad_attention;        // contiguous, or null
 };
 
-// Tasks: forward, one a row (B * C) where x has stride_p == 1, else one a pixel (B * P); with attention,
-// one a pair of a sample and a split. Backward: always one a pair of a sample and a split.
+// Tasks: forward, one a row (B * C) where x has stride_p == 1, else one a pixel (B * P). Backward: one a pair
+// of a sample and a split.
 MFK_DECLARE_KERNEL(dynamic_relu_forward, DynamicReluArgs)
 MFK_DECLARE_KERNEL(dynamic_relu_backward, DynamicReluArgs)
+// With attention. Tasks: one a pair of a sample and a split.
+MFK_DECLARE_KERNEL(mixed_relu_forward, DynamicReluArgs)
+MFK_DECLARE_KERNEL(mixed_relu_backward, DynamicReluArgs)
 
 }  // namespace mfk

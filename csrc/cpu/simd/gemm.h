@@ -290,12 +290,9 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
     }
     unrolled<V>([&](auto v) __attribute__((always_inline)) {
       const auto finish = epilogue.at(o + v * n);
-      vec<float> start{}, factor{};
-      if constexpr (kInteger<T>) {
-        const W* last = w + v * n / kPanel * panel + v * n % kPanel + x.runs * steps * kPanel;
-        start = load(last);
-        if (kSignedBytes) start = add_sums<T>(start, add_sums<T>(lacking[v], lacking[v]));
-        factor = load(last + kPanel);
+      SumEnd<T> end(w + v * n / kPanel * panel + v * n % kPanel + x.runs * steps * kPanel);
+      if constexpr (kInteger<T> && kSignedBytes) {
+        end.start = add_sums<T>(end.start, add_sums<T>(lacking[v], lacking[v]));
       }
       unrolled<P>([&](auto p) __attribute__((always_inline)) {
         constexpr int i = p * V + v;
@@ -304,8 +301,7 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
         unrolled<kSums - 1>([&](auto k) __attribute__((always_inline)) {
           sum = add_sums<T>(sum, sums[(k + 1) * P * V + i]);
         });
-        if constexpr (kInteger<T>) sum = from_integers(add_sums<T>(sum, start)) * factor;
-        store(out + p * out_stride + v * n, finish(sum + finish.bias, first + p));
+        store(out + p * out_stride + v * n, finish(end(sum) + finish.bias, first + p));
       });
     });
   }

@@ -111,11 +111,6 @@ constexpr bool kSignedBytes = true;
 constexpr bool kSignedBytes = false;
 #endif
 
-// Of int8 matrices each panel ends with two rows: where the sums of its outputs begin, integers, and a factor
-// of each.
-template <class T>
-constexpr int64_t kLastRows = kInteger<T> ? 2 : 0;
-
 // Memory that is read later. A tile fetches `pace` bytes of it, at most 64, with each row of its weights.
 struct Fetched {
   const char *at, *end;
@@ -136,6 +131,33 @@ struct WeightsOf {
 };
 using Weights = WeightsOf<float>;
 MFK_INLINE int64_t weight_rows(int64_t inputs) { return blocks_of(inputs, kStep<Stored>); }
+
+// Of int8 matrices each panel ends with two rows: where the sums of its outputs begin, integers, and a factor
+// of each.
+template <class T>
+constexpr int64_t kLastRows = kInteger<T> ? 2 : 0;
+
+// What makes an output of a sum: of integers these two rows, of floats nothing.
+template <class T>
+struct SumEnd {
+  vec<float> start{}, factor{};
+
+  // From the place of a vector of outputs in the first of the two rows.
+  template <class W>
+  MFK_INLINE explicit SumEnd([[maybe_unused]] const W* rows) {
+    if constexpr (kInteger<T>) {
+      start = load(rows);
+      factor = load(rows + kPanel);
+    }
+  }
+  MFK_INLINE vec<float> operator()(vec<float> sum) const {
+    if constexpr (kInteger<T>) {
+      return from_integers(add_sums<T>(sum, start)) * factor;
+    } else {
+      return sum;
+    }
+  }
+};
 
 // So many positions as tiles of nearly equal size, of at most `most`, rather than full ones and a small rest:
 // the first `longer` ones have one position more.

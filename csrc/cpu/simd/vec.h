@@ -140,6 +140,7 @@ MFK_INLINE vec<float> load(const bf16* p) {
 MFK_INLINE void store(float* p, vec<float> v) { memcpy(p, &v, sizeof v); }
 MFK_INLINE void store(double* p, vec<double> v) { memcpy(p, &v, sizeof v); }
 #if defined(__AVX512BF16__)
+// Of denormals it makes zeros.
 MFK_INLINE void store(bf16* p, vec<float> v) {
   const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
   memcpy(p, &half, sizeof half);
@@ -368,6 +369,7 @@ MFK_INLINE double sum_lanes(vec<C> v) {
   return sum_all(wide_lanes<C>(v));
 }
 
+// The largest number; any of them where one is NaN.
 template <class C>
 MFK_INLINE C max_lanes(vec<C> v) {
   C lanes[kLanes<C>];
