@@ -31,9 +31,9 @@ import mfkernels
 from mfkernels import ops
 from mfkernels.bench.run import network
 from mfkernels.checks import tensors_in
-from mfkernels.deploy.activated_depthwise import activated_depthwise
-from mfkernels.deploy.dynamic_bottleneck import dynamic_bottleneck
-from mfkernels.deploy.graph import Captured
+from mfkernels.deploy.gpu.activated_depthwise import activated_depthwise
+from mfkernels.deploy.gpu.dynamic_bottleneck import dynamic_bottleneck
+from mfkernels.deploy.gpu.graph import Captured
 from mfkernels.operators.dispatch import TRITON_INSTALLED
 
 FORMATS = {"": torch.contiguous_format, " channels last": torch.channels_last}

@@ -163,7 +163,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _verify_int8(name: str, plain: nn.Module, inputs: list[Tensor]) -> int:
     """Exit status 1 if the results are further from those in float32 than `deploy` promises."""
     from .deploy import deploy
-    from .deploy.int8 import BUDGET
+    from .deploy.cpu.int8 import BUDGET
 
     fast: Any = deploy(plain, dtype=torch.int8, calibration=inputs)
     with torch.inference_mode():

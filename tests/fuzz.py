@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 import mfkernels
 from mfkernels.checks import tensors_in
-from mfkernels.deploy import int8
-from mfkernels.deploy.convolutions import Convolution
-from mfkernels.deploy.packing import Formats
-from mfkernels.deploy.plan import Plan
-from mfkernels.deploy.pyramid import DeployedMaps, Result
+from mfkernels.deploy.cpu import int8
+from mfkernels.deploy.cpu.convolutions import Convolution
+from mfkernels.deploy.cpu.packing import Formats
+from mfkernels.deploy.cpu.plan import Plan
+from mfkernels.deploy.cpu.pyramid import DeployedMaps, Result
 from mfkernels.models import DynamicMobileFormer, EndToEndMobileFormer, IFormer, MobileFormer
 from mfkernels.models.features import FeaturePyramid
 from mfkernels.nn import Attention2d, PreNormModulationAttention

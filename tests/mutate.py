@@ -146,7 +146,7 @@ MUTATIONS |= {
     for op, (old, new) in TRITON.items()
 }
 MUTATIONS["activated_depthwise in Triton"] = (
-    "mfkernels/deploy/activated_depthwise_triton.py",
+    "mfkernels/deploy/gpu/activated_depthwise_triton.py",
     "e // (outputs // channels)",
     "e % channels",
     "test_activated_depthwise.py",

@@ -8,7 +8,7 @@ from cases import integers, normal
 from test_contract import LAYOUTS
 from tolerance import Errors
 
-from mfkernels.deploy.activated_depthwise import activated_depthwise_reference
+from mfkernels.deploy.gpu.activated_depthwise import activated_depthwise_reference
 from mfkernels.operators.dispatch import triton_interpreted
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -40,7 +40,7 @@ def cast(given: list, *to) -> list:
 
 def run(x: torch.Tensor, *others) -> torch.Tensor:
     # Not at the top: who imports Triton decides whether it is interpreted.
-    from mfkernels.deploy.activated_depthwise_triton import activated_depthwise
+    from mfkernels.deploy.gpu.activated_depthwise_triton import activated_depthwise
 
     return activated_depthwise(x, *others)
 

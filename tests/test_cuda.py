@@ -17,8 +17,8 @@ from test_contract import LAYOUTS, Comparison, channels_last, expect, guarded, r
 from tolerance import Errors
 
 import mfkernels
-from mfkernels.deploy.dynamic_bottleneck import dynamic_bottleneck_reference
-from mfkernels.deploy.token_chain import Made, TokenChain, token_chain_reference
+from mfkernels.deploy.gpu.dynamic_bottleneck import dynamic_bottleneck_reference
+from mfkernels.deploy.gpu.token_chain import Made, TokenChain, token_chain_reference
 from mfkernels.nn import MobileFormerBlock
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,8 @@ from test_contract import channels_last, far_apart, guarded, reversed_axes, same
 from test_cuda import BOTTLENECKS, CHAINS, expect_chain, make_bottleneck, make_chain
 from tolerance import Errors
 
-from mfkernels.deploy.dynamic_bottleneck import dynamic_bottleneck_reference
-from mfkernels.deploy.token_chain import Made, TokenChain
+from mfkernels.deploy.gpu.dynamic_bottleneck import dynamic_bottleneck_reference
+from mfkernels.deploy.gpu.token_chain import Made, TokenChain
 
 MOST_SHARED = 227 * 1024  # bytes that a block may have on an H100
 STREAM = 7

@@ -10,13 +10,13 @@ from test_deploy import make, randomise
 from tolerance import Errors
 
 import mfkernels
-from mfkernels.deploy import fused_block, graph
-from mfkernels.deploy.activated_depthwise import activated_depthwise_of
-from mfkernels.deploy.dynamic_bottleneck import is_bottleneck
 from mfkernels.deploy.folding import fold_batch_norms
-from mfkernels.deploy.fused_block import FusedBlock, forms, with_fused_blocks
-from mfkernels.deploy.graph import MOST_SHAPES, Captured, deployed_on_gpu
-from mfkernels.deploy.token_chain import is_chain
+from mfkernels.deploy.gpu import fused_block, graph
+from mfkernels.deploy.gpu.activated_depthwise import activated_depthwise_of
+from mfkernels.deploy.gpu.dynamic_bottleneck import is_bottleneck
+from mfkernels.deploy.gpu.fused_block import FusedBlock, forms, with_fused_blocks
+from mfkernels.deploy.gpu.graph import MOST_SHAPES, Captured, deployed_on_gpu
+from mfkernels.deploy.gpu.token_chain import is_chain
 from mfkernels.models import FeaturePyramid, MobileFormer
 from mfkernels.nn import MobileFormerBlock, MobileFormerDownsample
 

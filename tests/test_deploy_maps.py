@@ -7,10 +7,10 @@ from threads import on_threads
 from torch import nn
 from torch.nn import functional as F
 
-from mfkernels.deploy.convolutions import Convolution
-from mfkernels.deploy.packing import Formats
-from mfkernels.deploy.plan import Plan
-from mfkernels.deploy.pyramid import DeployedMaps, Result
+from mfkernels.deploy.cpu.convolutions import Convolution
+from mfkernels.deploy.cpu.packing import Formats
+from mfkernels.deploy.cpu.plan import Plan
+from mfkernels.deploy.cpu.pyramid import DeployedMaps, Result
 
 SIZES = ((16, 24), (7, 5), (1, 1), (1, 9), (33, 2))
 

@@ -15,10 +15,10 @@ from torch import nn
 
 import mfkernels
 from mfkernels import _C, deploy
-from mfkernels.deploy import int8
-from mfkernels.deploy.packing import Formats, Rounding
-from mfkernels.deploy.plan import Plan
-from mfkernels.deploy.rounding import product_of_bytes, rounded_inputs
+from mfkernels.deploy.cpu import int8
+from mfkernels.deploy.cpu.packing import Formats, Rounding
+from mfkernels.deploy.cpu.plan import Plan
+from mfkernels.deploy.cpu.rounding import product_of_bytes, rounded_inputs
 from mfkernels.models import FeaturePyramid
 
 ISAS = ("generic", "avx2", "avx2vnni", "avx512", "avx512vnni", "amx", "dotprod", "i8mm")

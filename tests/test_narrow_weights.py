@@ -12,7 +12,7 @@ from test_deploy_dmf_iformer import make_small
 
 import mfkernels
 from mfkernels import deploy
-from mfkernels.deploy.rounding import rounded
+from mfkernels.deploy.cpu.rounding import rounded
 from mfkernels.models import FeaturePyramid
 
 FORMER = ("no ffn", "two class tokens", "pooled tokens", "dynamic head", "all at once", "spatial-aware")

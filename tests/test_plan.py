@@ -12,7 +12,7 @@ from threads import threads
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfkernels
-from mfkernels.deploy import packing, steps
+from mfkernels.deploy.cpu import packing, steps
 
 CSRC = Path(__file__).parents[1] / "csrc"
 

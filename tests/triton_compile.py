@@ -40,7 +40,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import mfkernels
-from mfkernels.deploy.activated_depthwise_triton import activated_depthwise
+from mfkernels.deploy.gpu.activated_depthwise_triton import activated_depthwise
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

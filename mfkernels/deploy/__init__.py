@@ -14,15 +14,15 @@ from ..models.end_to_end import EndToEndMobileFormer
 from ..models.features import FeaturePyramid
 from ..models.iformer import IFormer
 from ..models.mobile_former import MobileFormer
-from .dynamic_mobile_former import deployed_dynamic_mobile_former
-from .end_to_end import deployed_end_to_end
-from .graph import deployed_on_gpu
-from .iformer import deployed_iformer
-from .int8 import Calibration, quantised
-from .mobile_former import deployed_mobile_former
-from .mobilenet import deployed_mobilenet, mobilenet_chain
-from .packing import Formats
-from .pyramid import Wanted
+from .cpu.dynamic_mobile_former import deployed_dynamic_mobile_former
+from .cpu.end_to_end import deployed_end_to_end
+from .cpu.iformer import deployed_iformer
+from .cpu.int8 import Calibration, quantised
+from .cpu.mobile_former import deployed_mobile_former
+from .cpu.mobilenet import deployed_mobilenet, mobilenet_chain
+from .cpu.packing import Formats
+from .cpu.pyramid import Wanted
+from .gpu.graph import deployed_on_gpu
 
 __all__ = ["deploy"]
 
@@ -149,7 +149,7 @@ def _detectors() -> dict[type, Any]:
     """Return what deploys each class of detectors; those that need torchvision, if they can be there."""
     found: dict[type, Any] = {EndToEndMobileFormer: deployed_end_to_end}
     if "mfkernels.fpn" in sys.modules:
-        from .detectors import DETECTORS, deployed_detector
+        from .cpu.detectors import DETECTORS, deployed_detector
 
         found |= dict.fromkeys(DETECTORS, deployed_detector)
     return found

@@ -1,4 +1,4 @@
-// What all deployed networks share; mfkernels/deploy/packing.py packs their weights. Offsets count floats
+// What all deployed networks share; mfkernels/deploy/cpu/packing.py packs their weights. Offsets count floats
 // from the start of the weights.
 #pragma once
 

@@ -1,5 +1,5 @@
 // The plan of a deployed network: a list of 64-bit integers, a Plan, its linear layers, then its steps, each
-// a PlanStep and the struct of its kind. mfkernels/deploy/steps.py has the same structs, field by field.
+// a PlanStep and the struct of its kind. mfkernels/deploy/cpu/steps.py has the same structs, field by field.
 //
 // Steps work on a few feature maps, which they name by numbers, and on a state of floats, in which they name
 // places. Feature maps are channels last; their channels are padded to a multiple of 16, and what the padding

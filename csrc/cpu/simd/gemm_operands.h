@@ -117,7 +117,7 @@ struct Fetched {
   int64_t pace;
 };
 
-// The right side, (inputs, outputs) with outputs a multiple of 16, as packed by mfkernels/deploy/packing.py:
+// The right side, (inputs, outputs) with outputs a multiple of 16, as packed by mfkernels/deploy/cpu/packing.py:
 // panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 two inputs of an output
 // share the place of a float, of int8 four; a run whose length is no multiple of that ends with zeros.
 constexpr int64_t kPanel = 16;

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import register_fake
-from ..models.features import FeatureInfo, FeaturePyramid
-from ..models.network import Stage
-from ..operators.layout import empty_map
+from ...checks import register_fake
+from ...models.features import FeatureInfo, FeaturePyramid
+from ...models.network import Stage
+from ...operators.layout import empty_map
 from .deployed import Deployed
 from .steps import SAME_PADDING
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..models.mobile_former import MobileFormer
-from ..native import CUDA_LACKS
-from ..nn.inputs import Pair
-from ..nn.mobile_former_block import MobileFormerBlock, MobileFormerDownsample
-from ..operators.dispatch import TRITON_INSTALLED
-from ..streams import side_by_side
+from ... import ops
+from ...models.mobile_former import MobileFormer
+from ...native import CUDA_LACKS
+from ...nn.inputs import Pair
+from ...nn.mobile_former_block import MobileFormerBlock, MobileFormerDownsample
+from ...operators.dispatch import TRITON_INSTALLED
+from ...streams import side_by_side
 from .activated_depthwise import activated_depthwise, activated_depthwise_of
 from .dynamic_bottleneck import dynamic_bottleneck, is_bottleneck, occupies_device
 from .token_chain import Made, TokenChain, is_chain, token_chain_reference

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.features import FeaturePyramid
-from ..models.iformer import IFormer
-from ..nn import KernelAttention
+from ...models.features import FeaturePyramid
+from ...models.iformer import IFormer
+from ...nn import KernelAttention
 from .mobilenet import mobilenet_chain
 from .packing import Rounding, narrowed
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.features import FeatureInfo
-from ..models.network import Stage
-from ..nn.conv_bn import affine
+from ...models.features import FeatureInfo
+from ...models.network import Stage
+from ...nn.conv_bn import affine
 from .deployed import Deployed
 from .packing import Formats, fold, padded
 from .plan import Map, Plan

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _C
-from ..nn.conv_bn import affine
+from ... import _C
+from ...nn.conv_bn import affine
 from .steps import Linear
 
 LANES = 16  # channels are padded to a multiple of this, and so many outputs of a packed matrix lie together

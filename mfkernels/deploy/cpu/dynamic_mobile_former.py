@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.dynamic_mobile_former import DynamicMobileFormer
-from ..nn import (
+from ...models.dynamic_mobile_former import DynamicMobileFormer
+from ...nn import (
     DMFBlock,
     DMFFormer,
     DMFHead,
@@ -22,8 +22,8 @@ from ..nn import (
     InvertedResidualFFN,
     KernelAttention,
 )
-from ..nn.conv_bn import affine
-from ..nn.dmf_tokens import _MLP, _TokenAttention
+from ...nn.conv_bn import affine
+from ...nn.dmf_tokens import _MLP, _TokenAttention
 from .deployed import Deployed
 from .packing import Formats, fold, padded, padded_rows, padded_slots, taps
 from .plan import MOST_DEPTHWISE, MOST_PAIRS, Bridges, Map, Plan

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn.mobile_former_block import MobileFormerBlock
-from ..operators.dynamic_relu import dynamic_relu_reference
-from .folding import folded
+from ...nn.mobile_former_block import MobileFormerBlock
+from ...operators.dynamic_relu import dynamic_relu_reference
+from ..folding import folded
 
 
 def activated_depthwise_reference(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor
+from ...checks import check_tensor
 from . import steps
 from .deployed import Block, Deployed
 from .packing import Rounding

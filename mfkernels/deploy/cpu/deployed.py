@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _C
-from ..checks import check_tensor, register_fake
+from ... import _C
+from ...checks import check_tensor, register_fake
 from .description import description
 from .packing import Formats
 
@@ -174,7 +174,7 @@ class Deployed(nn.Module):
         return type(self.plan) is Tensor and self.plan.device.type == "cpu"
 
     def extra_repr(self) -> str:
-        """Return what it is, and then its plan: a line a step, see `mfkernels.deploy.description`."""
+        """Return what it is, and then its plan: a line a step, see `mfkernels.deploy.cpu.description`."""
         text = f"{self._results()}, weights={self.weights.numel() * 4 / 1e6:.1f} MB"
         if self.narrow is not None:
             text += f", those of linear layers in {str(self.narrow)[6:]}"

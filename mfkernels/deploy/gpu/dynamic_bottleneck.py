@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..nn.mobile_former_block import MobileFormerBlock
-from ..operators.dynamic_relu import dynamic_relu_reference
-from ..operators.former_to_mobile_attention import former_to_mobile_attention_reference
+from ...nn.mobile_former_block import MobileFormerBlock
+from ...operators.dynamic_relu import dynamic_relu_reference
+from ...operators.former_to_mobile_attention import former_to_mobile_attention_reference
+from ..folding import folded
 from .activated_depthwise import activated_depthwise_of
-from .folding import folded
 
 MOST_OUTPUTS, MOST_TOKENS, TILE = 256, 8, 8  # of the kernel
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensor
-from ..models.features import FeatureInfo, FeaturePyramid
-from ..models.iformer import IFormer
-from ..operators.runner import is_eager
-from .folding import fold_batch_norms
+from ...checks import check_tensor
+from ...models.features import FeatureInfo, FeaturePyramid
+from ...models.iformer import IFormer
+from ...operators.runner import is_eager
+from ..folding import fold_batch_norms
 from .fused_block import forms
 
 # Each keeps its input and its result; what is between them is shared by all.

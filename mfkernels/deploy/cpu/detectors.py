@@ -19,12 +19,12 @@ from torchvision.ops.feature_pyramid_network import (
 )
 from torchvision.ops.misc import Conv2dNormActivation
 
-from .. import _C
-from ..detection import CoarseLevels
-from ..fpn import PyramidWithFPN
-from ..models.features import FeaturePyramid
-from ..operators.runner import is_eager
-from ..segmentation import SemanticFPN, _ConvBnReLU, _resized
+from ... import _C
+from ...detection import CoarseLevels
+from ...fpn import PyramidWithFPN
+from ...models.features import FeaturePyramid
+from ...operators.runner import is_eager
+from ...segmentation import SemanticFPN, _ConvBnReLU, _resized
 from .convolutions import Convolution
 from .packing import padded, padded_slots
 from .plan import Map, Plan

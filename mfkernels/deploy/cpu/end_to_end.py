@@ -7,11 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..models.end_to_end import Detections, EndToEndMobileFormer
-from ..nn import DetectionBlock, DynamicReLU, FormerToMobile, HyperNetwork, MobileToFormer, UpConv
-from ..nn.adapt_position import AdaptPosition
-from ..nn.drop_path import DropPath
-from ..nn.encoder_layer import EncoderLayer
+from ...models.end_to_end import Detections, EndToEndMobileFormer
+from ...nn import DetectionBlock, DynamicReLU, FormerToMobile, HyperNetwork, MobileToFormer, UpConv
+from ...nn.adapt_position import AdaptPosition
+from ...nn.drop_path import DropPath
+from ...nn.encoder_layer import EncoderLayer
 from .iformer import by_head
 from .mobile_former import MobileFormerPlan, Outputs
 from .mobile_former_blocks import Activated

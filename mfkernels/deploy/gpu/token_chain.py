@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.inputs import parameters_of
+from ...nn.inputs import parameters_of
 
 ALIGNED = 8  # numbers: a vector of half precision
 

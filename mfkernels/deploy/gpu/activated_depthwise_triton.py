@@ -2,8 +2,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators.layout import empty_map
-from ..operators.triton_maps import place
+from ...operators.layout import empty_map
+from ...operators.triton_maps import place
 
 
 @triton.jit

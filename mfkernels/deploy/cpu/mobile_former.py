@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.mobile_former import MobileFormer
-from ..nn import (
+from ...models.mobile_former import MobileFormer
+from ...nn import (
     ClassifierHead,
     DropPath,
     DynamicReLU,
@@ -21,8 +21,8 @@ from ..nn import (
     MobileFormerDownsample,
     MobileToFormer,
 )
-from ..nn.conv_bn import affine
-from ..nn.depthwise import MaxDepthwise
+from ...nn.conv_bn import affine
+from ...nn.depthwise import MaxDepthwise
 from .deployed import Deployed
 from .mobile_former_blocks import Activated, Back, Made, activations, check, keys_and_values, steps_of
 from .packing import Formats, dense, fold, padded, padded_rows, padded_slots, shuffled, spread

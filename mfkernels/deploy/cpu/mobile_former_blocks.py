@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import DynamicReLU, LiteBottleneck, MobileFormerBlock
-from ..nn.depthwise import MaxDepthwise
+from ...nn import DynamicReLU, LiteBottleneck, MobileFormerBlock
+from ...nn.depthwise import MaxDepthwise
 from . import steps
 from .packing import dense, fold, padded, padded_slots, shuffled, spread
 from .plan import MOST_DEPTHWISE, NO_SLOPES, Bridges, Map, Plan, Slopes

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.iformer import IFormer
-from ..nn import (
+from ...models.iformer import IFormer
+from ...nn import (
     BNLinear,
     ConvBlock,
     ConvBN,
@@ -24,8 +24,8 @@ from ..nn import (
     SHMABlock,
     SingleHeadModulationAttention,
 )
-from ..nn.attention2d import Attention2d, PreNormModulationAttention
-from ..nn.layer_norm2d import LayerNorm2d
+from ...nn.attention2d import Attention2d, PreNormModulationAttention
+from ...nn.layer_norm2d import LayerNorm2d
 from .deployed import Deployed
 from .packing import Formats, padded
 from .plan import Map, Plan

@@ -1,0 +1,1 @@
+"""Networks as plans of steps, which one call of C++ runs."""

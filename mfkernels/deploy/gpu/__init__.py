@@ -1,0 +1,1 @@
+"""Networks as CUDA graphs, with fused blocks."""
