@@ -59,7 +59,7 @@ def test_kernels_have_no_races(op):
     """Forward and backward, of small shapes by chance."""
     with shadowed():
         comparison = Comparison(op, torch.float32, "triton")
-        for seed in range(6):
+        for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
             sample = op.make(op.random_shape(random.Random(seed)), generator)
             comparison.add(expect(op, sample, generator, torch.float32))

@@ -193,7 +193,7 @@ def build(target: str, said: str) -> dict:
     variant = json.loads(said)
     module, _, kernel = variant["name"].rpartition(".")
     result = {
-        "operator": module.split(".")[2].removesuffix("_triton"),
+        "operator": _operator_of(module),
         "kernel": kernel,
         "target": target,
         "types": sorted({t for t in variant["signature"].values() if t.startswith("*")}),
@@ -222,6 +222,12 @@ def fits(result: dict, spilled: int = 0, local: int = MOST_LOCAL) -> bool:
     if result["target"].startswith("sm"):  # registers are given out to warps by 256
         return warps * -(-32 * result["registers"] // 256) * 256 <= 65536
     return -(-warps // 4) * result["registers"] <= 512  # of a thread on each of four units
+
+
+def _operator_of(module: str) -> str:
+    """`mfkernels.operators.<op>.triton`, or `mfkernels.deploy.gpu.<op>_triton`."""
+    *_, folder, file = module.split(".")
+    return folder if file == "triton" else file.removesuffix("_triton")
 
 
 def _ptxas(ptx: str, target: str) -> dict:

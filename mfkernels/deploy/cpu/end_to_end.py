@@ -50,7 +50,8 @@ class DeployedEndToEnd(DeployedMaps):
                 "several sizes one by one, or the network that it was made of"
             )
         logits, boxes = (rows[..., 0].transpose(1, 2) for rows in super().forward(images))
-        return Detections(logits, boxes.sigmoid())
+        # PyTorch's sigmoid has other last bits of other strides.
+        return Detections(logits, boxes.contiguous().sigmoid())
 
 
 def deployed_end_to_end(model: EndToEndMobileFormer, run: Run) -> DeployedEndToEnd:
