@@ -36,7 +36,7 @@ _TITLES = {
 def measure() -> None:
     """Measure all that the tables need, into the folders of `benchmarks/results`.
 
-    A processor without AVX-512 has folders and tables of its own.
+    A processor without AVX-512 has folders of its own, and a table of its own for the networks.
 
     Raises:
         ValueError: this is no source tree.
@@ -263,8 +263,6 @@ PAGES: dict[str, dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]]] =
         "sizes": ("sizes", _sizes),
         "precision": ("precision", _precision),
         "networks-avx2": ("networks-avx2", _networks),
-        "sizes-avx2": ("sizes-avx2", _sizes),
-        "precision-avx2": ("precision-avx2", _precision),
     },
     "docs/detection.md": {"detectors": ("detectors", _detectors)},
 }
