@@ -117,9 +117,10 @@ struct Fetched {
   int64_t pace;
 };
 
-// The right side, (inputs, outputs) with outputs a multiple of 16, as packed by mfkernels/deploy/cpu/packing.py:
-// panels of 16 outputs, in each the outputs of an input side by side. In bfloat16 two inputs of an output
-// share the place of a float, of int8 four; a run whose length is no multiple of that ends with zeros.
+// The right side, (inputs, outputs) with outputs a multiple of 16, as packed by
+// mfkernels/deploy/cpu/packing.py: panels of 16 outputs, in each the outputs of an input side by side. In
+// bfloat16 two inputs of an output share the place of a float, of int8 four; a run whose length is no
+// multiple of that ends with zeros.
 constexpr int64_t kPanel = 16;
 // `fetched`: what is fetched meanwhile, or null. Narrow ones, W, are widened in registers; bfloat16 among
 // them lies as float does, without pairs.
