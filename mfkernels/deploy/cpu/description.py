@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from . import steps
-from .steps import ACTIVATIONS, GATINGS, RESAMPLINGS, SAME_PADDING, SIZES, Linear
+from .steps import ACTIVATIONS, GATINGS, RESAMPLINGS, SIZES, Linear
 
 
 class _Shape(NamedTuple):
@@ -62,9 +62,7 @@ def _made(kind: str, fields: Any, maps: dict[int, _Shape]) -> _Shape:
         windows = -(-shape.height // window) * -(-shape.width // window)
         return _Shape(shape.windows * windows, window, window)
     if hasattr(fields, "padding"):
-        margin = 2 * fields.padding - fields.kernel + fields.stride
-        if fields.padding == SAME_PADDING:
-            margin = fields.stride - 1
+        margin = steps.margin(fields.kernel, fields.stride, fields.padding)
         height, width = ((side + margin) // fields.stride for side in (shape.height, shape.width))
         return _Shape(shape.windows, height, width)
     stride = getattr(fields, "stride", 1) if hasattr(fields, "out") else 1

@@ -10,6 +10,7 @@ from ...checks import register_fake
 from ...models.features import FeatureInfo, FeaturePyramid
 from ...models.network import Stage
 from ...operators.layout import empty_map
+from . import steps
 from .deployed import Deployed
 from .steps import SAME_PADDING
 
@@ -165,7 +166,7 @@ def margin_and_reduction(
     for layer in layers:
         kernel, stride, padding = sizes_of(layer)
         assert kernel is not None and stride is not None and padding is not None
-        margin += reduction * (stride - 1 if padding == SAME_PADDING else 2 * padding - kernel + stride)
+        margin += reduction * steps.margin(kernel, stride, padding)
         reduction *= stride
     return margin, reduction
 

@@ -17,6 +17,11 @@ RESAMPLINGS = ("nearest", "bilinear", "bilinear_by_two")
 NORMS = ("group_norm", "response_norm", "response_norm_of_channels")
 
 
+def margin(kernel: int, stride: int, padding: int) -> int:
+    """Return what a side of a map grows by before a step with these fields divides it by the stride."""
+    return stride - 1 if padding == SAME_PADDING else 2 * padding - kernel + stride
+
+
 class Linear(NamedTuple):
     inputs: int
     outputs: int  # padded
