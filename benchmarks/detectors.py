@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 import mfkernels
 from mfkernels.bench.figures import RESULTS
-from mfkernels.bench.run import Chosen, Key, forms_of, formulations, machine, measure, pinned, randomise
+from mfkernels.bench.run import (
+    Chosen,
+    Key,
+    difference_of,
+    forms_of,
+    formulations,
+    machine,
+    measure,
+    pinned,
+    randomise,
+)
 from mfkernels.bench.runtimes import RUNTIMES, Call, Job, Skipped, result_of
 from mfkernels.models import create_model
 
@@ -114,16 +124,15 @@ def chosen_forms(name: str, x: Tensor) -> dict[Key, Chosen]:
         dtypes = [torch.float32, *([torch.bfloat16] if mfkernels._C.bf16_supported() else [])]
         for dtype in dtypes:
             call = deployed_network(model, x, dtype)
-            difference = float(abs(result_of(call) - expected).max() / abs(expected).max())
-            found[name, "mfkernels", dtype] = Chosen("deployed", call, difference)
+            found[name, "mfkernels", dtype] = Chosen("deployed", call, difference_of(call, expected))
     for runtime in RIVALS:
         try:
-            forms = sorted(forms_of(f"{name} in {runtime}", runtime, job, expected), key=lambda pair: pair[0])
+            forms = forms_of(f"{name} in {runtime}", runtime, job, expected)
         except Skipped as reason:
             print(f"{name}: {runtime}: skipped, {reason}", file=sys.stderr)
             continue
         if forms:
-            found[name, runtime, torch.float32] = forms[0][1]
+            found[name, runtime, torch.float32] = min(forms, key=lambda pair: pair[0])[1]
     return found
 
 

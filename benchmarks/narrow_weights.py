@@ -3,39 +3,29 @@
 taskset -c 1 python benchmarks/narrow_weights.py [NETWORK ...]
 """
 
-import statistics
+import functools
 import sys
-import time
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 import mfkernels
-from mfkernels.bench.run import randomise
+from mfkernels.bench.run import Chosen, measure, randomise
 from mfkernels.models import create_model
 
 NETWORKS = ("mobile_former_26m", "mobile_former_214m", "mobile_former_508m", "dmf_s")
 FORMS = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
-ROUNDS, IMAGES, EVICTED = 25, 256, 64 * 2**20 // 4  # EVICTED: floats that are read before a cold call
+SECONDS, IMAGES = 2.0, 256
 
 
-def milliseconds(call: Any) -> float:
-    begin = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def medians(networks: dict[str, Any], x: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """Return the milliseconds of each network: after a call of its own, and with other memory read before."""
-    others = torch.ones(EVICTED)
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in networks}
-    for _ in range(ROUNDS):
-        for name, network in networks.items():
-            others.sum()
-            times[name][1].append(milliseconds(lambda network=network: network(x)))
-            times[name][0].append(milliseconds(lambda network=network: network(x)))
-    return {name: (statistics.median(hot), statistics.median(cold)) for name, (hot, cold) in times.items()}
+def medians(networks: dict[str, Any], x: torch.Tensor) -> dict[str, tuple[float, float | None]]:
+    """Return the milliseconds of each network: after calls of its own, and with cold caches."""
+    chosen = {
+        (name, "mfkernels", torch.float32): Chosen("deployed", functools.partial(network, x), 0.0)
+        for name, network in networks.items()
+    }
+    return {one.network: (one.median_ms, one.cold_ms) for one in measure(chosen, x, 1, SECONDS)}
 
 
 def images(seed: int) -> torch.Tensor:

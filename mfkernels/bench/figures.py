@@ -148,6 +148,8 @@ def _sizes(lines: list[dict[str, Any]]) -> str:
 def _over_sizes(entries: list[Entry], sizes: list[int], before: str) -> list[list[str]]:
     """Return rows of times and of ratios, with a word before each."""
     rows = []
+    others = (e for e in entries if e.network not in _RIVALS)
+    mine = {e.size: e.median_ms for e in others if e.runtime == "mfkernels"}
     for network in dict.fromkeys(entry.network for entry in entries):
         own = [entry for entry in entries if entry.network == network]
         of_size = [{e.runtime: e.median_ms for e in own if e.size == size} for size in sizes]
@@ -156,9 +158,7 @@ def _over_sizes(entries: list[Entry], sizes: list[int], before: str) -> list[lis
             rows.append([f"{network}, deployed", *(_number(times["mfkernels"]) for times in of_size)])
         best = [_best_other(times) for times in of_size]
         rows.append([f"{network}, best {'other ' if ours else ''}runtime", *best])
-        if network == _RIVALS[0] and any(entry.runtime == "mfkernels" for entry in entries):
-            others = (e for e in entries if e.network not in _RIVALS)
-            mine = {e.size: e.median_ms for e in others if e.runtime == "mfkernels"}
+        if network == _RIVALS[0] and mine:
             times = [{**of, "mfkernels": mine[size]} for of, size in zip(of_size, sizes, strict=True)]
             rows.append([f"{network} / ours", *map(_ratio, times)])
     return [[before + row[0], *row[1:]] for row in rows]
@@ -183,7 +183,7 @@ def _detectors(lines: list[dict[str, Any]]) -> str:
     columns = [
         ("mfkernels", dtype) for dtype in dict.fromkeys(e.dtype for e in entries if e.runtime == "mfkernels")
     ]
-    columns += [(name, "float32") for name in _TITLES if any(e.runtime == name for e in entries)][1:]
+    columns += [(name, "float32") for name in list(_TITLES)[1:] if any(e.runtime == name for e in entries)]
     titles = [_TITLES[name] + (f", {dtype}" if name == "mfkernels" else "") for name, dtype in columns]
     rows = [["network", *titles, "best other / ours"]]
     for network in dict.fromkeys(entry.network for entry in entries):

@@ -262,7 +262,7 @@ def forms_of(
         try:
             call = make()
             with torch.inference_mode():
-                difference = float(abs(result_of(call) - expected).max() / abs(expected).max())
+                difference = difference_of(call, expected)
             if not difference <= LIMITS[job.dtype]:
                 raise Skipped(f"its numbers differ by {difference:.1g} of the largest")
         except Exception as error:  # converters raise whatever they like
@@ -271,6 +271,11 @@ def forms_of(
             continue
         made.append(Chosen(form, call, difference))
     return list(zip(_rough_times([one.call for one in made]), made, strict=True))
+
+
+def difference_of(call: Call, expected: np.ndarray) -> float:
+    """Return how far a network's result is off, relative to the largest number of the expected one."""
+    return float(abs(result_of(call) - expected).max() / abs(expected).max())
 
 
 @torch.inference_mode()
