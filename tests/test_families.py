@@ -63,6 +63,19 @@ def test_pyramid_is_that_of_the_network(name):
     assert all("former" in n or "tokens" in n or "local_global" in n for n in unused), unused
 
 
+@families
+def test_pyramid_leaves_its_network_whole(name):
+    network = create_model(name).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        before = network(x)
+        backbone = mfkernels.models.FeaturePyramid(network)
+        assert torch.equal(network(x), before)
+    names = {n for n, _ in network.named_parameters()}
+    kept = {n.removeprefix("network.") for n, _ in backbone.named_parameters()}
+    assert kept < names
+
+
 def _backward_of(backbone: nn.Module):
     sum(m.sum() for m in backbone(torch.randn(2, 3, 32, 32))).backward()
     return [(n, p.grad) for n, p in backbone.named_parameters()]

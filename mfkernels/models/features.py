@@ -1,5 +1,6 @@
 """Networks as backbones: the maps of a pyramid in the place of class scores."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class FeaturePyramid(nn.Module):
     """A network without its head, which returns the last map of each size: see `create_model`.
 
     Args:
-        network: of `create_model`. Its head is removed.
+        network: of `create_model`. It stays as it is; the pyramid shares its parts, but for the head.
         out_indices: which of the maps, the finest being 0; negative ones count from the end. A number: the
             last n. None for all.
 
@@ -104,10 +105,10 @@ class FeaturePyramid(nn.Module):
         self.feature_info = FeatureInfo(stages, places)
         self.return_layers = {stages[i].name: str(i) for i in places}
         self.in_channels = network.in_channels
+        self.network = copy.copy(network)
+        self.network._modules = dict(network._modules)
         for name in network.head_modules:
-            if hasattr(network, name):
-                delattr(network, name)
-        self.network = network
+            self.network._modules.pop(name, None)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.network.feature_maps(x)
