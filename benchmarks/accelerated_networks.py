@@ -1,6 +1,6 @@
 """Training steps and inference of a network of yours before and after `mfkernels.accelerate`.
 
-    python benchmarks/accelerate.py MODULE:FUNCTION ... [--batch 8 32] [--dtype float32 bfloat16]
+    python benchmarks/accelerated_networks.py MODULE:FUNCTION ... [--batch 8 32] [--dtype float32 bfloat16]
         [--threads 1] [--compile] [--job training] [--parts 10] [--rounds 5]
 
 FUNCTION, without arguments, makes the network, which takes images of 224x224; MODULE is found as `import`
