@@ -65,6 +65,8 @@ class DynamicResidualConv2d(Replacement):
         )
         self.static_weight = nn.Parameter(torch.empty(shape))
         self.weight = nn.Parameter(torch.zeros(num_kernels, *shape))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)  # where a batch norm is folded, it has one
         nn.init.kaiming_uniform_(self.static_weight)
         if basis == "random":
             for kernel in self.weight:
@@ -73,7 +75,7 @@ class DynamicResidualConv2d(Replacement):
     def forward(self, x: Tensor, token: Tensor, *mean: Tensor) -> Tensor:
         attention = self.Kernel_Attention(x, token, *mean)
         return ops.dynamic_conv2d(
-            *(x, self.static_weight, self.weight, attention),
+            *(x, self.static_weight, self.weight, attention, self.bias),
             stride=self.stride,
             padding=self.padding,
             groups=self.groups,

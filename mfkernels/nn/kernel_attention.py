@@ -59,7 +59,9 @@ class KernelAttention(nn.Module):
         check_shape("KernelAttention", "token", token, "B d", (x.shape[0], self.token_dim))
         mean = x.mean((2, 3), keepdim=True) if mean is None else mean
         both = torch.cat([token[..., None, None], mean], 1)
-        scores = self.net2(self.relu(self.bn(self.net1(both)))).flatten(1) / self.temperature
+        scores = self.net2(self.relu(self.bn(self.net1(both)))).flatten(1)
+        if self.temperature != 1:
+            scores = scores / self.temperature
         return torch.sigmoid(scores) if self.activation == "sigmoid" else torch.softmax(scores, 1)
 
     def extra_repr(self) -> str:
