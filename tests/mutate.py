@@ -151,11 +151,18 @@ MUTATIONS["activated_depthwise in Triton"] = (
     "e % channels",
     "test_activated_depthwise.py",
 )
+MUTATIONS["kernel_scores in Triton"] = (
+    "mfkernels/deploy/gpu/kernel_scores_triton.py",
+    "inside_c, value / pixels)",
+    "inside_c, value)",
+    "test_dmf_kernels.py",
+)
 FILES = (
     "test_activated_depthwise.py",
     "test_contract.py",
     "test_deploy.py",
     "test_deploy_dmf_iformer.py",
+    "test_dmf_kernels.py",
     "test_triton.py",
 )
 

@@ -15,9 +15,10 @@ from mfkernels.deploy.gpu import fused_block, graph
 from mfkernels.deploy.gpu.activated_depthwise import activated_depthwise_of
 from mfkernels.deploy.gpu.dynamic_bottleneck import is_bottleneck
 from mfkernels.deploy.gpu.fused_block import FusedBlock, forms, with_fused_blocks
+from mfkernels.deploy.gpu.fused_dmf_block import FusedDMFBlock, FusedDynamicConv, with_fused_dmf_blocks
 from mfkernels.deploy.gpu.graph import MOST_SHAPES, Captured, deployed_on_gpu
 from mfkernels.deploy.gpu.token_chain import is_chain
-from mfkernels.models import FeaturePyramid, MobileFormer
+from mfkernels.models import DynamicMobileFormer, FeaturePyramid, MobileFormer
 from mfkernels.nn import MobileFormerBlock, MobileFormerDownsample
 
 
@@ -197,6 +198,37 @@ def test_fused_blocks_do_the_same(whole):
     assert (got - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
+def tiny_dmf(**options):
+    rows = [(12, 8, 2, 2, 2, 2), (12, 8, 1, 2, 1, 3), (16, 12, 2, 2, 2, 1)]
+    given = dict(stem_channels=4, lite_channels=(8, 6), features=20, head_features=16, token_dim=32)
+    model = DynamicMobileFormer(rows, num_classes=5, groups=2, **given, **options)
+    randomise(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(activation="softmax", temperature=3.0)], ids=str)
+def test_fused_dmf_blocks_do_the_same(options):
+    model = tiny_dmf(**options).double()
+    folded = fold_batch_norms(copy.deepcopy(model))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    fused = with_fused_dmf_blocks(folded)
+    kinds = [type(m) for m in fused.modules()]
+    assert kinds.count(FusedDMFBlock) == 3 and kinds.count(FusedDynamicConv) == 7
+    with torch.no_grad():
+        expected, *got = (form(image(2, 3, 66, 74).double()) for form in (model, folded, fused))
+    for result in got:
+        assert (result - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+def test_only_released_dmf_blocks_are_fused():
+    """Not with norms that are not folded, or with hooks."""
+    assert with_fused_dmf_blocks(tiny_dmf()) is None
+    folded = fold_batch_norms(tiny_dmf())
+    folded.blocks[1].ffn.grn.register_forward_hook(print)
+    fused = with_fused_dmf_blocks(folded)
+    assert [isinstance(block, FusedDMFBlock) for block in fused.blocks] == [True, False, True]
+
+
 def block(kind=MobileFormerBlock, **others):
     expansion = 2 if kind is MobileFormerBlock else (2, 4)
     given = dict(expansion=expansion, token_dim=16, token_num=3) | others
@@ -348,7 +380,7 @@ def test_on_a_gpu(name, dtype):
     deployed = mfkernels.deploy(model, dtype=dtype)
     cuda, triton = (mfkernels.backends.unavailable(backend) is None for backend in ("cuda", "triton"))
     fused = (cuda or triton) + (cuda and dtype != torch.float32)
-    assert len(deployed.forms) == 1 + fused * name.startswith("mobile_former")
+    assert len(deployed.forms) == 1 + {"mo": fused, "dm": triton}.get(name[:2], 0)
     errors = {form: Errors() for form in ("fastest", *range(len(deployed.forms)))}
     for seed, stream in enumerate((torch.cuda.current_stream(), torch.cuda.Stream())):
         x = image(seed=seed).cuda()

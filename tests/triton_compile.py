@@ -40,7 +40,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import mfkernels
+from mfkernels.deploy.gpu.activated_conv_triton import dynamic_conv, response_gelu
 from mfkernels.deploy.gpu.activated_depthwise_triton import activated_depthwise
+from mfkernels.deploy.gpu.kernel_scores_triton import kernel_scores
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -179,12 +181,47 @@ def launch_tests(op: ModuleType, dtype: torch.dtype) -> None:
 
 
 def launch_activated_depthwise(dtype: torch.dtype) -> None:
-    """Of deployed networks; both memory formats, with and without an activation before."""
+    """In both memory formats, with and without an activation before."""
     weight, bias, slopes = torch.empty(16, 1, 3, 3), torch.empty(16), torch.empty(1, 2, 16)
     for x in (torch.empty(1, 16, 9, 9), torch.empty(1, 9, 9, 16).permute(0, 3, 1, 2)):
         for before in (None, slopes):
             given = (x, before, weight, bias, slopes)
             activated_depthwise(*(None if t is None else t.to(dtype) for t in given))
+
+
+def launch_kernel_scores(dtype: torch.dtype) -> None:
+    """As of the first and the last dynamic convolution of dmf_s; and with a softmax, of the most parts."""
+    for channels, parts, softmax in ((24, 1, False), (1440, 1, False), (144, 49, True)):
+        sums = torch.empty(2, parts, channels, dtype=dtype if parts == 1 else torch.float32)
+        shapes = (2, 192), (192, 192 + channels), (192,), (8, 192)
+        kernel_scores(sums, 9, *(torch.empty(shape, dtype=dtype) for shape in shapes), softmax)
+
+
+def launch_activated_conv(dtype: torch.dtype) -> None:
+    """In both memory formats: each tile of dmf_s's dynamic convolutions, and a norm of responses."""
+    for channels, outputs, size, groups in ((240, 40, 1, 4), (240, 768, 1, 4), (144, 144, 3, 144)):
+        kernel = outputs, channels // groups, size, size
+        given = [torch.empty(of, dtype=dtype) for of in (kernel, (8, *kernel), (2, 8), (outputs,))]
+        for pixels in (4, 14):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.empty(2, channels, pixels, pixels, dtype=dtype, memory_format=layout)
+                for gelu in (False, True):
+                    dynamic_conv(x, *given, 1, size // 2, groups, 0.1, gelu, True)
+                response_gelu(x, *torch.empty(2, channels, dtype=dtype), "released", 1e-6)
+
+
+# Of deployed networks.
+DEPLOYED = dict(
+    activated_depthwise=launch_activated_depthwise,
+    activated_conv=launch_activated_conv,
+    kernel_scores=launch_kernel_scores,
+)
+
+
+def launch_deployed(names: Sequence[str], dtype: torch.dtype) -> None:
+    for name, launch in DEPLOYED.items():
+        if name in names:
+            launch(dtype)
 
 
 def build(target: str, said: str) -> dict:
@@ -256,8 +293,7 @@ def variants_of_networks(names: Sequence[str]) -> list[Variant]:
                     launch_shapes(op, dtype, op.CHOSEN[:1])
                 elif op.NAME in names:
                     launch_layers(op, dtype)
-            if "activated_depthwise" in names:
-                launch_activated_depthwise(dtype)
+            launch_deployed(names, dtype)
         found += [variant for variant in new if variant[0] == EACH]
         found += one_of_each_tile(variant for variant in new if variant[0] != EACH)
     return found
@@ -285,8 +321,7 @@ def all_variants(names: Sequence[str]) -> list[Variant]:
             for op in modules():
                 if op.NAME in names:
                     launch_shapes(op, dtype, op.CHOSEN)
-            if "activated_depthwise" in names:
-                launch_activated_depthwise(dtype)
+            launch_deployed(names, dtype)
     return list(found)
 
 
@@ -295,7 +330,7 @@ def to_be_launched(target: GPUTarget, networks: tuple[str, ...], quick: bool) ->
     load_kernels()
     with noted(target) as of_networks:
         for dtype in DTYPES if not quick else ():
-            launch_activated_depthwise(dtype)
+            launch_deployed(list(DEPLOYED), dtype)
             for op in modules():
                 for layout in (torch.contiguous_format, torch.channels_last):
                     launch_layers(op, dtype, networks, layout)
@@ -318,7 +353,7 @@ def load_kernels() -> None:
 def main() -> None:
     load_kernels()
     names = [name for name in sys.argv[1:] if not name.startswith("--")]
-    names = names or ["activated_depthwise", *(op.NAME for op in modules())]
+    names = names or [*DEPLOYED, *(op.NAME for op in modules())]
     choose = {"--all": all_variants, "--rest": variants_of_the_rest}
     variants = choose.get(sys.argv[1] if len(sys.argv) > 1 else "", variants_of_networks)(names)
     name_of = {target: name for name, target in TARGETS.items()}

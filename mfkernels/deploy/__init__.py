@@ -48,7 +48,8 @@ def deploy(
     all kernels launched at once, by a CUDA graph; of a Mobile-Former in the form that is the fastest there:
     as it is; with depthwise convolutions and the activations around them in one kernel, and, where CUDA
     kernels are built, what blocks do with tokens alone in another one; or in half precision with all of large
-    maps' Mobile in one, too.
+    maps' Mobile in one, too. Of a Dynamic Mobile-Former there are two forms: as it is, and with each dynamic
+    convolution in two kernels, one for its weights and one for itself and the activation after it.
 
     Args:
         model: a network of `mfkernels.models`, of the released code as published, or timm's iFormer,

@@ -65,6 +65,12 @@ def load_vector(vector, c, channels, other):
     return tl.load(vector + c, c < channels, other).to(tl.float32).to(tl.float64)
 
 
+@triton.jit
+def gelu(x):
+    """Return the exact one, of float32."""
+    return x * (0.5 * (1 + tl.erf(x * 0.7071067811865476)))
+
+
 def power(n: int, least: int = 1, most: int = 1 << 20) -> int:
     """Return the next power of two, within these bounds."""
     return min(max(triton.next_power_of_2(max(n, 1)), least), most)

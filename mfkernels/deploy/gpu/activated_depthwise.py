@@ -1,15 +1,14 @@
 """A depthwise convolution and the dynamic ReLUs around it: one kernel on a GPU."""
 
-import importlib
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...nn.mobile_former_block import MobileFormerBlock
 from ...operators.dynamic_relu import dynamic_relu_reference
 from ..folding import folded
+from .by_kernel import by_kernel
 
 
 def activated_depthwise_reference(
@@ -39,13 +38,7 @@ def activated_depthwise_reference(
 
 def activated_depthwise(*arguments: Any) -> Tensor:
     """By the kernel, or on a CPU by its definition."""
-    device = arguments[0].device
-    if device.type != "cuda":
-        return activated_depthwise_reference(*arguments)
-    # Imported when it is needed: importing Triton takes its time, and it may not be there.
-    module = importlib.import_module(f"{__name__}_triton")
-    with torch.cuda.device(device):
-        return module.activated_depthwise(*arguments)
+    return by_kernel("activated_depthwise_triton", activated_depthwise_reference, *arguments)
 
 
 def activated_depthwise_of(block: Any) -> nn.Conv2d | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...models.dynamic_mobile_former import DynamicMobileFormer
 from ...models.mobile_former import MobileFormer
 from ...native import CUDA_LACKS
 from ...nn.inputs import Pair
@@ -16,6 +17,7 @@ from ...operators.dispatch import TRITON_INSTALLED
 from ...streams import side_by_side
 from .activated_depthwise import activated_depthwise, activated_depthwise_of
 from .dynamic_bottleneck import dynamic_bottleneck, is_bottleneck, occupies_device
+from .fused_dmf_block import with_fused_dmf_blocks
 from .token_chain import Made, TokenChain, is_chain, token_chain_reference
 
 
@@ -106,6 +108,9 @@ def forms(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
 
     The caller finds out which form is the fastest where it runs.
     """
+    if isinstance(model, DynamicMobileFormer) and TRITON_INSTALLED:
+        fused_dmf = with_fused_dmf_blocks(model)
+        return [model] if fused_dmf is None else [model, fused_dmf]
     kernels = CUDA_LACKS is None
     if not isinstance(model, MobileFormer) or not (kernels or TRITON_INSTALLED):
         return [model]

@@ -8,6 +8,7 @@ from ..triton_maps import (
     COUNTS,
     Map,
     as_map,
+    gelu,
     load_tile,
     load_vector,
     map_grid,
@@ -90,7 +91,7 @@ def apply_kernel(
     value = load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p)
     value = normal(value, weight, bias, mean, rest, variance, eps, c, channels)[1]
     if GELU:
-        value = value * (0.5 * (1 + tl.erf(value * 0.7071067811865476)))
+        value = gelu(value)
     store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import COUNTS, dot, place, power, splits_of
+from ..triton_maps import COUNTS, dot, gelu, place, power, splits_of
 from .reference import Pair, output_size
 
 # As COUNTS.
@@ -50,18 +50,26 @@ def mixed(weight, basis, attention, at, inside, kernels, size, scale):
 @triton.jit
 def store_result(
     sums, o, inside_o, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias, attention, kernels,
-    outputs,
+    outputs, parts, part, GELU: tl.constexpr,
 ):  # fmt: skip
-    """Return outputs o at pixels p of a sample, with the sample's biases."""
+    """Store outputs o at pixels p of a sample, with the sample's biases, and their GELU where there is one.
+
+    In parts (B, S, outputs), unless it is None, the sums over these pixels are stored, too.
+    """
     if bias is not None:
         sums += tl.load(bias + o, inside_o, 0.0).to(tl.float32)[:, None]
     if basis_bias is not None:
         for k in range(kernels):
             share = tl.load(attention + k).to(tl.float32)
             sums += share * tl.load(basis_bias + k * outputs + o, inside_o, 0.0).to(tl.float32)[:, None]
+    if GELU:
+        sums = gelu(sums)
+    inside = inside_o[:, None] & inside_p[None, :]
+    if parts is not None:
+        tl.store(parts + part * outputs + o, tl.sum(tl.where(inside, sums, 0.0), 1), inside_o)
     y, x = (p // RW).to(tl.int64), p % RW
     to = result + b * r_b + o.to(tl.int64)[:, None] * r_c + y[None, :] * r_y + x[None, :] * r_x
-    tl.store(to, sums.to(result.dtype.element_ty), inside_o[:, None] & inside_p[None, :])
+    tl.store(to, sums.to(result.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -89,10 +97,10 @@ def store_sums(total, others, part, at, inside, out, kernels, size, BK: tl.const
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=STEPS)
 def dense_kernel(
-    source, result, weight, basis, attention, bias, basis_bias, kernels, size, scale,
+    source, result, parts, weight, basis, attention, bias, basis_bias, kernels, size, scale,
     rows, sources, groups, blocks, SH, SW, RH, RW, kh, kw, sh, sw, ph, pw, dh, dw,
     s_b, s_c, s_y, s_x, r_b, r_c, r_y, r_x,
-    TRANSPOSED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    TRANSPOSED: tl.constexpr, GELU: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Convolve densely, or transposed.
 
@@ -128,16 +136,16 @@ def dense_kernel(
         sums += dot(kernel, pixel)
     store_result(
         sums, group * rows + r, inside_r, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias,
-        attention, kernels, size // depth,
+        attention, kernels, size // depth, parts, b * tl.cdiv(RH * RW, BP) + tile, GELU,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=STEPS)
 def depthwise_kernel(
-    source, result, weight, basis, attention, bias, basis_bias, kernels, size, scale,
+    source, result, parts, weight, basis, attention, bias, basis_bias, kernels, size, scale,
     multiplier, channels, SH, SW, RH, RW, kh, kw, sh, sw, ph, pw, dh, dw,
     s_b, s_c, s_y, s_x, r_b, r_c, r_y, r_x,
-    TRANSPOSED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, GELU: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """channels: of the result; multiplier: outputs for each channel of x."""
     tile, block, b = place(tl.cdiv(RH * RW, BP), tl.cdiv(channels, BR))
@@ -162,7 +170,7 @@ def depthwise_kernel(
         sums += kernel[:, None] * tl.load(source + b * s_b + at, inside, 0.0).to(tl.float32)
     store_result(
         sums, r, inside_r, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias, attention,
-        kernels, channels,
+        kernels, channels, parts, b * tl.cdiv(RH * RW, BP) + tile, GELU,
     )  # fmt: skip
 
 
@@ -252,33 +260,38 @@ def depthwise_weight_kernel(
 
 def _convolve(
     source: Tensor, result: Tensor, tensors: tuple, settings: tuple, groups: int, scale: float,
-    transposed: bool,
-) -> None:  # fmt: skip
-    """Write `result`, the convolution of `source` or, transposed, its gradient's."""
+    transposed: bool, gelu: bool = False, summed: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """Write `result`, the convolution of `source` or, transposed, its gradient's.
+
+    Where `summed`, return sums of its pixels (B, S, C), in S parts, float32.
+    """
     weight, basis, *_ = tensors
-    if result.numel() == 0:
-        return
     batch, channels, height, width = result.shape
     outputs, inputs, *kernel = weight.shape
-    pixels = height * width
-    maps = (*source.shape[2:], height, width, *kernel, *settings, *source.stride(), *result.stride())
-    first = (source, result, *tensors, basis.shape[0], weight.numel(), scale)
+    pixels, rows, sources = height * width, channels // groups, source.shape[1] // groups
     if inputs == 1:
-        block_p = power(pixels, 16, 128)
-        grid = (triton.cdiv(pixels, block_p) * triton.cdiv(channels, 8) * batch,)
-        depthwise_kernel[grid](
-            *first, outputs // groups, channels, *maps, TRANSPOSED=transposed, BR=8, BP=block_p
-        )  # fmt: skip
-        return
-    rows, sources = channels // groups, source.shape[1] // groups
-    block_r, block_p = power(rows, 16, 32), power(pixels, 16, 64)
-    if block_r == block_p == 32:
+        block_r, block_p = 8, power(pixels, 16, 128)
+    else:
+        block_r, block_p = power(rows, 16, 32), power(pixels, 16, 64)
+    if inputs > 1 and block_r == block_p == 32:
         block_p = 64  # of 32 by 32 ptxas spills
+    tiles, parts = triton.cdiv(pixels, block_p), None
+    if summed:
+        parts = torch.empty((batch, tiles, channels), dtype=torch.float32, device=source.device)
+    if result.numel() == 0:
+        return parts
+    maps = (*source.shape[2:], height, width, *kernel, *settings, *source.stride(), *result.stride())
+    first = (source, result, parts, *tensors, basis.shape[0], weight.numel(), scale)
+    options: dict[str, Any] = dict(TRANSPOSED=transposed, GELU=gelu, BR=block_r, BP=block_p)
+    if inputs == 1:
+        grid = (tiles * triton.cdiv(channels, block_r) * batch,)
+        depthwise_kernel[grid](*first, outputs // groups, channels, *maps, **options)
+        return parts
     blocks = triton.cdiv(rows, block_r)
-    grid = (triton.cdiv(pixels, block_p) * groups * blocks * batch,)
-    dense_kernel[grid](
-        *first, rows, sources, groups, blocks, *maps, TRANSPOSED=transposed, BR=block_r, BP=block_p, BD=16
-    )  # fmt: skip
+    grid = (tiles * groups * blocks * batch,)
+    dense_kernel[grid](*first, rows, sources, groups, blocks, *maps, **options, BD=16)
+    return parts
 
 
 def _weight_gradients(
@@ -328,6 +341,18 @@ def forward(
     tensors = _contiguous(weight, basis, attention, bias, basis_bias)
     _convolve(x, out, tensors, settings, groups, basis_scale, transposed=False)
     return out
+
+
+def activated(
+    x: Tensor, weight: Tensor, basis: Tensor, attention: Tensor, bias: Tensor | None, stride: int,
+    padding: int, groups: int, basis_scale: float, gelu: bool, summed: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return what `forward` does or its GELU, and sums of its pixels, see `_convolve`."""
+    settings = (stride, stride, padding, padding, 1, 1)
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, 1)
+    out = empty_map(x, (x.shape[0], weight.shape[0], *size))
+    tensors = _contiguous(weight, basis, attention, bias, None)
+    return out, _convolve(x, out, tensors, settings, groups, basis_scale, False, gelu, summed)
 
 
 def backward(

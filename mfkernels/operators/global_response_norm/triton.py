@@ -8,6 +8,7 @@ from ..triton_maps import (
     COUNTS,
     Map,
     as_map,
+    gelu,
     load_tile,
     load_vector,
     map_grid,
@@ -72,9 +73,9 @@ def total(parts, which, b, c, channels, splits, BS: tl.constexpr, BC: tl.constex
 @triton.jit
 def apply_kernel(
     x, out, gamma, beta, sums, eps, channels, pixels, x_b, x_c, x_p, out_b, out_c, out_p,
-    MEAN: tl.constexpr, BALL: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    MEAN: tl.constexpr, GELU: tl.constexpr, BALL: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Compute out = x (1 + gamma norm / (mean + eps)) + beta.
+    """Compute out = x (1 + gamma norm / (mean + eps)) + beta, and its GELU where there is one.
 
     With MEAN the mean is over the BALL or fewer channels, else it is the norm itself; sums (B, 3, C) begin
     with the norms.
@@ -92,6 +93,8 @@ def apply_kernel(
     factor = 1.0 + load_vector(gamma, c, channels, 0.0) * norm / below
     value = load_tile(x, b, c, p, channels, pixels, x_b, x_c, x_p)
     value = value * factor.to(tl.float32)[:, None] + tl.load(beta + c, inside_c, 0.0).to(tl.float32)[:, None]
+    if GELU:
+        value = gelu(value)
     store_tile(out, value, b, c, p, channels, pixels, out_b, out_c, out_p)
 
 
@@ -155,6 +158,11 @@ def _sums(x: Map, g: Map | None) -> Tensor:
 
 
 def forward(x: Tensor, gamma: Tensor, beta: Tensor, mean: str = "channels", eps: float = 1e-6) -> Tensor:
+    return activated(x, gamma, beta, mean, eps, gelu=False)
+
+
+def activated(x: Tensor, gamma: Tensor, beta: Tensor, mean: str, eps: float, gelu: bool = True) -> Tensor:
+    """Return the normed map, or its GELU."""
     out, given = empty_map(x, x.shape), as_map(x)
     if x.numel() == 0:
         return out
@@ -162,7 +170,7 @@ def forward(x: Tensor, gamma: Tensor, beta: Tensor, mean: str = "channels", eps:
     apply_kernel[map_grid(given)](
         given.tensor, to.tensor, gamma.contiguous(), beta.contiguous(), _sums(given, None), eps,
         x.shape[1], x.shape[2] * x.shape[3], *given.strides, *to.strides,
-        mean == "channels", power(x.shape[1]), *tile_sizes(given),
+        mean == "channels", gelu, power(x.shape[1]), *tile_sizes(given),
     )  # fmt: skip
     return out
 

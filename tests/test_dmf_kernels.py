@@ -1,0 +1,141 @@
+"""The Triton kernels of deployed Dynamic Mobile-Formers: interpreted, and with a GPU as they are."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from cases import integers, normal
+from test_contract import LAYOUTS
+from tolerance import Errors
+
+from mfkernels.deploy.gpu.activated_conv import dynamic_conv_reference, response_gelu_reference
+from mfkernels.deploy.gpu.kernel_scores import kernel_scores_reference
+from mfkernels.operators.dispatch import triton_interpreted
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+interpreted = pytest.mark.skipif(
+    not triton_interpreted(), reason="kernels run on the GPU here, not interpreted"
+)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+SCORES = [
+    dict(B=2, S=3, C=10, d=32, K=4, softmax=False),
+    dict(B=1, S=1, C=70, d=64, K=8, softmax=True),
+    dict(B=3, S=40, C=5, d=32, K=1, softmax=False),
+    dict(B=1, S=1, C=1, d=96, K=3, softmax=True),
+    dict(B=0, S=1, C=4, d=32, K=4, softmax=False),
+]
+CONVS = [
+    dict(B=2, C=8, O=12, k=1, groups=4, K=4, H=9, W=13),
+    dict(B=1, C=17, O=40, k=1, groups=1, K=8, H=5, W=30),
+    dict(B=2, C=10, O=10, k=3, groups=10, K=3, H=20, W=11),
+    dict(B=1, C=4, O=4, k=3, groups=2, K=2, H=1, W=1),
+    dict(B=0, C=4, O=4, k=1, groups=1, K=2, H=3, W=3),
+]
+RESPONSES = [dict(B=2, C=6, H=9, W=13, mean="released"), dict(B=1, C=70, H=3, W=5, mean="channels")]
+
+
+def make_scores(shape: dict, generator: torch.Generator, draw=normal) -> list:
+    """Arguments; pixels are a power of two, so that integers stay exact."""
+    B, S, C, d, K, softmax = shape.values()
+    weights = draw(generator, d, d + C), draw(generator, d), draw(generator, K, d)
+    return [draw(generator, B, S, C), 4, draw(generator, B, d), *weights, softmax]
+
+
+def make_conv(shape: dict, generator: torch.Generator, draw=normal, gelu=True) -> list:
+    B, C, outputs, k, groups, K, H, W = shape.values()
+    kernel = outputs, C // groups, k, k
+    given = [draw(generator, *of) for of in ((B, C, H, W), kernel, (K, *kernel), (B, K), (outputs,))]
+    return [*given, 1, k // 2, groups, 0.5, gelu, True]
+
+
+def make_response(shape: dict, generator: torch.Generator) -> list:
+    B, C, H, W, mean = shape.values()
+    return [normal(generator, B, C, H, W), normal(generator, C), normal(generator, C), mean, 1e-6]
+
+
+KERNELS = [(kernel_scores_reference, make_scores, shape) for shape in SCORES]
+KERNELS += [(dynamic_conv_reference, make_conv, shape) for shape in CONVS]
+KERNELS += [(response_gelu_reference, make_response, shape) for shape in RESPONSES]
+kernels = pytest.mark.parametrize("reference, make, shape", KERNELS, ids=str)
+
+
+def cast(given: list, *to) -> list:
+    return [value.to(*to) if isinstance(value, torch.Tensor) else value for value in given]
+
+
+def run(reference, *given) -> list[torch.Tensor]:
+    """The results; of a map's sums all parts together."""
+    # Not at the top: who imports Triton decides whether it is interpreted.
+    from mfkernels.deploy.gpu import activated_conv_triton, kernel_scores_triton
+
+    name = reference.__name__.removesuffix("_reference")
+    module = kernel_scores_triton if name == "kernel_scores" else activated_conv_triton
+    return together(getattr(module, name)(*given))
+
+
+def together(results) -> list[torch.Tensor]:
+    return [results[0], results[1].sum(1)] if isinstance(results, tuple) else [results]
+
+
+def check(reference, make, shape: dict, dtype: torch.dtype, device: str) -> None:
+    """The one tolerance, in all layouts of the first argument."""
+    errors = {}
+    for seed, layout in enumerate(LAYOUTS):
+        given = cast(make(shape, torch.Generator().manual_seed(seed)), device, dtype)
+        truth = together(reference(*cast(given, torch.float64)))
+        first = layout(given[0]) if given[0].dim() == 4 else given[0]
+        for i, (got, plain, exact) in enumerate(
+            zip(run(reference, first, *given[1:]), together(reference(*given)), truth, strict=True)
+        ):
+            assert got.shape == exact.shape
+            errors.setdefault(i, Errors()).reference(plain, exact)
+            errors[i].kernel(got, exact)
+    for i, error in errors.items():
+        error.check(f"{reference.__name__} {shape}, result {i}")
+
+
+@interpreted
+@dtypes
+@kernels
+def test_interpreted(reference, make, shape, dtype):
+    check(reference, make, shape, dtype, "cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("shape", CONVS, ids=str)
+def test_integers_are_exact(shape):
+    generator = torch.Generator().manual_seed(0)
+    given = make_conv(shape, generator, lambda generator, *of: integers(generator, -3, 3, *of), gelu=False)
+    expected = together(dynamic_conv_reference(*given))
+    for got, exact in zip(run(dynamic_conv_reference, *cast(given, torch.float32)), expected, strict=True):
+        assert torch.equal(got.double(), exact)
+
+
+@interpreted
+def test_a_strided_token_is_taken_as_it_is():
+    given = cast(make_scores(SCORES[0], torch.Generator().manual_seed(0)), torch.float32)
+    expected = run(kernel_scores_reference, *given)[0]
+    tokens = torch.zeros(2, 3, 32)
+    tokens[:, 0] = given[2]
+    for token in (tokens[:, 0], given[2].t().contiguous().t()):
+        given[2] = token
+        assert torch.equal(run(kernel_scores_reference, *given)[0], expected)
+
+
+@interpreted
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, 2, 3, 4, 5])
+def test_scores_that_are_not_finite(where, bad):
+    given = cast(make_scores(SCORES[0], torch.Generator().manual_seed(0)), torch.float32)
+    given[where][(1,) * given[where].dim()] = bad
+    expected, got = kernel_scores_reference(*given), run(kernel_scores_reference, *given)[0]
+    assert expected.isnan().any() or not math.isnan(bad)
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.gpu
+@dtypes
+@kernels
+def test_on_a_gpu(reference, make, shape, dtype):
+    check(reference, make, shape, dtype, "cuda")
