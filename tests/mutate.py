@@ -155,14 +155,14 @@ MUTATIONS["kernel_scores in Triton"] = (
     "mfkernels/deploy/gpu/kernel_scores_triton.py",
     "inside_c, value / pixels)",
     "inside_c, value)",
-    "test_dmf_kernels.py",
+    "test_deployed_kernels.py",
 )
 FILES = (
     "test_activated_depthwise.py",
     "test_contract.py",
     "test_deploy.py",
     "test_deploy_dmf_iformer.py",
-    "test_dmf_kernels.py",
+    "test_deployed_kernels.py",
     "test_triton.py",
 )
 

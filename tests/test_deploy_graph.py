@@ -184,11 +184,11 @@ def tiny():
     return model.eval()
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_fused_blocks_do_the_same(whole):
+@pytest.mark.parametrize("whole, in_steps", [(False, False), (True, False), (False, True)])
+def test_fused_blocks_do_the_same(whole, in_steps):
     model = tiny().double()
     folded = fold_batch_norms(copy.deepcopy(model))
-    fused = with_fused_blocks(folded, whole)
+    fused = with_fused_blocks(folded, whole, in_steps)
     blocks = [block for block in fused.modules() if isinstance(block, FusedBlock)]
     assert len(blocks) == 3 and sum(block.whole for block in blocks) == 2 * whole
     assert not any(isinstance(block, FusedBlock) for block in folded.modules())
@@ -281,7 +281,7 @@ def test_forms(monkeypatch):
         (False, "a compiler", [], []),
         (True, "a compiler", [0], [0]),
         (False, None, [0], [0, 2]),
-        (True, None, [0], [0, 2]),
+        (True, None, [0, 0], [0, 0, 2]),
     ):
         monkeypatch.setattr(fused_block, "TRITON_INSTALLED", triton)
         monkeypatch.setattr(fused_block, "CUDA_LACKS", lacks)
@@ -379,7 +379,7 @@ def test_on_a_gpu(name, dtype):
     exact, half = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
     deployed = mfkernels.deploy(model, dtype=dtype)
     cuda, triton = (mfkernels.backends.unavailable(backend) is None for backend in ("cuda", "triton"))
-    fused = (cuda or triton) + (cuda and dtype != torch.float32)
+    fused = triton + cuda + (cuda and dtype != torch.float32)
     assert len(deployed.forms) == 1 + {"mo": fused, "dm": triton}.get(name[:2], 0)
     errors = {form: Errors() for form in ("fastest", *range(len(deployed.forms)))}
     for seed, stream in enumerate((torch.cuda.current_stream(), torch.cuda.Stream())):

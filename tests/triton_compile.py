@@ -42,7 +42,9 @@ from triton.runtime.jit import JITFunction
 import mfkernels
 from mfkernels.deploy.gpu.activated_conv_triton import dynamic_conv, response_gelu
 from mfkernels.deploy.gpu.activated_depthwise_triton import activated_depthwise
+from mfkernels.deploy.gpu.former_to_mobile_triton import former_to_mobile
 from mfkernels.deploy.gpu.kernel_scores_triton import kernel_scores
+from mfkernels.deploy.gpu.token_steps_triton import outputs_of_tokens, update_tokens
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -210,11 +212,40 @@ def launch_activated_conv(dtype: torch.dtype) -> None:
                 response_gelu(x, *torch.empty(2, channels, dtype=dtype), "released", 1e-6)
 
 
+def launch_token_steps(dtype: torch.dtype) -> None:
+    """As of mobile_former_26m, without a following block, and of mobile_former_508m."""
+    for width, channels, outputs, units, hidden, following in (
+        (128, 24, 48, 32, 0, 0),
+        (192, 240, 240, 48, 384, 4),
+    ):
+        vectors, square = [(width,)] * 2, [(width, width), (width,)]
+        layers = [(width, channels), (width,), *vectors, *square, *square, *vectors]
+        layers += [(hidden, width), (hidden,), (width, hidden), *vectors, (width,)] if hidden else []
+        networks = [(units, width), (units,), (6 * outputs, units), (6 * outputs,)] * 2
+        heads = [(outputs, width), (outputs,)] * (4 if following else 2)
+        given, tokens = (torch.empty(2, 6, n, dtype=dtype) for n in (channels, width))
+        first, *rest = (
+            [torch.empty(of, dtype=dtype) for of in shapes] for shapes in (layers, networks, heads)
+        )
+        update_tokens(given, given if following else None, tokens, first, 4, 1e-5)
+        outputs_of_tokens(tokens, 0, *rest)
+
+
+def launch_former_to_mobile(dtype: torch.dtype) -> None:
+    """In both memory formats."""
+    tokens = torch.empty(2, 2, 6, 128, dtype=dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.empty(2, 128, 14, 14, dtype=dtype, memory_format=layout)
+        former_to_mobile(x, x, *tokens, 2)
+
+
 # Of deployed networks.
 DEPLOYED = dict(
     activated_depthwise=launch_activated_depthwise,
     activated_conv=launch_activated_conv,
+    former_to_mobile=launch_former_to_mobile,
     kernel_scores=launch_kernel_scores,
+    token_steps=launch_token_steps,
 )
 
 

@@ -46,8 +46,8 @@ def deploy(
 
     On a CPU: batch norms folded, weights packed, each block one fused step. On a GPU: batch norms folded, and
     all kernels launched at once, by a CUDA graph; of a Mobile-Former in the form that is the fastest there:
-    as it is; with depthwise convolutions and the activations around them in one kernel, and, where CUDA
-    kernels are built, what blocks do with tokens alone in another one; or in half precision with all of large
+    as it is; with depthwise convolutions and the activations around them in one kernel, and what blocks do
+    with tokens alone in two, or where CUDA kernels are built in one; or in half precision with all of large
     maps' Mobile in one, too. Of a Dynamic Mobile-Former there are two forms: as it is, and with each dynamic
     convolution in two kernels, one for its weights and one for itself and the activation after it.
 

@@ -120,6 +120,11 @@ def head_sizes(x: Tensor, tokens: Tensor, num_heads: int) -> tuple[int, int, int
     return x.shape[2] * x.shape[3], tokens.shape[1], num_heads, x.shape[1] // num_heads
 
 
+def in_rows(tokens: Tensor) -> Tensor:
+    """Return the tensor itself, or a copy where the numbers of a token (B, T, C) do not lie in one run."""
+    return tokens if tokens.stride(2) == 1 else tokens.contiguous()
+
+
 def head_blocks(tokens: int, depth: int) -> dict[str, int]:
     """Return sizes of the products' tiles, at least 16 a side, that stay in registers.
 

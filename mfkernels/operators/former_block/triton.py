@@ -151,23 +151,14 @@ def attend_gradient(
         linear(kept, 1, size, grad + c, 1, size, None, None, grad_v + c, size, tokens, tokens, depth, 32)
 
 
-# --- kernels -----------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=[*COUNTS, "in_b", "in_t"])
-def forward_kernel(
-    tokens_in, in_b, in_t, in_d, result,
+@triton.jit
+def form(
     qkv_w, qkv_b, proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b,
     x, normed, q, k, v, weights, attended, sum1, second, units, active, sum2, out,
     size, tokens, width, hidden, heads, depth, scale, eps,
     STANDARD: tl.constexpr, FFN: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    row = b * tokens * size
-    x, normed, q, k, v, weights = x + row, normed + row, q + row, k + row, v + row, weights + row
-    attended, sum1, second, units = attended + row, sum1 + row, second + row, units + row
-    active, sum2, out = active + row, sum2 + row, out + row
-    copy(tokens_in + b * in_b, in_t, in_d, x, size, 1, tokens, width, BN)
+    """Run all of it, from the rows x to the rows out; without STANDARD, normed, k and v are not used."""
     if STANDARD:
         norm(x, norm1_w, norm1_b, None, None, None, normed, size, tokens, width, eps, BD)
         linear(normed, size, 1, qkv_w, width, 1, qkv_b, None, q, size, tokens, width, 3 * width, BN)
@@ -190,6 +181,30 @@ def forward_kernel(
         else:
             linear(active, size, 1, fc2_w, hidden, 1, fc2_b, second, sum2, size, tokens, hidden, width, BN)
             norm(sum2, norm2_w, norm2_b, None, None, None, out, size, tokens, width, eps, BD)
+
+
+# --- kernels -----------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "in_b", "in_t"])
+def forward_kernel(
+    tokens_in, in_b, in_t, in_d, result,
+    qkv_w, qkv_b, proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b,
+    x, normed, q, k, v, weights, attended, sum1, second, units, active, sum2, out,
+    size, tokens, width, hidden, heads, depth, scale, eps,
+    STANDARD: tl.constexpr, FFN: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    row = b * tokens * size
+    x, normed, q, k, v, weights = x + row, normed + row, q + row, k + row, v + row, weights + row
+    attended, sum1, second, units = attended + row, sum1 + row, second + row, units + row
+    active, sum2, out = active + row, sum2 + row, out + row
+    copy(tokens_in + b * in_b, in_t, in_d, x, size, 1, tokens, width, BN)
+    form(
+        qkv_w, qkv_b, proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b,
+        x, normed, q, k, v, weights, attended, sum1, second, units, active, sum2, out,
+        size, tokens, width, hidden, heads, depth, scale, eps, STANDARD, FFN, BD, BN, BT,
+    )  # fmt: skip
     copy(out, size, 1, result + b * tokens * width, width, 1, tokens, width, BN)
 
 

@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_map
-from ..triton_maps import COUNTS, as_map, dot, head_blocks, head_sizes, place, rounded, splits_of
+from ..triton_maps import COUNTS, as_map, dot, head_blocks, head_sizes, in_rows, place, rounded, splits_of
 
 
 @triton.jit
@@ -18,7 +18,8 @@ def weights_of(x, k, scale, tokens, m, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x, k, v, y, scale, pixels, tokens, heads, depth, x_b, x_c, x_p, y_b, y_c, y_p,
+    x, residual, k, v, y, scale, pixels, tokens, heads, depth,
+    k_b, k_t, v_b, v_t, x_b, x_c, x_p, r_b, r_c, r_p, y_b, y_c, y_p,
     BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     tile, head, b = place(tl.cdiv(pixels, BP), heads)
@@ -28,10 +29,12 @@ def forward_kernel(
     inside = (d < depth)[:, None] & (p < pixels)[None, :]
     p_wide = p.to(tl.int64)[None, :]
     pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0)
-    at = (b * tokens + m[:, None]) * heads * depth + c[None, :]
+    if residual is not None:
+        other = tl.load(residual + b * r_b + c[:, None] * r_c + p_wide * r_p, inside, 0.0)
+        pixel = (pixel.to(tl.float32) + other.to(tl.float32)).to(x.dtype.element_ty)
     inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
-    keys = tl.load(k + at, inside_token, 0.0)
-    values = tl.load(v + at, inside_token, 0.0)
+    keys = tl.load(k + b * k_b + m[:, None] * k_t + c[None, :], inside_token, 0.0)
+    values = tl.load(v + b * v_b + m[:, None] * v_t + c[None, :], inside_token, 0.0)
     weights = weights_of(pixel, keys, scale, tokens, m, BM)
     out = pixel.to(tl.float32) + dot(tl.trans(values), rounded(weights, pixel))
     tl.store(y + b * y_b + c[:, None] * y_c + p_wide * y_p, out.to(y.dtype.element_ty), inside)
@@ -76,24 +79,26 @@ def backward_kernel(
 
 
 def forward(x: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    return with_residual(x, None, k, v, num_heads, scale)
+
+
+def with_residual(
+    x: Tensor, residual: Tensor | None, k: Tensor, v: Tensor, num_heads: int, scale: float | None = None
+) -> Tensor:
+    """Return what `forward` does with x + residual."""
     y = empty_map(x, x.shape)
     if x.numel() == 0:
         return y
     sizes, source, to = head_sizes(x, k, num_heads), as_map(x), as_map(y)
+    other = source if residual is None else as_map(residual)
+    k, v = in_rows(k), in_rows(v)
     scale = sizes[3] ** -0.5 if scale is None else scale
     blocks = head_blocks(sizes[1], sizes[3])
     grid = (triton.cdiv(sizes[0], blocks["BP"]) * num_heads * x.shape[0],)
     forward_kernel[grid](
-        source.tensor,
-        k.contiguous(),
-        v.contiguous(),
-        y,
-        scale,
-        *sizes,
-        *source.strides,
-        *to.strides,
-        **blocks,
-    )
+        source.tensor, None if residual is None else other.tensor, k, v, y, scale, *sizes,
+        *k.stride()[:2], *v.stride()[:2], *source.strides, *other.strides, *to.strides, **blocks,
+    )  # fmt: skip
     return y
 
 

@@ -11,6 +11,7 @@ from ..triton_maps import (
     dot,
     head_blocks,
     head_sizes,
+    in_rows,
     place,
     rounded,
     splits_of,
@@ -19,7 +20,7 @@ from ..triton_maps import (
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x, q, out, stats, logits, scale, pixels, tokens, heads, depth, split, splits, x_b, x_c, x_p,
+    x, q, out, stats, logits, scale, pixels, tokens, heads, depth, split, splits, q_b, q_t, x_b, x_c, x_p,
     KEEP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Sum a split's pixels weighted with exp(logit - top): out (B, splits, M, C).
@@ -30,7 +31,7 @@ def forward_kernel(
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)
     inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
-    queries = tl.load(q + (b * tokens + m[:, None]) * heads * depth + c[None, :], inside_token, 0.0)
+    queries = tl.load(q + b * q_b + m[:, None] * q_t + c[None, :], inside_token, 0.0)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     sums = tl.zeros([BM, BD], tl.float32)
@@ -201,10 +202,11 @@ def forward(
     stats = torch.empty((batch, count, num_heads, tokens, 2), dtype=torch.float32, device=x.device)
     softmax_stats = stats.new_empty((batch, num_heads, tokens, 2))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q = in_rows(q)
     if q.numel() > 0:
         forward_kernel[(count * num_heads * batch,)](
-            source.tensor, q.contiguous(), sums, stats, logits, scale, *sizes, size, count, *source.strides,
-            KEEP=return_logits, **blocks | dict(num_warps=4),
+            source.tensor, q, sums, stats, logits, scale, *sizes, size, count, *q.stride()[:2],
+            *source.strides, KEEP=return_logits, **blocks | dict(num_warps=4),
         )  # fmt: skip
         combine_kernel[(tokens * num_heads * batch,)](
             sums, stats, out, softmax_stats, count, tokens, num_heads, depth, 16, blocks["BD"],

@@ -9,6 +9,31 @@ from ..triton_maps import COUNTS, place
 from ..triton_rows import product
 
 
+@triton.jit
+def hidden_units(
+    token, token_b, token_d, b, inside_b, width, weight, bias, u, inside_u, BB: tl.constexpr, BH: tl.constexpr
+):  # fmt: skip
+    """Return units u of the first layer, of tokens b."""
+    unit = product(token, token_b, token_d, b, inside_b, weight, width, 1, u, inside_u, width, BB, BH)
+    unit += tl.load(bias + u, inside_u, 0.0).to(tl.float32)[None, :]
+    # Not tl.maximum, which loses NaN.
+    return tl.where(unit < 0, 0.0, unit)
+
+
+@triton.jit
+def second_layer(unit, weight, units, u, inside_u, o, inside_o):
+    """Return what these units add to outputs o."""
+    right = tl.load(weight + o[None, :] * units + u[:, None], inside_u[:, None] & inside_o[None, :], 0.0)
+    return tl.dot(unit, right.to(tl.float32), input_precision="ieee")
+
+
+@triton.jit
+def doubled_gate(y):
+    """2 hardsigmoid(y)."""
+    gate = y + 3
+    return tl.where(gate < 0, 0.0, tl.where(gate > 6, 6.0, gate)) / 3
+
+
 # A constant cannot become the other network's number.
 @triton.jit(do_not_specialize=[*COUNTS, "token_b", "units", "outputs", "other_units", "other_outputs"])
 def outputs_kernel(
@@ -36,17 +61,13 @@ def outputs_kernel(
     for start in range(0, units, BH):
         u = start + tl.arange(0, BH)
         inside_u = u < units
-        unit = product(
-            token, token_b, token_d, b, inside_b, weight1, width, 1, u, inside_u, width, BB, BH
+        unit = hidden_units(
+            token, token_b, token_d, b, inside_b, width, weight1, bias1, u, inside_u, BB, BH
         )  # fmt: skip
-        unit += tl.load(bias1 + u, inside_u, 0.0).to(tl.float32)[None, :]
-        # Not tl.maximum, which loses NaN.
-        unit = tl.where(unit < 0, 0.0, unit)
         if BACKWARD and block == 0:
             to = hidden + b[:, None] * units + u[None, :]
             tl.store(to, unit, inside_b[:, None] & inside_u[None, :])
-        right = tl.load(weight2 + o[None, :] * units + u[:, None], inside_u[:, None] & inside_o[None, :], 0.0)
-        y += tl.dot(unit, right.to(tl.float32), input_precision="ieee")
+        y += second_layer(unit, weight2, units, u, inside_u, o, inside_o)
     y += tl.load(bias2 + o, inside_o, 0.0).to(tl.float32)[None, :]
     at = b[:, None] * outputs + o[None, :]
     inside = inside_b[:, None] & inside_o[None, :]
@@ -54,8 +75,7 @@ def outputs_kernel(
         given = tl.load(g + at, inside, 0.0).to(tl.float32)
         tl.store(out + at, tl.where((y > -3) & (y < 3), given / 3, 0.0), inside)
     else:
-        slopes = y + 3
-        slopes = tl.where(slopes < 0, 0.0, tl.where(slopes > 6, 6.0, slopes)) / 3
+        slopes = doubled_gate(y)
         if TWO:
             slopes = tl.where((2 * o >= outputs)[None, :], slopes - 1, slopes)
         tl.store(out + at, slopes.to(out.dtype.element_ty), inside)

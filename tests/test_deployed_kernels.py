@@ -1,5 +1,6 @@
-"""The Triton kernels of deployed Dynamic Mobile-Formers: interpreted, and with a GPU as they are."""
+"""The Triton kernels that deployed networks alone have: interpreted, and with a GPU as they are."""
 
+import importlib
 import importlib.util
 import math
 
@@ -10,7 +11,9 @@ from test_contract import LAYOUTS
 from tolerance import Errors
 
 from mfkernels.deploy.gpu.activated_conv import dynamic_conv_reference, response_gelu_reference
+from mfkernels.deploy.gpu.former_to_mobile import former_to_mobile_reference
 from mfkernels.deploy.gpu.kernel_scores import kernel_scores_reference
+from mfkernels.deploy.gpu.token_steps import outputs_of_tokens_reference, update_tokens_reference
 from mfkernels.operators.dispatch import triton_interpreted
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -31,6 +34,22 @@ CONVS = [
     dict(B=2, C=10, O=10, k=3, groups=10, K=3, H=20, W=11),
     dict(B=1, C=4, O=4, k=3, groups=2, K=2, H=1, W=1),
     dict(B=0, C=4, O=4, k=1, groups=1, K=2, H=3, W=3),
+]
+UPDATES = [
+    dict(B=2, T=3, C=8, d=32, gated=True, ffn=True),
+    dict(B=1, T=6, C=70, d=48, gated=False, ffn=True),
+    dict(B=3, T=17, C=5, d=16, gated=True, ffn=False),
+    dict(B=0, T=2, C=4, d=16, gated=False, ffn=False),
+]
+OUTPUTS = [
+    dict(B=2, T=3, d=32, units=8, first=24, second=40, layers=[12, 12, 20, 20]),
+    dict(B=1, T=6, d=48, units=12, first=140, second=2, layers=[70, 70, 5]),
+    dict(B=9, T=2, d=16, units=17, first=2, second=8, layers=[3, 3]),
+    dict(B=0, T=2, d=16, units=4, first=2, second=8, layers=[3, 3]),
+]
+BRIDGES = [
+    dict(B=2, C=8, H=9, W=13, T=3, heads=2, residual=True),
+    dict(B=1, C=33, H=3, W=5, T=6, heads=1, residual=False),
 ]
 RESPONSES = [dict(B=2, C=6, H=9, W=13, mean="released"), dict(B=1, C=70, H=3, W=5, mean="channels")]
 
@@ -54,28 +73,75 @@ def make_response(shape: dict, generator: torch.Generator) -> list:
     return [normal(generator, B, C, H, W), normal(generator, C), normal(generator, C), mean, 1e-6]
 
 
+def linear(generator: torch.Generator, inputs: int, outputs: int) -> list:
+    return [normal(generator, outputs, inputs) / inputs**0.5, normal(generator, outputs)]
+
+
+def make_update(shape: dict, generator: torch.Generator) -> list:
+    B, T, C, d, gated, ffn = shape.values()
+    layers = linear(generator, C, d)
+    for sizes in ((d,), (d, d), (d, d), (d,), *([(d, 2 * d), (2 * d, d), (d,)] if ffn else [])):
+        norm = [normal(generator, *sizes), normal(generator, *sizes)] if len(sizes) == 1 else None
+        layers += norm or linear(generator, *sizes)
+    gates = normal(generator, B, T, C) if gated else None
+    return [normal(generator, B, T, C), gates, normal(generator, B, T, d), layers, 2, 1e-5]
+
+
+def make_outputs(shape: dict, generator: torch.Generator) -> list:
+    B, T, d, units, first, second, outputs = shape.values()
+    sizes = [(d, units), (units, first), (d, units), (units, second), *((d, n) for n in outputs)]
+    layers = [value for size in sizes for value in linear(generator, *size)]
+    return [normal(generator, B, T, d), T - 1, layers[:8], layers[8:]]
+
+
+def make_bridge(shape: dict, generator: torch.Generator) -> list:
+    B, C, H, W, T, heads, residual = shape.values()
+    tokens = [normal(generator, B, T, C) for _ in range(2)]
+    other = normal(generator, B, C, H, W) if residual else None
+    return [normal(generator, B, C, H, W), other, *tokens, heads]
+
+
 KERNELS = [(kernel_scores_reference, make_scores, shape) for shape in SCORES]
 KERNELS += [(dynamic_conv_reference, make_conv, shape) for shape in CONVS]
 KERNELS += [(response_gelu_reference, make_response, shape) for shape in RESPONSES]
+KERNELS += [(update_tokens_reference, make_update, shape) for shape in UPDATES]
+KERNELS += [(outputs_of_tokens_reference, make_outputs, shape) for shape in OUTPUTS]
+KERNELS += [(former_to_mobile_reference, make_bridge, shape) for shape in BRIDGES]
+MODULES = dict(
+    kernel_scores="kernel_scores",
+    dynamic_conv="activated_conv",
+    response_gelu="activated_conv",
+    update_tokens="token_steps",
+    outputs_of_tokens="token_steps",
+    former_to_mobile="former_to_mobile",
+)
 kernels = pytest.mark.parametrize("reference, make, shape", KERNELS, ids=str)
 
 
 def cast(given: list, *to) -> list:
-    return [value.to(*to) if isinstance(value, torch.Tensor) else value for value in given]
+    """Tensors alone, and those of lists."""
+    return [
+        value.to(*to)
+        if isinstance(value, torch.Tensor)
+        else cast(value, *to)
+        if isinstance(value, list)
+        else value
+        for value in given
+    ]
 
 
 def run(reference, *given) -> list[torch.Tensor]:
     """The results; of a map's sums all parts together."""
     # Not at the top: who imports Triton decides whether it is interpreted.
-    from mfkernels.deploy.gpu import activated_conv_triton, kernel_scores_triton
-
     name = reference.__name__.removesuffix("_reference")
-    module = kernel_scores_triton if name == "kernel_scores" else activated_conv_triton
-    return together(getattr(module, name)(*given))
+    module = importlib.import_module(f"mfkernels.deploy.gpu.{MODULES[name]}_triton")
+    return together(reference, getattr(module, name)(*given))
 
 
-def together(results) -> list[torch.Tensor]:
-    return [results[0], results[1].sum(1)] if isinstance(results, tuple) else [results]
+def together(reference, results) -> list[torch.Tensor]:
+    if reference is dynamic_conv_reference:
+        return [results[0], results[1].sum(1)]
+    return results if isinstance(results, list) else [results]
 
 
 def check(reference, make, shape: dict, dtype: torch.dtype, device: str) -> None:
@@ -83,10 +149,10 @@ def check(reference, make, shape: dict, dtype: torch.dtype, device: str) -> None
     errors = {}
     for seed, layout in enumerate(LAYOUTS):
         given = cast(make(shape, torch.Generator().manual_seed(seed)), device, dtype)
-        truth = together(reference(*cast(given, torch.float64)))
+        truth = together(reference, reference(*cast(given, torch.float64)))
         first = layout(given[0]) if given[0].dim() == 4 else given[0]
         for i, (got, plain, exact) in enumerate(
-            zip(run(reference, first, *given[1:]), together(reference(*given)), truth, strict=True)
+            zip(run(reference, first, *given[1:]), together(reference, reference(*given)), truth, strict=True)
         ):
             assert got.shape == exact.shape
             errors.setdefault(i, Errors()).reference(plain, exact)
@@ -107,7 +173,7 @@ def test_interpreted(reference, make, shape, dtype):
 def test_integers_are_exact(shape):
     generator = torch.Generator().manual_seed(0)
     given = make_conv(shape, generator, lambda generator, *of: integers(generator, -3, 3, *of), gelu=False)
-    expected = together(dynamic_conv_reference(*given))
+    expected = together(dynamic_conv_reference, dynamic_conv_reference(*given))
     for got, exact in zip(run(dynamic_conv_reference, *cast(given, torch.float32)), expected, strict=True):
         assert torch.equal(got.double(), exact)
 
