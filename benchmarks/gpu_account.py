@@ -35,6 +35,8 @@ from cases import modules
 import mfkernels
 from mfkernels.checks import tensors_in
 from mfkernels.deploy.folding import fold_batch_norms
+from mfkernels.deploy.gpu import by_kernel, fused_block
+from mfkernels.deploy.gpu.fused_block import forms
 from mfkernels.models import create_model
 from mfkernels.operators.dispatch import _functions
 from mfkernels.operators.triton_maps import splits_of
@@ -51,8 +53,9 @@ the launches that a network makes, the tensors that these read and write, and th
 {triton.__version__} makes of our kernels for sm_90. `python benchmarks/gpu_account.py > docs/gpu.md` computes
 them again, without a GPU; `benchmarks/gpu.sh` measures, with one.
 
-The networks are as `deploy` first has them, with batch norms folded, in bfloat16, at 224x224, channels first.
-Forms with fused blocks and CUDA C++ kernels, which `deploy` tries where they are built, are not in it.
+The networks have their batch norms folded, in bfloat16, at 224x224, channels first. Of the forms that
+`deploy` tries without CUDA C++ kernels the first is the network as it is; kernel by kernel there is the last
+one, which makes the fewest launches. Forms with CUDA C++ kernels are not in it.
 
 - *launches*: nodes of the CUDA graph. PyTorch's operators count as one each; a library may use more.
 - *MB*: each tensor that a launch is given or makes, once. A kernel that reads its input twice moves more.
@@ -91,7 +94,7 @@ class Account(TorchDispatchMode):
             with self:
                 return self._ours[name](*args, **kwargs or {})
         out = function(*args, **kwargs or {})
-        if not (function.is_view or "empty" in name or name in ("_unsafe_view", "_reshape_alias", "detach")):
+        if triton_compile.launched(function, args, out):
             tensors = [t for a in args for t in tensors_in(a)] + tensors_in(out)
             count = flop_registry.get(function._overloadpacket)
             self.add(name, tensors, count(*args, **kwargs or {}, out_val=out) if count else 0)
@@ -111,7 +114,7 @@ class Account(TorchDispatchMode):
 
     def note(self, kernel: JITFunction, *args: Any, grid: tuple, warmup: bool, **others: Any) -> None:
         """In the place of a launch."""
-        operator = kernel.fn.__module__.split(".")[-2]
+        operator = triton_compile.operator_of(kernel.fn.__module__)
         row = self.add(f"{operator}: {kernel.fn.__name__}", [a for a in args if isinstance(a, torch.Tensor)])
         row.programs += grid[0]
 
@@ -133,26 +136,31 @@ def splits_on_an_h100(pixels: int, batches: int, device: torch.device, block: in
         return SPLITS_OF(pixels, batches, torch.device("cuda"), block)
 
 
-def account_of(name: str, batch: int) -> dict[str, Row]:
-    """Return the network's launches for this number of images."""
+def accounts_of(name: str, batch: int) -> list[dict[str, Row]]:
+    """Return the launches for this number of images of each form of the network, the first as it is."""
     with torch.device("meta"):
         model = create_model(name).eval().requires_grad_(False)
     model = copy.deepcopy(model)
     model = model.fuse() if name.startswith("iformer") else fold_batch_norms(model)
-    model = model.to(torch.bfloat16)
     x = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta")
     driver.set_active(triton_compile.Driver(triton_compile.TARGETS["sm_90"]))
-    with ExitStack() as stack:
-        for op in modules():
-            module = importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")
-            if hasattr(module, "splits_of"):
-                stack.enter_context(mock.patch.object(module, "splits_of", splits_on_an_h100))
-        account = stack.enter_context(Account())
-        stack.enter_context(mock.patch.object(JITFunction, "run", account.noting()))
-        stack.enter_context(mfkernels.use_backend("cpu"))
-        stack.enter_context(torch.no_grad())
-        model(x)
-    return account.rows
+    with mock.patch.object(fused_block, "CUDA_LACKS", "they are not asked for"):
+        networks = forms(model, torch.bfloat16)
+    found = []
+    for network in networks:
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(by_kernel, "has_kernels", lambda x: True))
+            for op in modules():
+                module = importlib.import_module(f"mfkernels.operators.{op.NAME}.triton")
+                if hasattr(module, "splits_of"):
+                    stack.enter_context(mock.patch.object(module, "splits_of", splits_on_an_h100))
+            account = stack.enter_context(Account())
+            stack.enter_context(mock.patch.object(JITFunction, "run", account.noting()))
+            stack.enter_context(mfkernels.use_backend("cpu"))
+            stack.enter_context(torch.no_grad())
+            network.to(torch.bfloat16)(x)
+        found.append(account.rows)
+    return found
 
 
 def compiled(said: str) -> tuple[int, int]:
@@ -197,13 +205,27 @@ def table(rows: dict[str, Row], known: dict[str, tuple[int, int]]) -> list[str]:
     return lines
 
 
+def summary(all_forms: dict[tuple[str, int], list[dict[str, Row]]]) -> list[str]:
+    """Return a table of all forms' launches, MB and bounds."""
+    lines = ["| network | batch | form | launches | MB | bound, us |", "|---|---:|---:|---:|---:|---:|"]
+    for (name, batch), found in all_forms.items():
+        for i, rows in enumerate(found):
+            launches, moved = (sum(getattr(r, what) for r in rows.values()) for what in ("launches", "bytes"))
+            seconds = sum(row.seconds for row in rows.values())
+            figures = f"{launches} | {moved / 1e6:.2f} | {seconds * 1e6:.1f}"
+            lines.append(f"| {name} | {batch} | {i + 1} | {figures} |")
+    return lines
+
+
 def main() -> None:
     triton_compile.load_kernels()
-    accounts = {(name, batch): account_of(name, batch) for name in NETWORKS for batch in BATCHES}
+    all_forms = {(name, batch): accounts_of(name, batch) for name in NETWORKS for batch in BATCHES}
+    accounts = {key: found[-1] for key, found in all_forms.items()}
     variants = sorted({said for rows in accounts.values() for row in rows.values() for said in row.variants})
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         known = dict(zip(variants, pool.map(compiled, variants), strict=True))
     print(INTRODUCTION)
+    print("\n".join(summary(all_forms)) + "\n")
     for (name, batch), rows in accounts.items():
         print(f"## {name}, batch {batch}: computed, not measured\n")
         print("\n".join(table(rows, known)) + "\n")

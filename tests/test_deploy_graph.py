@@ -16,10 +16,18 @@ from mfkernels.deploy.gpu.activated_depthwise import activated_depthwise_of
 from mfkernels.deploy.gpu.dynamic_bottleneck import is_bottleneck
 from mfkernels.deploy.gpu.fused_block import FusedBlock, forms, with_fused_blocks
 from mfkernels.deploy.gpu.fused_dmf_block import FusedDMFBlock, FusedDynamicConv, with_fused_dmf_blocks
+from mfkernels.deploy.gpu.fused_iformer import (
+    AttentionResidual,
+    PointwiseResidual,
+    is_attention,
+    is_pair,
+    with_pointwise_kernels,
+)
 from mfkernels.deploy.gpu.graph import MOST_SHAPES, Captured, deployed_on_gpu
 from mfkernels.deploy.gpu.token_chain import is_chain
 from mfkernels.models import DynamicMobileFormer, FeaturePyramid, MobileFormer
-from mfkernels.nn import MobileFormerBlock, MobileFormerDownsample
+from mfkernels.models.iformer import _fuse
+from mfkernels.nn import IFormerStage, MobileFormerBlock, MobileFormerDownsample, Residual
 
 
 class Double:
@@ -211,22 +219,60 @@ def test_fused_dmf_blocks_do_the_same(options):
     model = tiny_dmf(**options).double()
     folded = fold_batch_norms(copy.deepcopy(model))
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
-    fused = with_fused_dmf_blocks(folded)
+    fused = with_fused_dmf_blocks(folded, pointwise=False)
     kinds = [type(m) for m in fused.modules()]
     assert kinds.count(FusedDMFBlock) == 3 and kinds.count(FusedDynamicConv) == 7
     with torch.no_grad():
-        expected, *got = (form(image(2, 3, 66, 74).double()) for form in (model, folded, fused))
+        others = folded, fused, with_fused_dmf_blocks(folded, pointwise=True)
+        expected, *got = (form(image(2, 3, 66, 74).double()) for form in (model, *others))
     for result in got:
         assert (result - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
 def test_only_released_dmf_blocks_are_fused():
     """Not with norms that are not folded, or with hooks."""
-    assert with_fused_dmf_blocks(tiny_dmf()) is None
+    assert with_fused_dmf_blocks(tiny_dmf(), pointwise=False) is None
     folded = fold_batch_norms(tiny_dmf())
     folded.blocks[1].ffn.grn.register_forward_hook(print)
-    fused = with_fused_dmf_blocks(folded)
+    fused = with_fused_dmf_blocks(folded, pointwise=False)
     assert [isinstance(block, FusedDMFBlock) for block in fused.blocks] == [True, False, True]
+
+
+def test_fused_iformers_do_the_same():
+    model = make("iformer_t", num_classes=7).double()
+    folded = copy.deepcopy(model).fuse()
+    fused = with_pointwise_kernels(folded)
+    parts = [m for m in folded.modules() if isinstance(m, Residual)]
+    kinds = [type(m) for m in fused.modules()]
+    assert kinds.count(PointwiseResidual) == sum(map(is_pair, parts)) > 0
+    assert kinds.count(AttentionResidual) == sum(map(is_attention, parts)) > 0
+    assert Residual not in kinds
+    with torch.no_grad():
+        expected, got = (form(image(2, 3, 70, 57).double()) for form in (model, fused))
+    assert (got - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+def test_only_released_residual_parts_of_iformer_are_fused():
+    """Not with norms that are not folded, with layer scales, in windows or with hooks."""
+
+    def parts(block_type, fuse=True, **options):
+        stage = IFormerStage(8, [block_type], **options).eval()
+        if fuse:
+            _fuse(stage)
+        return [m for m in stage.modules() if isinstance(m, Residual)]
+
+    for block_type, fits in (
+        ("ConvBlock_k7_r4", is_pair),
+        ("FFN2d_r3", is_pair),
+        ("SHMABlock_r1", is_attention),
+    ):
+        (found,) = parts(block_type)
+        assert fits(found) and is_pair(found) != is_attention(found)
+        found.m.register_forward_hook(print)
+        assert not fits(found)
+        for other in (dict(fuse=False), dict(layer_scale=0.1)):
+            assert not any(map(fits, parts(block_type, **other))), other
+    assert not any(map(is_attention, parts("SHMABlock_r1_ws7")))
 
 
 def block(kind=MobileFormerBlock, **others):
@@ -380,7 +426,7 @@ def test_on_a_gpu(name, dtype):
     deployed = mfkernels.deploy(model, dtype=dtype)
     cuda, triton = (mfkernels.backends.unavailable(backend) is None for backend in ("cuda", "triton"))
     fused = triton + cuda + (cuda and dtype != torch.float32)
-    assert len(deployed.forms) == 1 + {"mo": fused, "dm": triton}.get(name[:2], 0)
+    assert len(deployed.forms) == 1 + {"mo": fused, "dm": 2 * triton, "if": triton}[name[:2]]
     errors = {form: Errors() for form in ("fastest", *range(len(deployed.forms)))}
     for seed, stream in enumerate((torch.cuda.current_stream(), torch.cuda.Stream())):
         x = image(seed=seed).cuda()

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tolerance import Errors
 from mfkernels.deploy.gpu.activated_conv import dynamic_conv_reference, response_gelu_reference
 from mfkernels.deploy.gpu.former_to_mobile import former_to_mobile_reference
 from mfkernels.deploy.gpu.kernel_scores import kernel_scores_reference
+from mfkernels.deploy.gpu.pointwise import pointwise_reference
 from mfkernels.deploy.gpu.token_steps import outputs_of_tokens_reference, update_tokens_reference
 from mfkernels.operators.dispatch import triton_interpreted
 
@@ -50,6 +52,13 @@ OUTPUTS = [
 BRIDGES = [
     dict(B=2, C=8, H=9, W=13, T=3, heads=2, residual=True),
     dict(B=1, C=33, H=3, W=5, T=6, heads=1, residual=False),
+]
+POINTWISE = [
+    dict(B=2, C=8, O=12, H=9, W=13, residual=True, gelu=False),
+    dict(B=1, C=70, O=130, H=3, W=5, residual=False, gelu=True),
+    dict(B=1, C=33, O=17, H=10, W=11, residual=True, gelu=True),
+    dict(B=2, C=1, O=1, H=1, W=1, residual=False, gelu=False),
+    dict(B=0, C=4, O=4, H=3, W=3, residual=True, gelu=True),
 ]
 RESPONSES = [dict(B=2, C=6, H=9, W=13, mean="released"), dict(B=1, C=70, H=3, W=5, mean="channels")]
 
@@ -101,12 +110,20 @@ def make_bridge(shape: dict, generator: torch.Generator) -> list:
     return [normal(generator, B, C, H, W), other, *tokens, heads]
 
 
+def make_pointwise(shape: dict, generator: torch.Generator, draw=normal) -> list:
+    B, C, outputs, H, W, residual, gelu = shape.values()
+    other = draw(generator, B, outputs, H, W) if residual else None
+    weights = draw(generator, outputs, C, 1, 1), draw(generator, outputs)
+    return [draw(generator, B, C, H, W), *weights, other, gelu]
+
+
 KERNELS = [(kernel_scores_reference, make_scores, shape) for shape in SCORES]
 KERNELS += [(dynamic_conv_reference, make_conv, shape) for shape in CONVS]
 KERNELS += [(response_gelu_reference, make_response, shape) for shape in RESPONSES]
 KERNELS += [(update_tokens_reference, make_update, shape) for shape in UPDATES]
 KERNELS += [(outputs_of_tokens_reference, make_outputs, shape) for shape in OUTPUTS]
 KERNELS += [(former_to_mobile_reference, make_bridge, shape) for shape in BRIDGES]
+KERNELS += [(pointwise_reference, make_pointwise, shape) for shape in POINTWISE]
 MODULES = dict(
     kernel_scores="kernel_scores",
     dynamic_conv="activated_conv",
@@ -114,6 +131,7 @@ MODULES = dict(
     update_tokens="token_steps",
     outputs_of_tokens="token_steps",
     former_to_mobile="former_to_mobile",
+    pointwise="pointwise",
 )
 kernels = pytest.mark.parametrize("reference, make, shape", KERNELS, ids=str)
 
@@ -169,12 +187,17 @@ def test_interpreted(reference, make, shape, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", CONVS, ids=str)
-def test_integers_are_exact(shape):
+@pytest.mark.parametrize(
+    "reference, make, shape",
+    [(dynamic_conv_reference, partial(make_conv, gelu=False), shape) for shape in CONVS]
+    + [(pointwise_reference, make_pointwise, shape | dict(gelu=False)) for shape in POINTWISE],
+    ids=str,
+)
+def test_integers_are_exact(reference, make, shape):
     generator = torch.Generator().manual_seed(0)
-    given = make_conv(shape, generator, lambda generator, *of: integers(generator, -3, 3, *of), gelu=False)
-    expected = together(dynamic_conv_reference, dynamic_conv_reference(*given))
-    for got, exact in zip(run(dynamic_conv_reference, *cast(given, torch.float32)), expected, strict=True):
+    given = make(shape, generator, draw=lambda generator, *of: integers(generator, -3, 3, *of))
+    expected = together(reference, reference(*given))
+    for got, exact in zip(run(reference, *cast(given, torch.float32)), expected, strict=True):
         assert torch.equal(got.double(), exact)
 
 

@@ -44,6 +44,7 @@ from mfkernels.deploy.gpu.activated_conv_triton import dynamic_conv, response_ge
 from mfkernels.deploy.gpu.activated_depthwise_triton import activated_depthwise
 from mfkernels.deploy.gpu.former_to_mobile_triton import former_to_mobile
 from mfkernels.deploy.gpu.kernel_scores_triton import kernel_scores
+from mfkernels.deploy.gpu.pointwise_triton import pointwise
 from mfkernels.deploy.gpu.token_steps_triton import outputs_of_tokens, update_tokens
 
 TARGETS = {
@@ -239,12 +240,26 @@ def launch_former_to_mobile(dtype: torch.dtype) -> None:
         former_to_mobile(x, x, *tokens, 2)
 
 
+def launch_pointwise(dtype: torch.dtype) -> None:
+    """In both memory formats: each tile, with what comes after it."""
+    for channels, outputs, pixels in ((48, 192, 28), (768, 192, 14), (96, 24, 4)):
+        weight, bias = torch.empty(outputs, channels, 1, 1, dtype=dtype), torch.empty(outputs, dtype=dtype)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x, y = (
+                torch.empty(2, n, pixels, pixels, dtype=dtype, memory_format=layout)
+                for n in (channels, outputs)
+            )
+            for residual, gelu in ((None, False), (None, True), (y, False)):
+                pointwise(x, weight, bias, residual, gelu)
+
+
 # Of deployed networks.
 DEPLOYED = dict(
     activated_depthwise=launch_activated_depthwise,
     activated_conv=launch_activated_conv,
     former_to_mobile=launch_former_to_mobile,
     kernel_scores=launch_kernel_scores,
+    pointwise=launch_pointwise,
     token_steps=launch_token_steps,
 )
 
@@ -255,13 +270,21 @@ def launch_deployed(names: Sequence[str], dtype: torch.dtype) -> None:
             launch(dtype)
 
 
+def launched(function: Any, args: tuple, out: Any) -> bool:
+    """Whether an operator of PyTorch launched something; `contiguous` and `reshape` do where they copy."""
+    name = function._schema.name.split("::")[1]
+    if name in ("contiguous", "reshape"):
+        return out.untyped_storage()._cdata != args[0].untyped_storage()._cdata
+    return not (function.is_view or "empty" in name or name in ("_unsafe_view", "_reshape_alias", "detach"))
+
+
 def build(target: str, said: str) -> dict:
     with mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""):  # `_ptxas` does that, and says more
         made = compiled(TARGETS[target], said)
     variant = json.loads(said)
     module, _, kernel = variant["name"].rpartition(".")
     result = {
-        "operator": _operator_of(module),
+        "operator": operator_of(module),
         "kernel": kernel,
         "target": target,
         "types": sorted({t for t in variant["signature"].values() if t.startswith("*")}),
@@ -292,7 +315,7 @@ def fits(result: dict, spilled: int = 0, local: int = MOST_LOCAL) -> bool:
     return -(-warps // 4) * result["registers"] <= 512  # of a thread on each of four units
 
 
-def _operator_of(module: str) -> str:
+def operator_of(module: str) -> str:
     """`mfkernels.operators.<op>.triton`, or `mfkernels.deploy.gpu.<op>_triton`."""
     *_, folder, file = module.split(".")
     return folder if file == "triton" else file.removesuffix("_triton")

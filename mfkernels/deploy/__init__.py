@@ -48,8 +48,9 @@ def deploy(
     all kernels launched at once, by a CUDA graph; of a Mobile-Former in the form that is the fastest there:
     as it is; with depthwise convolutions and the activations around them in one kernel, and what blocks do
     with tokens alone in two, or where CUDA kernels are built in one; or in half precision with all of large
-    maps' Mobile in one, too. Of a Dynamic Mobile-Former there are two forms: as it is, and with each dynamic
-    convolution in two kernels, one for its weights and one for itself and the activation after it.
+    maps' Mobile in one, too. Of a Dynamic Mobile-Former there are forms with each dynamic convolution in two
+    kernels, one for its weights and one for itself and the activation after it; of it and of an iFormer also
+    such with pointwise convolutions and what comes after them in one.
 
     Args:
         model: a network of `mfkernels.models`, of the released code as published, or timm's iFormer,

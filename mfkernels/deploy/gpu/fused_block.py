@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...checks import tensors_in
 from ...models.dynamic_mobile_former import DynamicMobileFormer
+from ...models.iformer import IFormer
 from ...models.mobile_former import MobileFormer
 from ...native import CUDA_LACKS
 from ...nn.mobile_former_block import MobileFormerBlock, MobileFormerDownsample
@@ -19,6 +20,7 @@ from .activated_depthwise import activated_depthwise, activated_depthwise_of
 from .dynamic_bottleneck import dynamic_bottleneck, is_bottleneck, occupies_device
 from .former_to_mobile import former_to_mobile
 from .fused_dmf_block import with_fused_dmf_blocks
+from .fused_iformer import with_pointwise_kernels
 from .token_chain import Made, TokenChain, is_chain, token_chain_reference
 from .token_steps import TokenSteps
 
@@ -120,13 +122,13 @@ def forms(model: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
 
     The caller finds out which form is the fastest where it runs.
     """
-    if isinstance(model, DynamicMobileFormer) and TRITON_INSTALLED:
-        fused_dmf = with_fused_dmf_blocks(model)
-        return [model] if fused_dmf is None else [model, fused_dmf]
-    kernels = CUDA_LACKS is None
-    if not isinstance(model, MobileFormer):
-        return [model]
-    ways = [(False, True)] * TRITON_INSTALLED + [(False, False)] * kernels
-    ways += [(True, False)] * (kernels and dtype != torch.float32)
-    fused = [with_fused_blocks(model, *way) for way in ways]
+    kernels, fused = CUDA_LACKS is None, []
+    if isinstance(model, MobileFormer):
+        ways = [(False, True)] * TRITON_INSTALLED + [(False, False)] * kernels
+        ways += [(True, False)] * (kernels and dtype != torch.float32)
+        fused = [with_fused_blocks(model, *way) for way in ways]
+    elif isinstance(model, DynamicMobileFormer) and TRITON_INSTALLED:
+        fused = [with_fused_dmf_blocks(model, pointwise) for pointwise in (False, True)]
+    elif isinstance(model, IFormer) and TRITON_INSTALLED:
+        fused = [with_pointwise_kernels(model)]
     return [model, *(form for form in fused if form is not None)]

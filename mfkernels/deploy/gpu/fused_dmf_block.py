@@ -26,6 +26,7 @@ from ...nn.inputs import untouched
 from ...streams import side_by_side
 from .activated_conv import dynamic_conv, response_gelu
 from .kernel_scores import kernel_scores
+from .pointwise import pointwise
 
 _KNOWN = (
     *(DMFBlock, DMFFormer, DMFMobileToFormer, DropPath, DynamicMobile, DynamicResidualConv2d),
@@ -96,10 +97,12 @@ class FusedDMFBlock(nn.Module):
 
     Args:
         block: one that `is_known`, with folded batch norms.
+        pointwise: the static pointwise convolutions are Triton kernels, too, with what comes after them.
     """
 
-    def __init__(self, block: DMFBlock) -> None:
+    def __init__(self, block: DMFBlock, pointwise: bool) -> None:
         super().__init__()
+        self.pointwise = pointwise
         self.block, self.bridge = block, FusedBridge(block.mobile2former)
         mobile: Any = block.dynamic_mobile
         self.convs = nn.ModuleList(
@@ -117,9 +120,16 @@ class FusedDMFBlock(nn.Module):
             lambda: block.former(self.bridge(x, tokens)), lambda: self._begin(x), x, tokens
         )
         out = self._mobile(*begun, new[:, 0])
-        y = self.shortcut(F.gelu(ffn.pw_conv1(block.norm(out))))
+        y = self.shortcut(self._pointwise(block.norm(out), ffn.pw_conv1, None, True))
         y = response_gelu(y, grn.gamma.flatten(), grn.beta.flatten(), grn.mean, grn.eps)
-        return out + ffn.pw_conv2(y), new
+        return self._pointwise(y, ffn.pw_conv2, out, False), new
+
+    def _pointwise(self, x: Tensor, conv: nn.Conv2d, residual: Tensor | None, gelu: bool) -> Tensor:
+        if self.pointwise:
+            return pointwise(x, conv.weight, conv.bias, residual, gelu)
+        y = conv(x)
+        y = F.gelu(y) if gelu else y
+        return y if residual is None else y + residual
 
     def _begin(self, x: Tensor) -> tuple[Tensor, Sums | None]:
         """Compute what does not depend on the token: the halved map, and its means."""
@@ -144,18 +154,19 @@ def is_known(block: nn.Module) -> bool:
     return all(untouched(part, *_KNOWN) for part in block.modules())
 
 
-def with_fused_dmf_blocks(model: DynamicMobileFormer) -> nn.Module | None:
+def with_fused_dmf_blocks(model: DynamicMobileFormer, pointwise: bool) -> nn.Module | None:
     """Return the network with fused blocks, on the same parameters but for few; None where none can be one.
 
     Args:
         model: its batch norms are folded.
+        pointwise: see `FusedDMFBlock`.
     """
     shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
     fused = copy.deepcopy(model, shared)
     found = False
     for i, block in enumerate(fused.blocks):
         if is_known(block):
-            fused.blocks[i], found = FusedDMFBlock(block), True  # type: ignore[arg-type]
+            fused.blocks[i], found = FusedDMFBlock(block, pointwise), True  # type: ignore[arg-type]
     kinds: Any = dict(channel_conv=FusedDynamicConv, end_mobile2former=FusedBridge)
     for name, kind in kinds.items():
         part = getattr(fused, name)
