@@ -145,7 +145,7 @@ def accounts_of(name: str, batch: int) -> list[dict[str, Row]]:
     x = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta")
     driver.set_active(triton_compile.Driver(triton_compile.TARGETS["sm_90"]))
     with mock.patch.object(fused_block, "CUDA_LACKS", "they are not asked for"):
-        networks = forms(model, torch.bfloat16)
+        networks = [form.to(torch.bfloat16) for form in forms(model, torch.bfloat16)]
     found = []
     for network in networks:
         with ExitStack() as stack:
@@ -158,7 +158,7 @@ def accounts_of(name: str, batch: int) -> list[dict[str, Row]]:
             stack.enter_context(mock.patch.object(JITFunction, "run", account.noting()))
             stack.enter_context(mfkernels.use_backend("cpu"))
             stack.enter_context(torch.no_grad())
-            network.to(torch.bfloat16)(x)
+            network(x)
         found.append(account.rows)
     return found
 
