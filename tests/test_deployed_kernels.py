@@ -11,7 +11,11 @@ from cases import integers, normal
 from test_contract import LAYOUTS
 from tolerance import Errors
 
-from mfkernels.deploy.gpu.activated_conv import dynamic_conv_reference, response_gelu_reference
+from mfkernels.deploy.gpu.activated_conv import (
+    dynamic_conv_reference,
+    response_factors_reference,
+    response_gelu_reference,
+)
 from mfkernels.deploy.gpu.former_to_mobile import former_to_mobile_reference
 from mfkernels.deploy.gpu.kernel_scores import kernel_scores_reference
 from mfkernels.deploy.gpu.pointwise import pointwise_reference
@@ -35,6 +39,7 @@ CONVS = [
     dict(B=1, C=17, O=40, k=1, groups=1, K=8, H=5, W=30),
     dict(B=2, C=10, O=10, k=3, groups=10, K=3, H=20, W=11),
     dict(B=1, C=4, O=4, k=3, groups=2, K=2, H=1, W=1),
+    dict(B=1, C=9, O=9, k=3, groups=9, K=0, H=12, W=14),
     dict(B=0, C=4, O=4, k=1, groups=1, K=2, H=3, W=3),
 ]
 UPDATES = [
@@ -74,12 +79,17 @@ def make_conv(shape: dict, generator: torch.Generator, draw=normal, gelu=True) -
     B, C, outputs, k, groups, K, H, W = shape.values()
     kernel = outputs, C // groups, k, k
     given = [draw(generator, *of) for of in ((B, C, H, W), kernel, (K, *kernel), (B, K), (outputs,))]
-    return [*given, 1, k // 2, groups, 0.5, gelu, True]
+    return [*given, 1, k // 2, groups, 0.5, gelu, 1 + k // 2]
 
 
 def make_response(shape: dict, generator: torch.Generator) -> list:
     B, C, H, W, mean = shape.values()
     return [normal(generator, B, C, H, W), normal(generator, C), normal(generator, C), mean, 1e-6]
+
+
+def make_factors(shape: dict, generator: torch.Generator) -> list:
+    B, C, parts, _, mean = shape.values()
+    return [normal(generator, B, parts, C) ** 2, normal(generator, C), mean, 1e-6]
 
 
 def linear(generator: torch.Generator, inputs: int, outputs: int) -> list:
@@ -114,12 +124,16 @@ def make_pointwise(shape: dict, generator: torch.Generator, draw=normal) -> list
     B, C, outputs, H, W, residual, gelu = shape.values()
     other = draw(generator, B, outputs, H, W) if residual else None
     weights = draw(generator, outputs, C, 1, 1), draw(generator, outputs)
-    return [draw(generator, B, C, H, W), *weights, other, gelu]
+    response = (None, None)
+    if gelu and residual:
+        response = draw(generator, B, C).abs(), draw(generator, C)
+    return [draw(generator, B, C, H, W), *weights, other, gelu, *response]
 
 
 KERNELS = [(kernel_scores_reference, make_scores, shape) for shape in SCORES]
 KERNELS += [(dynamic_conv_reference, make_conv, shape) for shape in CONVS]
 KERNELS += [(response_gelu_reference, make_response, shape) for shape in RESPONSES]
+KERNELS += [(response_factors_reference, make_factors, shape) for shape in RESPONSES]
 KERNELS += [(update_tokens_reference, make_update, shape) for shape in UPDATES]
 KERNELS += [(outputs_of_tokens_reference, make_outputs, shape) for shape in OUTPUTS]
 KERNELS += [(former_to_mobile_reference, make_bridge, shape) for shape in BRIDGES]
@@ -127,6 +141,7 @@ KERNELS += [(pointwise_reference, make_pointwise, shape) for shape in POINTWISE]
 MODULES = dict(
     kernel_scores="kernel_scores",
     dynamic_conv="activated_conv",
+    response_factors="activated_conv",
     response_gelu="activated_conv",
     update_tokens="token_steps",
     outputs_of_tokens="token_steps",

@@ -42,7 +42,7 @@ OPERATORS = {
 # kernels that it tries; at batch 1 and 2.
 NETWORKS = {
     "mobile_former_26m": ((243, 211, 121), (261, 229, 125)),
-    "dmf_xxs": ((543, 486, 272, 250), (543, 486, 272, 250)),
+    "dmf_xxs": ((543, 486, 272, 220), (543, 486, 272, 220)),
     "iformer_t": ((182, 120, 73), (182, 120, 73)),
 }
 

@@ -91,7 +91,7 @@ def test_kernels_compile_and_fit(tmp_path):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    deployed = {"activated_depthwise", "kernel_scores", "pointwise", "token_steps"}
+    deployed = {"activated_conv", "activated_depthwise", "kernel_scores", "pointwise", "token_steps"}
     assert {r["operator"] for r in results} == deployed | {op.NAME for op in OPERATORS}
     assert {r["target"] for r in results} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert all(r["registers"] > 0 and "shared" in r for r in results)

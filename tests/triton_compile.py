@@ -40,7 +40,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import mfkernels
-from mfkernels.deploy.gpu.activated_conv_triton import dynamic_conv, response_gelu
+from mfkernels.deploy.gpu.activated_conv_triton import dynamic_conv, response_factors, response_gelu
 from mfkernels.deploy.gpu.activated_depthwise_triton import activated_depthwise
 from mfkernels.deploy.gpu.former_to_mobile_triton import former_to_mobile
 from mfkernels.deploy.gpu.kernel_scores_triton import kernel_scores
@@ -209,8 +209,10 @@ def launch_activated_conv(dtype: torch.dtype) -> None:
             for layout in (torch.contiguous_format, torch.channels_last):
                 x = torch.empty(2, channels, pixels, pixels, dtype=dtype, memory_format=layout)
                 for gelu in (False, True):
-                    dynamic_conv(x, *given, 1, size // 2, groups, 0.1, gelu, True)
+                    dynamic_conv(x, *given, 1, size // 2, groups, 0.1, gelu, 2 - gelu)
                 response_gelu(x, *torch.empty(2, channels, dtype=dtype), "released", 1e-6)
+    for mean in ("released", "channels"):
+        response_factors(torch.empty(2, 25, 648), torch.empty(648, dtype=dtype), mean, 1e-6)
 
 
 def launch_token_steps(dtype: torch.dtype) -> None:
@@ -249,8 +251,9 @@ def launch_pointwise(dtype: torch.dtype) -> None:
                 torch.empty(2, n, pixels, pixels, dtype=dtype, memory_format=layout)
                 for n in (channels, outputs)
             )
-            for residual, gelu in ((None, False), (None, True), (y, False)):
-                pointwise(x, weight, bias, residual, gelu)
+            norm = torch.empty(2, channels), torch.empty(channels, dtype=dtype)
+            for residual, gelu, response in ((None, True, ()), (y, False, ()), (y, False, norm)):
+                pointwise(x, weight, bias, residual, gelu, *response)
 
 
 # Of deployed networks.

@@ -24,7 +24,7 @@ from ...nn import (
 from ...nn.dmf_tokens import _MLP, _TokenAttention
 from ...nn.inputs import untouched
 from ...streams import side_by_side
-from .activated_conv import dynamic_conv, response_gelu
+from .activated_conv import dynamic_conv, response_factors, response_gelu, static_conv
 from .kernel_scores import kernel_scores
 from .pointwise import pointwise
 
@@ -61,8 +61,8 @@ class FusedDynamicConv(nn.Module):
         scores = kernel_scores(*(sums or means(x)), token, *weights, softmax)
         settings = conv.stride, conv.padding, conv.groups, BASIS_SCALE
         kernels = conv.static_weight, conv.weight, scores, conv.bias
-        y, parts = dynamic_conv(x, *kernels, *settings, gelu, summed)
-        return y, None if parts is None else (parts, y.shape[2] * y.shape[3])
+        y, parts = dynamic_conv(x, *kernels, *settings, gelu, int(summed))
+        return y, (parts, y.shape[2] * y.shape[3]) if summed else None
 
     def forward(self, x: Tensor, token: Tensor) -> Tensor:
         return self.run(x, token, None, gelu=False, summed=False)[0]
@@ -97,7 +97,7 @@ class FusedDMFBlock(nn.Module):
 
     Args:
         block: one that `is_known`, with folded batch norms.
-        pointwise: the static pointwise convolutions are Triton kernels, too, with what comes after them.
+        pointwise: the static convolutions are Triton kernels, too, with what comes before and after them.
     """
 
     def __init__(self, block: DMFBlock, pointwise: bool) -> None:
@@ -120,22 +120,26 @@ class FusedDMFBlock(nn.Module):
             lambda: block.former(self.bridge(x, tokens)), lambda: self._begin(x), x, tokens
         )
         out = self._mobile(*begun, new[:, 0])
-        y = self.shortcut(self._pointwise(block.norm(out), ffn.pw_conv1, None, True))
-        y = response_gelu(y, grn.gamma.flatten(), grn.beta.flatten(), grn.mean, grn.eps)
-        return self._pointwise(y, ffn.pw_conv2, out, False), new
-
-    def _pointwise(self, x: Tensor, conv: nn.Conv2d, residual: Tensor | None, gelu: bool) -> Tensor:
-        if self.pointwise:
-            return pointwise(x, conv.weight, conv.bias, residual, gelu)
-        y = conv(x)
-        y = F.gelu(y) if gelu else y
-        return y if residual is None else y + residual
+        y, (first, last) = block.norm(out), (ffn.pw_conv1, ffn.pw_conv2)
+        norm, form = (grn.gamma.flatten(), grn.beta.flatten()), (grn.mean, grn.eps)
+        if not self.pointwise:
+            y = self.shortcut(F.gelu(first(y)))
+            return last(response_gelu(y, *norm, *form)) + out, new
+        y = pointwise(y, first.weight, first.bias, None, True)
+        y, squares = static_conv(y, self.shortcut, False, 2)
+        factors = response_factors(squares, norm[0], *form)
+        return pointwise(y, last.weight, last.bias, out, False, factors, norm[1]), new
 
     def _begin(self, x: Tensor) -> tuple[Tensor, Sums | None]:
         """Compute what does not depend on the token: the halved map, and its means."""
         mobile: Any = self.block.dynamic_mobile
-        x = mobile.downsample(x) if hasattr(mobile, "downsample") else x
-        return x, means(x) if mobile.dynamic[0] else None
+        dynamic = mobile.dynamic[0]
+        if hasattr(mobile, "downsample"):
+            if self.pointwise:
+                x, parts = static_conv(x, mobile.downsample[0], True, int(dynamic))
+                return x, (parts, x.shape[2] * x.shape[3]) if dynamic else None
+            x = mobile.downsample(x)
+        return x, means(x) if dynamic else None
 
     def _mobile(self, x: Tensor, sums: Sums | None, token: Tensor) -> Tensor:
         dynamic = *self.block.dynamic_mobile.dynamic, False
@@ -151,7 +155,8 @@ class FusedDMFBlock(nn.Module):
 
 def is_known(block: nn.Module) -> bool:
     """Whether a part of a network is as in the released ones, with folded batch norms."""
-    return all(untouched(part, *_KNOWN) for part in block.modules())
+    exact = all(part.approximate == "none" for part in block.modules() if isinstance(part, nn.GELU))
+    return exact and all(untouched(part, *_KNOWN) for part in block.modules())
 
 
 def with_fused_dmf_blocks(model: DynamicMobileFormer, pointwise: bool) -> nn.Module | None:

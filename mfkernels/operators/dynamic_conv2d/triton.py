@@ -50,11 +50,12 @@ def mixed(weight, basis, attention, at, inside, kernels, size, scale):
 @triton.jit
 def store_result(
     sums, o, inside_o, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias, attention, kernels,
-    outputs, parts, part, GELU: tl.constexpr,
+    outputs, parts, part, GELU: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Store outputs o at pixels p of a sample, with the sample's biases, and their GELU where there is one.
 
-    In parts (B, S, outputs), unless it is None, the sums over these pixels are stored, too.
+    With a POWER, sums of the results' first or second powers over these pixels are stored in a row of parts
+    (B, S, outputs), too.
     """
     if bias is not None:
         sums += tl.load(bias + o, inside_o, 0.0).to(tl.float32)[:, None]
@@ -65,8 +66,9 @@ def store_result(
     if GELU:
         sums = gelu(sums)
     inside = inside_o[:, None] & inside_p[None, :]
-    if parts is not None:
-        tl.store(parts + part * outputs + o, tl.sum(tl.where(inside, sums, 0.0), 1), inside_o)
+    if POWER > 0:
+        kept = tl.where(inside, sums, 0.0)
+        tl.store(parts + part * outputs + o, tl.sum(kept * kept if POWER == 2 else kept, 1), inside_o)
     y, x = (p // RW).to(tl.int64), p % RW
     to = result + b * r_b + o.to(tl.int64)[:, None] * r_c + y[None, :] * r_y + x[None, :] * r_x
     tl.store(to, sums.to(result.dtype.element_ty), inside)
@@ -100,7 +102,8 @@ def dense_kernel(
     source, result, parts, weight, basis, attention, bias, basis_bias, kernels, size, scale,
     rows, sources, groups, blocks, SH, SW, RH, RW, kh, kw, sh, sw, ph, pw, dh, dw,
     s_b, s_c, s_y, s_x, r_b, r_c, r_y, r_x,
-    TRANSPOSED: tl.constexpr, GELU: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    TRANSPOSED: tl.constexpr, GELU: tl.constexpr, POWER: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """Convolve densely, or transposed.
 
@@ -136,7 +139,7 @@ def dense_kernel(
         sums += dot(kernel, pixel)
     store_result(
         sums, group * rows + r, inside_r, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias,
-        attention, kernels, size // depth, parts, b * tl.cdiv(RH * RW, BP) + tile, GELU,
+        attention, kernels, size // depth, parts, b * tl.cdiv(RH * RW, BP) + tile, GELU, POWER,
     )  # fmt: skip
 
 
@@ -145,7 +148,7 @@ def depthwise_kernel(
     source, result, parts, weight, basis, attention, bias, basis_bias, kernels, size, scale,
     multiplier, channels, SH, SW, RH, RW, kh, kw, sh, sw, ph, pw, dh, dw,
     s_b, s_c, s_y, s_x, r_b, r_c, r_y, r_x,
-    TRANSPOSED: tl.constexpr, GELU: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, GELU: tl.constexpr, POWER: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """channels: of the result; multiplier: outputs for each channel of x."""
     tile, block, b = place(tl.cdiv(RH * RW, BP), tl.cdiv(channels, BR))
@@ -170,7 +173,7 @@ def depthwise_kernel(
         sums += kernel[:, None] * tl.load(source + b * s_b + at, inside, 0.0).to(tl.float32)
     store_result(
         sums, r, inside_r, p, inside_p, b, result, r_b, r_c, r_y, r_x, RW, bias, basis_bias, attention,
-        kernels, channels, parts, b * tl.cdiv(RH * RW, BP) + tile, GELU,
+        kernels, channels, parts, b * tl.cdiv(RH * RW, BP) + tile, GELU, POWER,
     )  # fmt: skip
 
 
@@ -260,11 +263,11 @@ def depthwise_weight_kernel(
 
 def _convolve(
     source: Tensor, result: Tensor, tensors: tuple, settings: tuple, groups: int, scale: float,
-    transposed: bool, gelu: bool = False, summed: bool = False,
-) -> Tensor | None:  # fmt: skip
+    transposed: bool, gelu: bool = False, power_of_sums: int = 0,
+) -> Tensor:  # fmt: skip
     """Write `result`, the convolution of `source` or, transposed, its gradient's.
 
-    Where `summed`, return sums of its pixels (B, S, C), in S parts, float32.
+    Return sums of its pixels' first or second powers (B, S, C), in S parts, float32; S = 0 for power 0.
     """
     weight, basis, *_ = tensors
     batch, channels, height, width = result.shape
@@ -276,14 +279,16 @@ def _convolve(
         block_r, block_p = power(rows, 16, 32), power(pixels, 16, 64)
     if inputs > 1 and block_r == block_p == 32:
         block_p = 64  # of 32 by 32 ptxas spills
-    tiles, parts = triton.cdiv(pixels, block_p), None
-    if summed:
-        parts = torch.empty((batch, tiles, channels), dtype=torch.float32, device=source.device)
+    tiles = triton.cdiv(pixels, block_p)
+    shape = (batch, tiles if power_of_sums else 0, channels)
+    parts = torch.empty(shape, dtype=torch.float32, device=source.device)
     if result.numel() == 0:
         return parts
     maps = (*source.shape[2:], height, width, *kernel, *settings, *source.stride(), *result.stride())
     first = (source, result, parts, *tensors, basis.shape[0], weight.numel(), scale)
-    options: dict[str, Any] = dict(TRANSPOSED=transposed, GELU=gelu, BR=block_r, BP=block_p)
+    options: dict[str, Any] = dict(
+        TRANSPOSED=transposed, GELU=gelu, POWER=power_of_sums, BR=block_r, BP=block_p
+    )  # fmt: skip
     if inputs == 1:
         grid = (tiles * triton.cdiv(channels, block_r) * batch,)
         depthwise_kernel[grid](*first, outputs // groups, channels, *maps, **options)
@@ -345,14 +350,14 @@ def forward(
 
 def activated(
     x: Tensor, weight: Tensor, basis: Tensor, attention: Tensor, bias: Tensor | None, stride: int,
-    padding: int, groups: int, basis_scale: float, gelu: bool, summed: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return what `forward` does or its GELU, and sums of its pixels, see `_convolve`."""
+    padding: int, groups: int, basis_scale: float, gelu: bool, power_of_sums: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what `forward` does or its GELU, and sums of its pixels' powers, see `_convolve`."""
     settings = (stride, stride, padding, padding, 1, 1)
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, 1)
     out = empty_map(x, (x.shape[0], weight.shape[0], *size))
     tensors = _contiguous(weight, basis, attention, bias, None)
-    return out, _convolve(x, out, tensors, settings, groups, basis_scale, False, gelu, summed)
+    return out, _convolve(x, out, tensors, settings, groups, basis_scale, False, gelu, power_of_sums)
 
 
 def backward(
