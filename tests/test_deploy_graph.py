@@ -25,9 +25,10 @@ from mfkernels.deploy.gpu.fused_iformer import (
 )
 from mfkernels.deploy.gpu.graph import MOST_SHAPES, Captured, deployed_on_gpu
 from mfkernels.deploy.gpu.token_chain import is_chain
+from mfkernels.deploy.gpu.token_steps import LastBridge, is_bridge
 from mfkernels.models import DynamicMobileFormer, FeaturePyramid, MobileFormer
 from mfkernels.models.iformer import _fuse
-from mfkernels.nn import IFormerStage, MobileFormerBlock, MobileFormerDownsample, Residual
+from mfkernels.nn import IFormerStage, MobileFormerBlock, MobileFormerDownsample, MobileToFormer, Residual
 
 
 class Double:
@@ -200,6 +201,7 @@ def test_fused_blocks_do_the_same(whole, in_steps):
     blocks = [block for block in fused.modules() if isinstance(block, FusedBlock)]
     assert len(blocks) == 3 and sum(block.whole for block in blocks) == 2 * whole
     assert not any(isinstance(block, FusedBlock) for block in folded.modules())
+    assert isinstance(fused.local_global, LastBridge) == in_steps
     assert {id(p) for p in fused.parameters()} == {id(p) for p in folded.parameters()}
     with torch.no_grad():
         expected, got = (form(image(2, 3, 66, 74).double()) for form in (model, fused))
@@ -318,6 +320,18 @@ def test_only_released_token_chains_are_one_kernel():
     strange = block()
     strange.global_block.layer_norm.eps = 1e-3
     assert not is_chain(strange)
+
+
+def test_only_released_bridges_are_the_last():
+    def bridge(**options):
+        return MobileToFormer(8, 16, **options)
+
+    assert is_bridge(bridge()) and is_bridge(bridge(gate=False))
+    for other in (dict(mixing="mlp_attn", token_num=2, positions=9), dict(local_projection=True)):
+        assert not is_bridge(bridge(**other)), other
+    hooked = bridge()
+    hooked.proj.register_forward_hook(print)
+    assert not is_bridge(hooked)
 
 
 def test_forms(monkeypatch):

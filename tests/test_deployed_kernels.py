@@ -46,6 +46,7 @@ UPDATES = [
     dict(B=2, T=3, C=8, d=32, gated=True, ffn=True),
     dict(B=1, T=6, C=70, d=48, gated=False, ffn=True),
     dict(B=3, T=17, C=5, d=16, gated=True, ffn=False),
+    dict(B=2, T=4, C=12, d=16, gated=True, ffn=None),
     dict(B=0, T=2, C=4, d=16, gated=False, ffn=False),
 ]
 OUTPUTS = [
@@ -99,7 +100,8 @@ def linear(generator: torch.Generator, inputs: int, outputs: int) -> list:
 def make_update(shape: dict, generator: torch.Generator) -> list:
     B, T, C, d, gated, ffn = shape.values()
     layers = linear(generator, C, d)
-    for sizes in ((d,), (d, d), (d, d), (d,), *([(d, 2 * d), (2 * d, d), (d,)] if ffn else [])):
+    former = [] if ffn is None else [(d, d), (d, d), (d,)]  # None: no Former
+    for sizes in ((d,), *former, *([(d, 2 * d), (2 * d, d), (d,)] if ffn else [])):
         norm = [normal(generator, *sizes), normal(generator, *sizes)] if len(sizes) == 1 else None
         layers += norm or linear(generator, *sizes)
     gates = normal(generator, B, T, C) if gated else None

@@ -216,7 +216,7 @@ def launch_activated_conv(dtype: torch.dtype) -> None:
 
 
 def launch_token_steps(dtype: torch.dtype) -> None:
-    """As of mobile_former_26m, without a following block, and of mobile_former_508m."""
+    """As of mobile_former_26m, without a following block, and of mobile_former_508m; and the last bridges."""
     for width, channels, outputs, units, hidden, following in (
         (128, 24, 48, 32, 0, 0),
         (192, 240, 240, 48, 384, 4),
@@ -231,6 +231,7 @@ def launch_token_steps(dtype: torch.dtype) -> None:
             [torch.empty(of, dtype=dtype) for of in shapes] for shapes in (layers, networks, heads)
         )
         update_tokens(given, given if following else None, tokens, first, 4, 1e-5)
+        update_tokens(given, given, tokens, first[:4], 1, 1e-5)
         outputs_of_tokens(tokens, 0, *rest)
 
 

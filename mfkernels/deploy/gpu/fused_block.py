@@ -22,7 +22,7 @@ from .former_to_mobile import former_to_mobile
 from .fused_dmf_block import with_fused_dmf_blocks
 from .fused_iformer import with_pointwise_kernels
 from .token_chain import Made, TokenChain, is_chain, token_chain_reference
-from .token_steps import TokenSteps
+from .token_steps import LastBridge, TokenSteps, is_bridge
 
 
 class FusedBlock(nn.Module):
@@ -111,7 +111,11 @@ def with_fused_blocks(model: nn.Module, whole: bool, in_steps: bool) -> nn.Modul
     for i, block in enumerate(blocks):
         if not chains[i]:
             continue
-        following = blocks[i + 1] if chains[i + 1 : i + 2] == [True] else None
+        if in_steps and i + 1 == len(blocks) and is_bridge(fused.local_global):
+            following = fused.local_global
+            fused.local_global = LastBridge(following)
+        else:
+            following = blocks[i + 1].local_global if chains[i + 1 : i + 2] == [True] else None
         chain = TokenSteps(following) if in_steps else TokenChain(block)
         fused.features[i] = FusedBlock(block, whole and is_bottleneck(block), chain)
     return fused if any(chains) else None

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import ops
-from ...nn.inputs import parameters_of
+from ...nn import MobileToFormer
+from ...nn.inputs import parameters_of, untouched
 from ...operators.former_block import former_block_reference
 from ...operators.token_hyper import token_hyper_reference
 from .by_kernel import by_kernel
@@ -29,7 +30,7 @@ def update_tokens_reference(
         gates: (B, T, C), or None.
         tokens: (B, T, d).
         layers: weights and biases of the bridge's projection and norm, and of the Former's layers, in the
-            order of `mfkernels.ops.former_block`.
+            order of `mfkernels.ops.former_block`, if there is a Former.
         num_heads, eps: of `mfkernels.ops.former_block`.
 
     Returns:
@@ -42,7 +43,7 @@ def update_tokens_reference(
     tokens = tokens + F.linear(given, weight, bias)
     tokens = F.layer_norm(tokens, tokens.shape[2:], norm_weight, norm_bias, eps)
     run: Any = former_block_reference
-    return run(tokens, *former, num_heads=num_heads, eps=eps)
+    return tokens if not former else run(tokens, *former, num_heads=num_heads, eps=eps)
 
 
 def outputs_of_tokens_reference(
@@ -93,7 +94,7 @@ class TokenSteps(nn.Module):
     """Runs both kernels for one block.
 
     Args:
-        following: the next block, if there is one.
+        following: the bridge to the tokens of the next block, or of the network's end, if there is one.
 
     Inputs:
         block: one that `is_chain`.
@@ -108,15 +109,12 @@ class TokenSteps(nn.Module):
         super().__init__()
         self.following = nn.ModuleList()
         if following is not None:
-            bridge = following.local_global
-            self.following.extend([bridge.q, *([bridge.alpha[0]] if hasattr(bridge, "alpha") else [])])
+            gates = [following.alpha[0]] if hasattr(following, "alpha") else []
+            self.following.extend([following.q, *gates])
 
     def forward(self, block: Any, x: Tensor, given: Tensor | Given) -> tuple[Made, Tensor | Given]:
-        bridge, former, back = block.local_global, block.global_block, block.global_local
-        tokens, queries, gates = _first(bridge, given) if isinstance(given, Tensor) else given
-        gathered = ops.mobile_to_former_attention(x, queries, bridge.num_heads)
-        layers: Any = parameters_of(bridge.proj, bridge.layer_norm, *former._layers())
-        tokens = update_tokens(gathered, gates, tokens, layers, former.num_heads, former.layer_norm.eps)
+        back = block.global_local
+        tokens = _updated(block.local_global, block.global_block, x, given)
         networks = [hyper.hyper[i] for _, hyper in block._generators() for i in (0, 2)]
         parameters = parameters_of(*networks), parameters_of(back.k, back.proj, *self.following)
         outputs = outputs_of_tokens(tokens, block.token_id, *parameters)
@@ -124,6 +122,45 @@ class TokenSteps(nn.Module):
         if not rest:
             return made, made.tokens.contiguous()
         return made, Given(tokens, rest[0], rest[1] if len(rest) > 1 else None)
+
+
+class LastBridge(nn.Module):
+    """Stand in the place of the bridge at the end of a network, which is given tokens and queries.
+
+    Args:
+        bridge: one that `is_bridge`.
+
+    Inputs:
+        x (B, C, H, W), and what the block before gave.
+
+    Returns:
+        tokens (T, B, d), and None.
+    """
+
+    def __init__(self, bridge: nn.Module) -> None:
+        super().__init__()
+        self.bridge = bridge
+
+    def forward(self, x: Tensor, given: Given, return_logits: bool = False) -> tuple[Tensor, None]:
+        return _updated(self.bridge, None, x, given).transpose(0, 1), None
+
+
+def is_bridge(bridge: Any) -> bool:
+    """Whether the first kernel does what a bridge to the tokens does: as in the released networks."""
+    if not untouched(bridge, MobileToFormer) or any(hasattr(bridge, name) for name in ("mlp", "k")):
+        return False
+    layers: list[Any] = [bridge.q, bridge.proj, bridge.layer_norm]
+    layers += list(bridge.alpha)[:1] if hasattr(bridge, "alpha") else []
+    return parameters_of(*layers) is not None
+
+
+def _updated(bridge: Any, former: Any | None, x: Tensor, given: Tensor | Given) -> Tensor:
+    """Return the tokens (B, T, d) after the bridge to them, and the Former if there is one."""
+    tokens, queries, gates = _first(bridge, given) if isinstance(given, Tensor) else given
+    gathered = ops.mobile_to_former_attention(x, queries, bridge.num_heads)
+    parts = [bridge.proj, bridge.layer_norm, *([] if former is None else former._layers())]
+    heads = 1 if former is None else former.num_heads
+    return update_tokens(gathered, gates, tokens, parameters_of(*parts), heads, bridge.layer_norm.eps)
 
 
 def _first(bridge: Any, tokens: Tensor) -> Given:

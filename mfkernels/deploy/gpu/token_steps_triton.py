@@ -35,7 +35,7 @@ def update_kernel(
     q_w, q_b, proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b,
     given, before, sum0, x, q, weights, attended, sum1, second, units, active, sum2, out,
     size, tokens, channels, width, hidden, heads, depth, scale, eps,
-    FFN: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    FORMER: tl.constexpr, FFN: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Run one sample, on rows as the kernels of `former_block` do."""
     b = tl.program_id(0).to(tl.int64)
@@ -50,12 +50,15 @@ def update_kernel(
     gate(gathered, gates, given, size, tokens, channels, BN)
     linear(given, size, 1, bridge_w, channels, 1, bridge_b, before, sum0, size, tokens, channels, width, BN)
     norm(sum0, norm_w, norm_b, None, None, None, x, size, tokens, width, eps, BD)
-    form(
-        q_w, q_b, proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b,
-        x, x, q, x, x, weights, attended, sum1, second, units, active, sum2, out,
-        size, tokens, width, hidden, heads, depth, scale, eps, False, FFN, BD, BN, BT,
-    )  # fmt: skip
-    copy(out, size, 1, result + b * tokens * width, width, 1, tokens, width, BN)
+    if FORMER:
+        form(
+            q_w, q_b, proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b,
+            x, x, q, x, x, weights, attended, sum1, second, units, active, sum2, out,
+            size, tokens, width, hidden, heads, depth, scale, eps, False, FFN, BD, BN, BT,
+        )  # fmt: skip
+        copy(out, size, 1, result + b * tokens * width, width, 1, tokens, width, BN)
+    else:
+        copy(x, size, 1, result + b * tokens * width, width, 1, tokens, width, BN)
 
 
 NUMBERS = ["token_id", "units", "outputs", "other_units", "other_outputs", "keys", "queries"]
@@ -136,8 +139,8 @@ def update_tokens(
         rows["attended"], rows["sum1"], rows["second"], rows["units"], rows["active"], rows["sum2"],
         rows["out"],
         kept.stride(1), count, channels, width, hidden, num_heads, depth, depth**-0.5, eps,
-        FFN=ffn, BD=power(width, 16), BN=power(max(width, hidden), 32, 64), BT=power(count, 16),
-        num_warps=8, num_stages=2,
+        FORMER=len(layers) > 4, FFN=ffn, BD=power(width, 16), BN=power(max(width, hidden), 32, 64),
+        BT=power(count, 16), num_warps=8, num_stages=2,
     )  # fmt: skip
     return result
 
