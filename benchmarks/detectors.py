@@ -90,7 +90,9 @@ class Levels(nn.Module):
         if kind == "RetinaNet":
             return tuple(model.head(list(model.backbone(x).values())).values())
         if kind == "MaskRCNN":
-            return tuple(model.backbone(x).values())
+            levels = list(model.backbone(x).values())
+            scores, boxes = model.rpn.head(levels)
+            return *levels, *scores, *boxes
         if kind == "SemanticFPN":
             return model(x)["out"]
         found = model(x)
@@ -103,7 +105,12 @@ def deployed_network(model: Any, x: Tensor, dtype: torch.dtype) -> Call:
     kind = type(model).__name__
     if kind == "MaskRCNN":
         deployed = deployed.backbone
-        return lambda: tuple(deployed(x).values())
+
+        def levels_and_proposals() -> tuple[Tensor, ...]:
+            found = deployed(x)
+            return *found.values(), *found.scores, *found.boxes
+
+        return levels_and_proposals
     if kind == "RetinaNet":
         deployed, x = deployed.network, x.contiguous(memory_format=torch.channels_last)
     return lambda: tuple(deployed(x))

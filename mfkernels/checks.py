@@ -57,6 +57,17 @@ def check_argument(
     check_shape(op, name, tensor, axes, shape)
 
 
+def check_mask(op: str, mask: object, x: Tensor) -> None:
+    """Check that `mask` is a bool tensor (B, H, W) for the map `x`, on its device."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{op}: mask must be a bool tensor, got {found}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"{op}: mask must be a dense tensor, got layout {mask.layout}")
+    check_shape(op, "mask", mask, "B H W", (x.shape[0], *x.shape[2:]))
+    check_device(op, "mask", mask, "x", x)
+
+
 def as_given(*values: Any) -> tuple[Any, ...]:
     """Return the values as they are: what an operator does under autocast that takes several dtypes."""
     return values

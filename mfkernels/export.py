@@ -12,7 +12,7 @@ from .operators.dynamic_relu.reference import dynamic_relu_reference
 from .operators.former_block.reference import former_block_reference
 from .operators.former_to_mobile_attention.reference import former_to_mobile_attention_reference
 from .operators.global_response_norm.reference import global_response_norm_reference
-from .operators.mobile_to_former_attention.reference import mobile_to_former_attention_reference
+from .operators.mobile_to_former_attention.reference import hide_logits, mobile_to_former_attention_reference
 from .operators.modulation_attention.reference import modulation_attention_reference
 from .operators.token_hyper.reference import token_hyper_reference
 
@@ -59,10 +59,16 @@ def _batch_norm(
 
 
 def _mobile_to_former_attention(
-    x: Tensor, q: Tensor, num_heads: int, scale: float | None = None, return_logits: bool = False
+    x: Tensor,
+    q: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    return_logits: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, logits = mobile_to_former_attention_reference(x, q, num_heads, scale, True)
+    out, logits = mobile_to_former_attention_reference(x, q, num_heads, scale, True, mask)
     flat = logits.flatten(3)
+    flat = flat if mask is None else hide_logits(flat, mask.flatten(1)[:, None, None])
     top = flat.amax(-1)
     stats = torch.stack([top, torch.exp(flat - top[..., None]).sum(-1)], -1)
     return out, logits if return_logits else x.new_empty(0), stats

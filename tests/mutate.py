@@ -25,6 +25,12 @@ MUTATIONS = {
         "2 / std::sqrt(static_cast<double>(",
         "mobile_to_former",
     ),
+    "mobile_to_former_attention, masked": (
+        "csrc/cpu/operators/mobile_to_former_attention.cpp",
+        "hide<C>(grad_x, depth, width, seen, 0)",
+        "hide<C>(grad_x, depth, width, seen, 1)",
+        "mobile_to_former",
+    ),
     "former_to_mobile_attention": (
         "csrc/cpu/simd/softmax.h",
         "- pivot - mean) * scale",
@@ -145,6 +151,12 @@ MUTATIONS |= {
     )
     for op, (old, new) in TRITON.items()
 }
+MUTATIONS["mobile_to_former_attention, masked in Triton"] = (
+    "mfkernels/operators/mobile_to_former_attention/triton.py",
+    "(tl.load(mask + b * pixels + p, inside, 1) == 0)",
+    "(tl.load(mask + p, inside, 1) == 0)",
+    "test_triton.py and interpreted and mobile_to_former_attention",
+)
 MUTATIONS["activated_depthwise in Triton"] = (
     "mfkernels/deploy/gpu/activated_depthwise_triton.py",
     "e // (outputs // channels)",

@@ -332,6 +332,27 @@ CALLS = {
     "gather heads type": (lambda: gather(num_heads=2.0), TypeError, "num_heads must be an int, got float"),
     "gather no pixels": (lambda: gather(x=ones(2, 8, 0, 5)), ValueError, "x must have at least one pixel"),
     "gather dtype": (lambda: gather(q=ones(2, 3, 8).bfloat16()), TypeError, "q must have the dtype of x"),
+    "gather mask": (
+        lambda: gather(mask=ones(2, 5, 4) > 0),
+        ValueError,
+        "mask must have shape (B, H, W) = (2, 4, 5), got (2, 5, 4)",
+    ),
+    "gather mask dtype": (
+        lambda: gather(mask=ones(2, 4, 5)),
+        TypeError,
+        "mask must be a bool tensor, got torch.float32",
+    ),
+    "gather mask type": (lambda: gather(mask=True), TypeError, "mask must be a bool tensor, got bool"),
+    "gather mask layout": (
+        lambda: gather(mask=(ones(2, 4, 5) > 0).to_sparse()),
+        TypeError,
+        "mask must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    "gather mask device": (
+        lambda: gather(mask=ones(2, 4, 5, device="meta") > 0),
+        ValueError,
+        "mask must be on the device of x, cpu, got meta",
+    ),
     # former_to_mobile_attention
     "scatter keys": (
         lambda: scatter(k=ones(2, 8)),
@@ -449,7 +470,12 @@ def test_registered_operators_check_too():
         lambda: call.dynamic_relu_backward(ones(2, 8, 4, 4), X, ones(2, 3, 8)),
         lambda: call.mobile_to_former_attention(X, ones(2, 3, 8), 3),
         lambda: call.mobile_to_former_attention(X, ones(2, 3, 9), 2),
+        lambda: call.mobile_to_former_attention(X, ones(2, 3, 8), 2, None, False, ones(2, 4, 4) > 0),
+        lambda: call.mobile_to_former_attention(X, ones(2, 3, 8), 2, None, False, ones(2, 4, 5)),
         lambda: call.mobile_to_former_attention_backward(None, None, X, ones(2, 3, 8), ones(2, 2, 3, 3), 2),
+        lambda: call.mobile_to_former_attention_backward(
+            None, None, X, ones(2, 3, 8), ones(2, 2, 3, 2), 2, None, ones(2, 5, 4) > 0
+        ),
         lambda: call.former_to_mobile_attention(X, ones(2, 3, 8), ones(2, 4, 8), 2),
         lambda: call.former_to_mobile_attention_backward(X[:1], X, ones(2, 3, 8), ones(2, 3, 8), 2),
         lambda: call.batch_norm(X, ones(8), ones(7)),

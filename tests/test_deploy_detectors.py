@@ -156,25 +156,69 @@ def test_bfloat16():
     assert len(deployed([torch.rand(3, 100, 140)])[0]["boxes"]) > 0
 
 
+class LevelsAndProposals(nn.Module):
+    """Hands out the levels of a Mask R-CNN, their scores and their boxes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = model.backbone, model.rpn.head
+
+    def forward(self, x):
+        levels = list(self.backbone(x).values())
+        return levels, *self.head(levels)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_mask_rcnn(name):
     model = make(detection.mask_rcnn, name, num_classes=4, min_size=128, max_size=160)
-    deployed = mfkernels.deploy(model)
+    deployed, definition = mfkernels.deploy(model), LevelsAndProposals(model)
     errors = Errors()
     for seed, size in enumerate(SIZES):
         x = image(seed, *size)
-        found, reference, expected = (
-            deployed.backbone(x), plain(model.backbone, x), truth(model.backbone, x)
-        )  # fmt: skip
-        assert list(found) == list(expected) and len(found) == 5
-        for level in found:
-            errors.add(found[level], reference[level], expected[level])
+        found, reference, expected = deployed.backbone(x), plain(definition, x), truth(definition, x)
+        assert list(found) == ["0", "1", "2", "3", "pool"]
+        ours = (list(found.values()), found.scores, found.boxes)
+        for maps in zip(ours, reference, expected, strict=True):
+            for values in zip(*maps, strict=True):
+                errors.add(*values)
     errors.check(name)
     assert deployed.roi_heads is not model.roi_heads
     images = [torch.rand(3, 100, 140), torch.rand(3, 120, 90)]
     found = deployed(images)
     assert len(found) == 2 and found[0]["masks"].shape[-2:] == (100, 140)
     assert set(found[0]) == {"boxes", "labels", "scores", "masks"}
+
+
+def test_proposals():
+    """Of the same scores and boxes, the very regions that torchvision proposes."""
+    from torchvision.models.detection.image_list import ImageList
+
+    from mfkernels.deploy.cpu.detectors import LevelsAndProposals as Levels
+
+    model = make(detection.mask_rcnn, "mobile_former_26m", num_classes=4)
+    deployed, x = mfkernels.deploy(model), image(0, 2, 97, 131)
+    images = ImageList(x, [(97, 131), (80, 100)])
+    with torch.inference_mode():
+        levels = model.backbone(x)
+        features = Levels(levels)
+        features.scores, features.boxes = model.rpn.head(list(levels.values()))
+        for ours, theirs in zip(deployed.rpn(images, features)[0], model.rpn(images, levels)[0], strict=True):
+            assert len(ours) > 100 and torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="a deployed Mask R-CNN has no train mode"):
+        deployed.rpn.train()(images, features)
+
+
+def test_other_proposals_remain():
+    """Those of a head or a network that is not torchvision's own."""
+    model = make(detection.mask_rcnn, "mobile_former_26m", num_classes=4, min_size=128, max_size=160)
+
+    class Head(type(model.rpn.head)):
+        pass
+
+    model.rpn.head.__class__ = Head
+    deployed = mfkernels.deploy(model)
+    assert type(deployed.rpn) is type(model.rpn) and type(deployed.backbone(image(0, 1, 64, 64))) is dict
+    assert set(deployed([torch.rand(3, 100, 140)])[0]) == {"boxes", "labels", "scores", "masks"}
 
 
 @pytest.mark.parametrize("extra", [True, False])

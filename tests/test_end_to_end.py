@@ -174,6 +174,30 @@ def test_detections_of_an_image_are_the_same_in_every_batch(options):
                 torch.testing.assert_close(ours.boxes[i : i + 1], theirs.boxes, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("spatial", [True, False])
+def test_padded_batches_attend_by_our_operator(spatial, monkeypatch):
+    """As the definition does, gradients included."""
+    attend, masks = mfkernels.ops.mobile_to_former_attention, []
+
+    def note(x, q, num_heads, scale, return_logits, mask):
+        masks.append(mask)
+        return attend(x, q, num_heads, scale, return_logits, mask)
+
+    monkeypatch.setattr(mfkernels.ops, "mobile_to_former_attention", note)
+    images, mask = padded([(64, 20), (30, 64)])
+    results = []
+    for backend in ("cpu", "reference"):
+        model = randomised(small(spatial=spatial)).train()
+        with mfkernels.use_backend(backend):
+            out = model(images, mask)
+            (out.logits.square().sum() + out.boxes.sum()).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([out.logits, out.boxes, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    assert len(masks) == 2 * (4 + 3) and all(m.any() for m in masks)
+
+
 def test_a_mask_without_padding_changes_nothing():
     """Nor in training, gradients and statistics included."""
     models = [randomised(small()).train() for _ in range(2)]

@@ -4,9 +4,9 @@
 
 for every layer of the released networks: in bfloat16 each variant for sm_90, and one of each tile for gfx942;
 in float32 one of each tile for sm_80; and in float16, whose tiles and registers are those of bfloat16, the
-first of an operator's chosen shapes for sm_100. With --rest instead each kernel's largest tile for every
-target and dtype that is not among these; with --all for all chosen shapes in every dtype and for every target
-(an hour).
+first of an operator's chosen shapes for sm_100. In the first two also the chosen shapes of padded batches.
+With --rest instead each kernel's largest tile for every target and dtype that is not among these; with --all
+for all chosen shapes in every dtype and for every target (an hour).
 
 Runs the launchers on CPU tensors and has Triton say what it would compile: numbers that are 1 are constants,
 and those that 16 divides make variants. Prints a line of JSON for each: registers a thread, spilled bytes and
@@ -145,6 +145,11 @@ def launch_shapes(op: ModuleType, dtype: torch.dtype, shapes: list[dict]) -> Non
     for shape in shapes:
         sample = op.make(shape, torch.Generator().manual_seed(0)).map(lambda v: v.to(dtype).requires_grad_())
         _differentiate(sample.call(op.OP), sample.given().values())
+
+
+def padded_shapes(op: ModuleType) -> list[dict]:
+    """Chosen shapes of padded batches, which no layer of `family_layers` is called with."""
+    return [shape for shape in op.CHOSEN if shape.get("mask") == "padding"]
 
 
 def launch_layers(
@@ -351,6 +356,7 @@ def variants_of_networks(names: Sequence[str]) -> list[Variant]:
                     launch_shapes(op, dtype, op.CHOSEN[:1])
                 elif op.NAME in names:
                     launch_layers(op, dtype)
+                    launch_shapes(op, dtype, padded_shapes(op))
             launch_deployed(names, dtype)
         found += [variant for variant in new if variant[0] == EACH]
         found += one_of_each_tile(variant for variant in new if variant[0] != EACH)

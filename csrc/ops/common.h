@@ -89,6 +89,16 @@ inline void check_argument(const char* op, const char* name, const Tensor& t, co
   check_size(op, name, t);
 }
 
+// `mask` is (B, H, W) of bool for the map x, on its device.
+inline void check_mask(const char* op, const Tensor& mask, const Tensor& x) {
+  const std::vector<int64_t> shape = {x.size(0), x.size(2), x.size(3)};
+  STD_TORCH_CHECK(shape_of(mask) == shape, op, ": mask must have shape ", shape_text(shape), ", got ",
+                  shape_text(shape_of(mask)));
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, op, ": mask must be a bool tensor");
+  STD_TORCH_CHECK(mask.is_cpu() == x.is_cpu() && mask.get_device_index() == x.get_device_index(), op,
+                  ": mask must be on the device of x");
+}
+
 // Channels in so many heads.
 inline void check_heads(const char* op, int64_t num_heads, int64_t channels, const char* of) {
   const bool divide =

@@ -9,9 +9,10 @@ constexpr const char* kOp = "mobile_to_former_attention";
 
 struct Call {
   MobileToFormerArgs args{};
-  Tensor x, q;
+  Tensor x, q, mask;
 
-  Call(const Tensor& x_in, const Tensor& q_in, int64_t num_heads, std::optional<double> scale) {
+  Call(const Tensor& x_in, const Tensor& q_in, int64_t num_heads, std::optional<double> scale,
+       const std::optional<Tensor>& mask_in) {
     check_axes(kOp, "x", x_in, 4, "(B, C, H, W)");
     check_axes(kOp, "q", q_in, 3, "(B, M, C)");
     args.dtype = dtype_of(kOp, x_in);
@@ -24,6 +25,11 @@ struct Call {
     check_heads(kOp, num_heads, args.channels, "the channels of x");
     STD_TORCH_CHECK(args.pixels >= 1, kOp, ": x must have at least one pixel, got ",
                     shape_text(shape_of(x_in)));
+    if (mask_in.has_value()) {
+      check_mask(kOp, *mask_in, x_in);
+      mask = dense(*mask_in);
+      args.mask = static_cast<const uint8_t*>(mask.data_ptr());
+    }
     const int64_t depth = args.channels / num_heads;
     args.scale = scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(depth));
     args.x = map_of(x_in, is_channels_last(x_in), x);
@@ -39,8 +45,9 @@ struct Call {
 };
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& q, int64_t num_heads,
-                                           std::optional<double> scale, bool return_logits) {
-  Call call(x, q, num_heads, scale);
+                                           std::optional<double> scale, bool return_logits,
+                                           const std::optional<Tensor>& mask) {
+  Call call(x, q, num_heads, scale, mask);
   MobileToFormerArgs& args = call.args;
   const ScalarType sums = compute_type(x);
   Tensor out = empty(shape_of(q), x.scalar_type(), x);
@@ -64,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& q, int
 std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
                                     const std::optional<Tensor>& grad_logits, const Tensor& x,
                                     const Tensor& q, const Tensor& softmax_stats, int64_t num_heads,
-                                    std::optional<double> scale) {
-  Call call(x, q, num_heads, scale);
+                                    std::optional<double> scale, const std::optional<Tensor>& mask) {
+  Call call(x, q, num_heads, scale, mask);
   MobileToFormerArgs& args = call.args;
   STD_TORCH_CHECK(shape_of(softmax_stats) == std::vector<int64_t>({args.batch, num_heads, args.tokens, 2}) &&
                       softmax_stats.scalar_type() == compute_type(x) && softmax_stats.is_cpu(),
@@ -111,10 +118,11 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_out,
 STABLE_TORCH_LIBRARY_FRAGMENT(mfkernels, m) {
   m.def(
       "mobile_to_former_attention(Tensor x, Tensor q, int num_heads, float? scale=None, "
-      "bool return_logits=False) -> (Tensor out, Tensor logits, Tensor softmax_stats)");
+      "bool return_logits=False, Tensor? mask=None) -> (Tensor out, Tensor logits, Tensor softmax_stats)");
   m.def(
       "mobile_to_former_attention_backward(Tensor? grad_out, Tensor? grad_logits, Tensor x, Tensor q, "
-      "Tensor softmax_stats, int num_heads, float? scale=None) -> (Tensor grad_x, Tensor grad_q)");
+      "Tensor softmax_stats, int num_heads, float? scale=None, Tensor? mask=None) -> (Tensor grad_x, Tensor "
+      "grad_q)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfkernels, CPU, m) {

@@ -55,7 +55,7 @@ class EndToEndMobileFormer(nn.Module):
     Inputs:
         images (B, 3, H, W), normalised; H and W at least 1. `mask`: None, or (B, H, W), bool, True where
         there is no image, at the bottom and on the right: detections of an image are then the same in every
-        batch. Any sizes do. With a mask the attention to pixels runs as PyTorch's operators.
+        batch. Any sizes do.
 
     Returns:
         `Detections`.

@@ -27,11 +27,11 @@ class MobileToFormer(Replacement):
     Inputs:
         x (B, C, H, W) and tokens (T, B, d), or one pair of them. `position`: None, or (T, B, d), added to
         the tokens for the queries alone. `padding`: None, or what of the map is padding, to which the tokens
-        do not attend; the attention is then PyTorch's operators, not our kernel.
+        do not attend.
 
     Returns:
-        tokens (T, B, d), and the logits (B, num_heads, T, H, W), scaled, before the softmax. The logits
-        are None for "mlp" and with `return_logits=False`, which saves their memory.
+        tokens (T, B, d), and the logits (B, num_heads, T, H, W), scaled, before the softmax, zero in the
+        padding. The logits are None for "mlp" and with `return_logits=False`, which saves their memory.
 
     Raises:
         TypeError, ValueError: an argument or input that does not fit, named.
@@ -90,10 +90,7 @@ class MobileToFormer(Replacement):
             gathered = self.mlp(x.flatten(2)).permute(2, 0, 1)
         if hasattr(self, "q"):
             q = self.q(tokens if position is None else tokens + position).transpose(0, 1)
-            if padding is None:
-                attended, logits = self._attend(x, q, return_logits)
-            else:
-                attended, logits = self._attend_inside(x, q, padding)
+            attended, logits = self._attend(x, q, return_logits, padding)
             attended = attended.transpose(0, 1).contiguous()
             gathered = attended if gathered is None else gathered + attended
         if hasattr(self, "alpha"):
@@ -101,10 +98,13 @@ class MobileToFormer(Replacement):
         tokens = self.layer_norm(tokens + self.drop_path(self.proj(gathered)))
         return tokens, logits if return_logits else None
 
-    def _attend(self, x: Tensor, q: Tensor, return_logits: bool) -> tuple[Tensor, Tensor | None]:
+    def _attend(
+        self, x: Tensor, q: Tensor, return_logits: bool, padding: Padding | None
+    ) -> tuple[Tensor, Tensor | None]:
         if hasattr(self, "k"):
             return self._attend_projected(x, q)
-        out = ops.mobile_to_former_attention(x, q, self.num_heads, return_logits=return_logits)
+        mask = None if padding is None else ~padding.inside(x)[:, 0]
+        out = ops.mobile_to_former_attention(x, q, self.num_heads, None, return_logits, mask)
         return out if isinstance(out, tuple) else (out, None)
 
     def _attend_projected(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,13 +115,3 @@ class MobileToFormer(Replacement):
         logits = q @ k * heads[2] ** -0.5  # (B, h, T, N)
         out = F.softmax(logits, dim=-1) @ v.transpose(2, 3)
         return torch.cat(out.unbind(1), dim=-1), logits.unflatten(-1, (height, width))
-
-    def _attend_inside(self, x: Tensor, q: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
-        """Keep the logits of all pixels, and finite ones."""
-        pixels = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, h, c, N)
-        queries = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, h, T, c)
-        logits = queries @ pixels * pixels.shape[2] ** -0.5
-        outside = ~padding.inside(x).flatten(2)[:, None]  # (B, 1, 1, N)
-        weights = torch.softmax(logits.masked_fill(outside, -torch.inf), dim=-1)
-        out = (weights @ pixels.transpose(2, 3)).transpose(1, 2).flatten(2)
-        return out, logits.unflatten(-1, x.shape[2:])

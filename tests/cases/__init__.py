@@ -21,7 +21,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """Tensors by argument name (None where left out), and the other arguments."""
+    """Tensors by argument name (None where left out), and the other arguments: numbers, and tensors that have
+    no gradient and keep their dtype and strides."""
 
     tensors: dict[str, Tensor | None]
     others: dict = field(default_factory=dict)
@@ -33,7 +34,9 @@ class Sample:
         return {k: v for k, v in self.tensors.items() if v is not None}
 
     def call(self, op):
-        return op(**self.tensors, **self.others)
+        device = next(iter(self.given().values())).device
+        others = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.others.items()}
+        return op(**self.tensors, **others)
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:

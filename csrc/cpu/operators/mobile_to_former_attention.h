@@ -13,9 +13,11 @@ struct MobileToFormerArgs {
   AnyMap x;
   const void* q;  // (B,M,C), contiguous
   void* logits;   // (B,heads,M,P), contiguous, or null
+  // (B,P), contiguous, not 0 where a pixel takes no part; or null.
+  const uint8_t* mask;
   // A head's pixels are done in `splits` parts of `split` pixels, tile by tile of `tile` pixels. Partial
-  // results, one a task: forward (M, 2 + C/heads): maximum, sum, weighted sum of x;
-  // backward (M, C/heads): gradient of q.
+  // results, one a task: forward (M, 2 + C/heads): maximum, -inf where all pixels are masked, sum,
+  // weighted sum of x; backward (M, C/heads): gradient of q.
   int64_t splits, split, tile;
   double* partial;
   // Backward.

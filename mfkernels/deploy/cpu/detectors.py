@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import (
     RetinaNetClassificationHead,
     RetinaNetHead,
     RetinaNetRegressionHead,
+)
+from torchvision.models.detection.rpn import (
+    RegionProposalNetwork,
+    RPNHead,
+    concat_box_prediction_layers,
 )
 from torchvision.ops.feature_pyramid_network import (
     FeaturePyramidNetwork,
@@ -40,6 +46,7 @@ _KNOWN_OF_RETINANET = (
     *_KNOWN_OF_FPN,
     *(RetinaNetHead, RetinaNetClassificationHead, RetinaNetRegressionHead),
 )
+_KNOWN_OF_PROPOSALS = (*_KNOWN_OF_FPN, RPNHead)
 _KNOWN_OF_SEMANTIC_FPN = (*_KNOWN_OF_FPN, SemanticFPN, _ConvBnReLU, nn.Upsample, nn.Dropout2d)
 
 
@@ -49,11 +56,15 @@ def deployed_detector(model: Any, run: Run) -> nn.Module:
         return DeployedRetinaNet(model, _network(model, model.backbone, run, _retinanet))
     if isinstance(model, SemanticFPN):
         return DeployedSemanticFPN(_network(model, model.backbone, run, _semantic_fpn))
-    levels = model if isinstance(model, PyramidWithFPN) else model.backbone
-    deployed = DeployedLevels(levels, _network(model, levels, run, _levels_alone))
-    if levels is model:
-        return deployed
-    return copy.deepcopy(model, {id(levels): deployed})
+    if isinstance(model, PyramidWithFPN):
+        return DeployedLevels(model, _network(model, model, run, _levels_alone))
+    levels, rpn = model.backbone, model.rpn
+    if type(rpn) is not RegionProposalNetwork or type(rpn.head) is not RPNHead:  # of the user's own making
+        return copy.deepcopy(
+            model, {id(levels): DeployedLevels(levels, _network(model, levels, run, _levels_alone))}
+        )
+    made = DeployedLevels(levels, _network(model, levels, run, _levels_and_proposals))
+    return copy.deepcopy(model, {id(levels): made, id(rpn): DeployedProposals(rpn)})
 
 
 class DeployedLevels(nn.Module):
@@ -61,7 +72,7 @@ class DeployedLevels(nn.Module):
 
     Args:
         levels: what it was made of.
-        network: hands the levels out, the finest first.
+        network: hands the levels out, the finest first; or each level, its scores and its boxes.
 
     Attributes:
         out_channels: of all levels.
@@ -70,7 +81,7 @@ class DeployedLevels(nn.Module):
         (B, C, H, W).
 
     Returns:
-        As `PyramidWithFPN`.
+        As `PyramidWithFPN`; beside scores and boxes `LevelsAndProposals`.
     """
 
     def __init__(self, levels: PyramidWithFPN, network: DeployedMaps) -> None:
@@ -82,7 +93,60 @@ class DeployedLevels(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.network(x), strict=True))
+        maps = self.network(x)
+        if len(maps) == len(self.names):
+            return dict(zip(self.names, maps, strict=True))
+        found = LevelsAndProposals(zip(self.names, maps[::3], strict=True))
+        found.scores, found.boxes = list(maps[1::3]), list(maps[2::3])
+        return found
+
+
+class LevelsAndProposals(dict[str, Tensor]):
+    """Hold the levels by name, and what the head of a region proposal network makes of them.
+
+    `scores`: (B, A, H, W) for each level, and `boxes`: (B, 4 A, H, W), where A is the number of anchors.
+    """
+
+    scores: list[Tensor]
+    boxes: list[Tensor]
+
+
+class DeployedProposals(nn.Module):
+    """Propose regions as torchvision's `RegionProposalNetwork` does, after its head.
+
+    Args:
+        rpn: what it was made of.
+
+    Attributes:
+        rpn: torchvision's, without its head; the settings are its.
+
+    Inputs:
+        images and features, as of torchvision's; the features are `LevelsAndProposals`. `targets` are not
+        used.
+
+    Returns:
+        As torchvision's in eval mode.
+
+    Raises:
+        ValueError: in train mode.
+    """
+
+    def __init__(self, rpn: RegionProposalNetwork) -> None:
+        super().__init__()
+        self.rpn = copy.deepcopy(rpn, {id(rpn.head): None})
+        self.eval()
+
+    def forward(
+        self, images: ImageList, features: LevelsAndProposals, targets: Any = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        if self.training:
+            raise ValueError("deploy: a deployed Mask R-CNN has no train mode; train the one it was made of")
+        rpn: Any = self.rpn
+        counts = [one[0].numel() for one in features.scores]
+        scores, offsets = concat_box_prediction_layers(features.scores, features.boxes)
+        anchors = rpn.anchor_generator(images, list(features.values()))
+        boxes = rpn.box_coder.decode(offsets, anchors).view(len(anchors), -1, 4)
+        return rpn.filter_proposals(boxes, scores, images.image_sizes, counts)[0], {}
 
 
 class DeployedRetinaNet(nn.Module):
@@ -199,6 +263,30 @@ def _levels_alone(plan: Plan, _: Any, levels: Any, maps: list[Map]) -> list[Resu
     for level in made:
         plan.hand_out(level)
     return [Result(level.channels, by) for level, by in zip(made, reductions, strict=True)]
+
+
+def _levels_and_proposals(plan: Plan, model: Any, levels: Any, maps: list[Map]) -> list[Result]:
+    plan.check_parts(_KNOWN_OF_FPN, _modules_without(levels, levels.body))
+    head = model.rpn.head
+    plan.check_parts(_KNOWN_OF_PROPOSALS, head.modules())
+    made, reductions = _levels(plan, levels, maps)
+    tower = [Convolution(plan, layers) for layers in head.conv]
+    last = [Convolution(plan, [layer]) for layer in (head.cls_logits, head.bbox_pred)]
+    results = []
+    for i, (level, by) in enumerate(zip(made, reductions, strict=True)):
+        plan.hand_out(level)
+        results.append(Result(level.channels, by))
+        with plan.named(f"rpn.{i}"):
+            x = level
+            for layer in tower:
+                x = plan.replaced(x, layer(x))
+            for layer in last:
+                out = layer(x)
+                plan.hand_out(out)
+                plan.free(out)
+                results.append(Result(out.channels, by))
+            plan.free(x)
+    return results
 
 
 def _levels(plan: Plan, levels: Any, maps: list[Map]) -> tuple[list[Map], list[int]]:

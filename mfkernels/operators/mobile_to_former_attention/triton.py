@@ -18,39 +18,58 @@ from ..triton_maps import (
 )
 
 
+@triton.jit
+def seen(mask, b, p, pixels):
+    """Return which of the pixels p of a sample there are; the mask, if there is one, hides the others."""
+    inside = p < pixels
+    if mask is not None:
+        inside = inside & (tl.load(mask + b * pixels + p, inside, 1) == 0)
+    return inside
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x, q, out, stats, logits, scale, pixels, tokens, heads, depth, split, splits, q_b, q_t, x_b, x_c, x_p,
-    KEEP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
+    x, q, mask, out, stats, logits, scale, pixels, tokens, heads, depth, split, splits, q_b, q_t,
+    x_b, x_c, x_p, KEEP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Sum a split's pixels weighted with exp(logit - top): out (B, splits, M, C).
 
-    Stats (B, splits, heads, M, 2) are the largest logit and the sum of the weights.
+    Stats (B, splits, heads, M, 2) are the largest logit, -inf where all of the split's pixels are masked, and
+    the sum of the weights.
     """
     part, head, b = place(splits, heads)
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     c = (head * depth + d).to(tl.int64)
     inside_token = (m < tokens)[:, None] & (d < depth)[None, :]
     queries = tl.load(q + b * q_b + m[:, None] * q_t + c[None, :], inside_token, 0.0)
-    top = tl.full([BM], float("-inf"), tl.float32)
+    # Beside a mask not minus infinity: of a tile whose pixels are all masked it would give a NaN.
+    top = tl.full([BM], float("-inf") if mask is None else -3.4e38, tl.float32)
     total = tl.zeros([BM], tl.float32)
     sums = tl.zeros([BM, BD], tl.float32)
+    found = 0
     for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
         p = start + tl.arange(0, BP)
-        inside = (d < depth)[:, None] & (p < pixels)[None, :]
+        there = seen(mask, b, p, pixels)
+        inside = (d < depth)[:, None] & there[None, :]
         p_wide = p.to(tl.int64)[None, :]
         pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0)
         logit = dot(queries, pixel) * scale
         if KEEP:
+            if mask is not None:
+                logit = tl.where(there[None, :], logit, 0.0)
             to = logits + ((b * heads + head) * tokens + m[:, None]) * pixels + p_wide
             tl.store(to, logit.to(logits.dtype.element_ty), (m < tokens)[:, None] & (p < pixels)[None, :])
-        logit = tl.where((p < pixels)[None, :], logit, float("-inf"))
+        logit = tl.where(there[None, :], logit, float("-inf"))
+        if mask is not None:
+            found = tl.maximum(found, tl.max(there.to(tl.int32), 0))
         higher = tl.maximum(top, tl.max(logit, 1))
         weights = tl.exp(logit - higher[:, None])
         rescale = tl.exp(top - higher)
         total = total * rescale + tl.sum(weights, 1)
         sums = sums * rescale[:, None] + dot(weights, tl.trans(pixel))
         top = higher
+    if mask is not None:
+        top = tl.where(found > 0, top, float("-inf"))
     row = (b * splits + part) * tokens + m
     tl.store(out + row[:, None] * heads * depth + c[None, :], sums, inside_token)
     to = stats + (((b * splits + part) * heads + head) * tokens + m) * 2
@@ -59,7 +78,10 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def combine_kernel(sums, stats, out, kept, splits, tokens, heads, depth, BS: tl.constexpr, BD: tl.constexpr):
+def combine_kernel(
+    sums, stats, out, kept, splits, tokens, heads, depth,
+    MASKED: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Join the splits of `forward_kernel` for a token and a head.
 
     The results are out (B, M, C) and kept (B, heads, M, 2).
@@ -71,6 +93,9 @@ def combine_kernel(sums, stats, out, kept, splits, tokens, heads, depth, BS: tl.
         s = start + tl.arange(0, BS)
         at = stats + (((b * splits + s) * heads + head) * tokens + m) * 2
         top = tl.maximum(top, tl.max(tl.load(at, s < splits, float("-inf")), 0))
+    if MASKED:  # the sample has no other pixels, and all sums are zero
+        nothing = top == float("-inf")
+        top = tl.where(nothing, 0.0, top)
     total = tl.zeros([1], tl.float32)
     mixed = tl.zeros([BD], tl.float32)
     for start in range(0, splits, BS):
@@ -82,6 +107,8 @@ def combine_kernel(sums, stats, out, kept, splits, tokens, heads, depth, BS: tl.
         inside = (s < splits)[:, None] & (d < depth)[None, :]
         tile = tl.load(sums + rows[:, None] * depth + d[None, :], inside, 0.0)
         mixed += tl.sum(weights[:, None] * tile, 0)
+    if MASKED:
+        total = tl.where(nothing, 1.0, total)
     row = (b * tokens + m) * heads + head
     tl.store(out + row * depth + d, (mixed / total).to(out.dtype.element_ty), d < depth)
     pair = kept + ((b * heads + head) * tokens + m) * 2 + tl.arange(0, 1)
@@ -91,7 +118,7 @@ def combine_kernel(sums, stats, out, kept, splits, tokens, heads, depth, BS: tl.
 
 @triton.jit(do_not_specialize=COUNTS)
 def means_kernel(
-    x, q, g, stats, out, scale, pixels, tokens, heads, depth, split, splits, x_b, x_c, x_p,
+    x, q, mask, g, stats, out, scale, pixels, tokens, heads, depth, split, splits, x_b, x_c, x_p,
     BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Compute what a token's mean of the weights' gradients needs, over a split's pixels.
@@ -116,12 +143,13 @@ def means_kernel(
     sums = tl.zeros([BM], tl.float32)
     for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
         p = start + tl.arange(0, BP)
-        inside = (d < depth)[:, None] & (p < pixels)[None, :]
+        there = seen(mask, b, p, pixels)
+        inside = (d < depth)[:, None] & there[None, :]
         p_wide = p.to(tl.int64)[None, :]
         pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0)
         logit = dot(queries, pixel) * scale
         weights = tl.exp(logit - top[:, None]) / total[:, None]
-        weights = tl.where((p < pixels)[None, :], weights, 0.0)
+        weights = tl.where(there[None, :], weights, 0.0)
         grad = dot(grad_out, pixel)
         largest, pivot, weight_sum, sums = add_to_mean(weights, grad, largest, pivot, weight_sum, sums, BP)
     to = out + (((b * splits + part) * heads + head) * tokens + m) * 4
@@ -133,8 +161,8 @@ def means_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
-    x, q, g, grad_logits, stats, means, grad_x, sums, scale, pixels, tokens, heads, depth, split, splits,
-    x_b, x_c, x_p, out_b, out_c, out_p,
+    x, q, mask, g, grad_logits, stats, means, grad_x, sums, scale, pixels, tokens, heads, depth, split,
+    splits, x_b, x_c, x_p, out_b, out_c, out_p,
     ATTENDED: tl.constexpr, KEPT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Sum the gradient of q over a split's pixels: sums (B, splits, M, C).
@@ -163,22 +191,26 @@ def backward_kernel(
     for start in range(part * split, tl.minimum((part + 1) * split, pixels), BP):
         p = start + tl.arange(0, BP)
         inside = (d < depth)[:, None] & (p < pixels)[None, :]
+        there = seen(mask, b, p, pixels)
+        seen_c = (d < depth)[:, None] & there[None, :]
         p_wide = p.to(tl.int64)[None, :]
-        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, inside, 0.0)
+        pixel = tl.load(x + b * x_b + c[:, None] * x_c + p_wide * x_p, seen_c, 0.0)
         logit = tl.zeros([BM, BP], tl.float32)
         out = tl.zeros([BD, BP], tl.float32)
         if ATTENDED:
             own = dot(queries, pixel) * scale
             weights = tl.exp(own - top[:, None]) / total[:, None]
-            weights = tl.where(inside_m[:, None] & (p < pixels)[None, :], weights, 0.0)
+            weights = tl.where(inside_m[:, None] & there[None, :], weights, 0.0)
             grad = dot(grad_out, pixel)
             logit += weights * (grad - pivot[:, None] - mean[:, None])
             out += dot(tl.trans(grad_out), rounded(weights, pixel))
         if KEPT:
             source = grad_logits + ((b * heads + head) * tokens + m[:, None]) * pixels + p_wide
-            logit += tl.load(source, inside_m[:, None] & (p < pixels)[None, :], 0.0).to(tl.float32)
+            logit += tl.load(source, inside_m[:, None] & there[None, :], 0.0).to(tl.float32)
         logit = logit * scale
         out += dot(tl.trans(queries), rounded(logit, pixel))
+        if mask is not None:
+            out = tl.where(there[None, :], out, 0.0)
         tl.store(
             grad_x + b * out_b + c[:, None] * out_c + p_wide * out_p, out.to(grad_x.dtype.element_ty), inside
         )
@@ -188,7 +220,12 @@ def backward_kernel(
 
 
 def forward(
-    x: Tensor, q: Tensor, num_heads: int, scale: float | None = None, return_logits: bool = False
+    x: Tensor,
+    q: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    return_logits: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes, source = head_sizes(x, q, num_heads), as_map(x)
     pixels, tokens, _, depth = sizes
@@ -205,11 +242,12 @@ def forward(
     q = in_rows(q)
     if q.numel() > 0:
         forward_kernel[(count * num_heads * batch,)](
-            source.tensor, q, sums, stats, logits, scale, *sizes, size, count, *q.stride()[:2],
+            source.tensor, q, _bytes(mask), sums, stats, logits, scale, *sizes, size, count, *q.stride()[:2],
             *source.strides, KEEP=return_logits, **blocks | dict(num_warps=4),
         )  # fmt: skip
         combine_kernel[(tokens * num_heads * batch,)](
-            sums, stats, out, softmax_stats, count, tokens, num_heads, depth, 16, blocks["BD"],
+            sums, stats, out, softmax_stats, count, tokens, num_heads, depth, mask is not None, 16,
+            blocks["BD"],
         )  # fmt: skip
     return out, logits, softmax_stats
 
@@ -222,6 +260,7 @@ def backward(
     softmax_stats: Tensor,
     num_heads: int,
     scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grad_x = empty_map(x, x.shape)
     if q.numel() == 0 or x.numel() == 0:
@@ -234,11 +273,11 @@ def backward(
     sums = torch.empty((x.shape[0], count, *q.shape[1:]), dtype=torch.float32, device=x.device)
     given = (q if grad_out is None else grad_out).contiguous()
     kept = q if grad_logits is None else grad_logits.contiguous()
-    means = softmax_stats
+    means, hidden = softmax_stats, _bytes(mask)
     if grad_out is not None:
         parts = torch.empty((x.shape[0], count, num_heads, tokens, 4), dtype=torch.float32, device=x.device)
         means_kernel[(count * num_heads * x.shape[0],)](
-            source.tensor, q.contiguous(), given, softmax_stats, parts, scale, *sizes, size, count,
+            source.tensor, q.contiguous(), hidden, given, softmax_stats, parts, scale, *sizes, size, count,
             *source.strides, **blocks | dict(BP=min(blocks["BP"], 32)),
         )  # fmt: skip
         largest, pivots, weights, part_sums = parts.unbind(-1)
@@ -246,8 +285,12 @@ def backward(
         mean = (part_sums + weights * (pivots - pivot)).sum(1)
         means = torch.stack([pivot.squeeze(1), mean], -1)
     backward_kernel[(count * num_heads * x.shape[0],)](
-        source.tensor, q.contiguous(), given, kept, softmax_stats, means, grad_x, sums, scale, *sizes, size,
-        count, *source.strides, *to.strides,
+        source.tensor, q.contiguous(), hidden, given, kept, softmax_stats, means, grad_x, sums, scale, *sizes,
+        size, count, *source.strides, *to.strides,
         ATTENDED=grad_out is not None, KEPT=grad_logits is not None, **blocks,
     )  # fmt: skip
     return grad_x, sums.double().sum(1).to(q.dtype)
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
