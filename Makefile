@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CXX ?= c++
 
-.PHONY: demo test gpu-bed vision train-check train-check-all lint docs sanitize fuzz mutate versions versions-quick versions-cuda versions-triton arm arm-quick arm-networks wheel rivals figures clean
+.PHONY: demo test gpu-bed vision train-check train-check-all lint docs sanitize fuzz mutate versions versions-quick versions-cuda versions-triton arm arm-quick arm-networks arm-counts wheel rivals figures clean
 demo: .venv/installed
 	.venv/bin/mfkernels demo
 
@@ -150,6 +150,17 @@ arm-networks: $(ARM)/networks .venv/installed
 	.venv/bin/python tests/arm/networks.py $(ARM) $(ARM_NETWORKS)
 	for processor in max cortex-a72; do \
 	  QEMU_CPU=$$processor qemu-aarch64-static $(ARM)/networks $(ARM) $(ARM_NETWORKS) || exit 1; done
+
+# Instructions that deployed networks and other runtimes execute for an image, counted by the emulator. Needs
+# g++-aarch64-linux-gnu, qemu-user, debootstrap and fakeroot.
+COUNTED ?= mobile_former_214m dmf_s iformer_m mobilenet_v3_large
+arm-counts: $(ARM)/networks .venv-rivals/installed
+	PYTHON="$(PYTHON)" tests/arm/emulate.sh root
+	build/arm/tools/bin/pip install -q --disable-pip-version-check --only-binary=:all: --python-version 311 \
+	  $(addprefix --platform manylinux,_2_28_aarch64 _2_27_aarch64 _2_17_aarch64 2014_aarch64) --upgrade --target build/arm/rivals \
+	  --no-compile numpy onnxruntime ncnn ai-edge-litert
+	$(CC) -O2 -shared -fPIC -o build/arm/plugin.so benchmarks/arm_counts/plugin.c
+	PYTHONPATH=. .venv-rivals/bin/python benchmarks/arm_counts/counts.py $(COUNTED)
 
 # With the flags that CMakeLists.txt has.
 $(ARM)/networks: $(wildcard tests/arm/networks.cpp csrc/*.* csrc/*/*.h csrc/*/*/*.h csrc/cpu/engine/*.cpp)

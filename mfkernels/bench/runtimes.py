@@ -221,13 +221,20 @@ def _litert(job: Job) -> Iterator[Form]:
         yield name, functools.partial(_in_litert, model, job)
 
 
-def _in_litert(model: nn.Module, job: Job) -> Call:
-    with _quiet(), use_backend("reference"), tempfile.TemporaryDirectory() as folder:
+def write_litert(model: nn.Module, x: Tensor, path: Path) -> None:
+    """Write the network in LiteRT's format, for images of this shape."""
+    with _quiet(), use_backend("reference"):
         import litert_torch
+
+        litert_torch.convert(model, (x,)).export(str(path))
+
+
+def _in_litert(model: nn.Module, job: Job) -> Call:
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
         from ai_edge_litert.interpreter import Interpreter
 
         path = Path(folder, "network.tflite")
-        litert_torch.convert(model, (job.x,)).export(str(path))
+        write_litert(model, job.x, path)
         interpreter = Interpreter(model_content=path.read_bytes(), num_threads=job.threads)
     interpreter.allocate_tensors()
     taken, given = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
@@ -250,17 +257,24 @@ def _ncnn(job: Job) -> Iterator[Form]:
         yield name, functools.partial(_in_ncnn, model, job)
 
 
+def write_ncnn(model: nn.Module, x: Tensor, path: Path) -> None:
+    """Write the network in ncnn's format into two files: of this name, and ".ncnn.param" or ".ncnn.bin"."""
+    import pnnx
+
+    with _quiet(), use_backend("reference"):
+        pnnx.export(model, f"{path}.pt", x, fp16=False, check_trace=False)
+
+
 def _in_ncnn(model: nn.Module, job: Job) -> Call:
     import ncnn
-    import pnnx
 
     net = ncnn.Net()
     net.opt.num_threads, net.opt.use_fp16_arithmetic, net.opt.use_fp16_storage = job.threads, False, False
     net.opt.use_fp16_packed = net.opt.use_bf16_storage = False
-    with _quiet(), use_backend("reference"), tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder, "network"))
-        pnnx.export(model, path + ".pt", job.x, fp16=False, check_trace=False)
-        if net.load_param(path + ".ncnn.param") or net.load_model(path + ".ncnn.bin"):
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network")
+        write_ncnn(model, job.x, path)
+        if net.load_param(f"{path}.ncnn.param") or net.load_model(f"{path}.ncnn.bin"):
             raise RuntimeError("pnnx made a network that ncnn cannot load")
     image = ncnn.Mat(job.x[0].numpy())
 

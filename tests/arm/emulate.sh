@@ -4,6 +4,7 @@
 # Debian's Python for arm64, and in it PyTorch, what the tests need and the package.
 #
 #   emulate.sh [quick]   # quick: a part of the tests, in ten minutes
+#   emulate.sh root      # makes the folder with Debian's Python alone
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin
@@ -98,6 +99,7 @@ check_programs
 mkdir -p "$arm"
 once tools
 once debian
+test "${1-}" != root || exit 0
 once wheels
 package
 emulated max -m mfkernels info
