@@ -1,3 +1,4 @@
+#include "activation.h"
 #include "activation_pass.h"
 #include "as_stored.h"
 #include "deployed_narrow.h"
@@ -22,19 +23,7 @@ void deployed_linear(const DeployedLinearArgs& args, int64_t begin, int64_t end)
     }
     gemm(args.batch, rows, w, args.out + o, args.out_stride, epilogue);
   };
-  const float* bias = args.weights + l.bias + o;
-  switch (args.activation) {
-    case kHardswish:
-      return run(AddBiasHardswish{bias});
-    case kGelu:
-      return run(AddBiasGelu{bias});
-    case kRelu:
-      return run(AddBiasRelu{bias});
-    case kRelu6:
-      return run(AddBiasRelu6{bias});
-    default:
-      run(AddBias{bias});
-  }
+  run(AddBiasActivation{args.weights + l.bias + o, args.activation});
   if (!has_pass(args.activation)) return;
   for (int64_t b = 0; b < args.batch; ++b) {
     activation_pass(args.activation, args.out + b * args.out_stride + o, until - o);

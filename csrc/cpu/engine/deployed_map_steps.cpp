@@ -1,3 +1,4 @@
+#include "activation.h"
 #include "deployed_attention.h"
 #include "map_step.h"
 
@@ -8,24 +9,11 @@ namespace {
 struct MapSteps : MapTasks {
   using MapTasks::MapTasks;
 
-  // Calls f with what is done to a sum: bias, then the activation.
-  template <class F>
-  static void with_activation(int64_t activation, const float* bias, F f) {
-    if (activation == kGelu) return f(AddBiasGelu{bias});
-    if (activation == kRelu6) return f(AddBiasRelu6{bias});
-    if (activation == kRelu) return f(AddBiasRelu{bias});
-    if (activation == kHardswish) return f(AddBiasHardswish{bias});
-    f(AddBias{bias});
-  }
-  // The same, perhaps with slopes; without an activation where slopes are mixed, see `mix`.
-  template <class F>
-  void with_activation(int64_t activation, const float* bias, int64_t slopes, int64_t attention, F f) const {
-    if (attention >= 0) return f(AddBias{bias});
-    if (activation == kDynamicRelu) {
-      return f(AddBiasDynamicRelu{bias, place(slopes), place(slopes) + out_channels});
-    }
-    if (activation == kScaledRelu6) return f(AddBiasScaledRelu6{bias, place(slopes)});
-    with_activation(activation, bias, f);
+  // The activation of a step, perhaps with slopes; none where slopes are mixed, see `mix`.
+  template <class Step>
+  AddBiasActivation activation_of(const Step& step, const float* bias) const {
+    if (step.attention >= 0) return {bias, kNoActivation};
+    return {bias, step.activation, place(step.slopes), place(step.slopes) + out_channels};
   }
 
   // An activation that has a pass of its own, of rows that have just been written.
@@ -70,18 +58,17 @@ struct MapSteps : MapTasks {
     if constexpr (kStored) {
       if (step.groups > 1 && args.calibration != nullptr) calibrate(positions, x, step.linear);
     }
-    with_activation(step.activation, at(step.linear.bias), [&](auto epilogue) {
-      if (step.groups > 1) {
-        if constexpr (!kStored || !kBytesAlone) {
-          gemm_groups(positions, x, step.groups, Weights{at(step.linear.weight), made.channels, &fetched},
-                      out, out_channels, epilogue);
-        }
-      } else if constexpr (kStored) {
-        product_of_rounded(positions, x, step.linear, out, out_channels, epilogue);
-      } else {
-        gemm(positions, x, matrix(step.linear), out, out_channels, epilogue);
+    const AddBiasActivation epilogue{at(step.linear.bias), step.activation};
+    if (step.groups > 1) {
+      if constexpr (!kStored || !kBytesAlone) {
+        gemm_groups(positions, x, step.groups, Weights{at(step.linear.weight), made.channels, &fetched}, out,
+                    out_channels, epilogue);
       }
-    });
+    } else if constexpr (kStored) {
+      product_of_rounded(positions, x, step.linear, out, out_channels, epilogue);
+    } else {
+      gemm(positions, x, matrix(step.linear), out, out_channels, epilogue);
+    }
   }
 
   // Whole blocks: what is too much is written over by what comes next.
@@ -116,13 +103,11 @@ struct MapSteps : MapTasks {
         const int64_t rest = step.linear.outputs - o;
         const Weights weights{at(step.linear.weight) + o * inputs, rest < kOutputs ? rest : kOutputs,
                               &fetched};
-        with_activation(step.activation, at(step.linear.bias) + o, [&](auto epilogue) {
-          for (int64_t r = r0; r < r1; ++r) {
-            gemm(args.out.width,
-                 Rows<Stored>{lines + (r - r0) * s * line, s * channels, k, k * channels, line}, weights,
-                 out_row(r) + o, out_channels, epilogue);
-          }
-        });
+        const AddBiasActivation epilogue{at(step.linear.bias) + o, step.activation};
+        for (int64_t r = r0; r < r1; ++r) {
+          gemm(args.out.width, Rows<Stored>{lines + (r - r0) * s * line, s * channels, k, k * channels, line},
+               weights, out_row(r) + o, out_channels, epilogue);
+        }
       }
       pass(step.activation, r0, r1);
     });
@@ -249,7 +234,7 @@ struct MapSteps : MapTasks {
         const auto* added = static_cast<const Stored*>(args.added.data) + r0 * width * out_channels;
         run(AddResidual<Stored>{bias, added, out_channels});
       } else {
-        with_activation(step.activation, bias, step.slopes, step.attention, run);
+        run(activation_of(step, bias));
         mix(step, r0, r1);
       }
     });
@@ -291,7 +276,6 @@ struct MapSteps : MapTasks {
       const int64_t from = left < 0 ? -left : 0, to = rest < kernel ? rest : kernel;
       for (int64_t c = 0, in = 0; c < hidden; c += kLanes<float>, in += kLanes<float>) {
         if (in == channels) in = 0;
-        const auto finish = epilogue.at(c);
         vec<float> sum{};
         for (int64_t ky = 0; ky < kernel; ++ky) {
           const Stored* row = in_row(r, top + ky, channels, nullptr);
@@ -300,7 +284,9 @@ struct MapSteps : MapTasks {
             sum += load(row + (left + kx) * channels + in) * load(taps + (ky * kernel + kx) * hidden + c);
           }
         }
-        store(out + c, finish.activate(sum + finish.bias));
+        with_finish(epilogue, c, [&](auto finish) __attribute__((always_inline)) {
+          store(out + c, finish.activate(sum + finish.bias));
+        });
       }
     }
   }
@@ -313,10 +299,8 @@ struct MapSteps : MapTasks {
     const float* taps = step.mixed ? place(step.taps) : at(step.taps);
     for_tasks(begin, end, space.last(), [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
-        with_activation(step.activation, at(step.bias), step.slopes, step.attention, [&](auto epilogue) {
-          depthwise_of(step.kernel, step.stride, before, r, channels, out_channels, taps, space.stored(0),
-                       out_row(r), epilogue);
-        });
+        depthwise_of(step.kernel, step.stride, before, r, channels, out_channels, taps, space.stored(0),
+                     out_row(r), activation_of(step, at(step.bias)));
       }
       mix(step, r0, r1);
     });
@@ -375,8 +359,7 @@ struct MapSteps : MapTasks {
       const Stored* x = in_row(r0, out_channels);
       const Stored* other = static_cast<const Stored*>(args.added.data) + (x - in_row(0, out_channels));
       Stored* out = out_row(r0);
-      with_activation(step.activation, space.part[0], [&](auto epilogue) {
-        const auto finish = epilogue.at(0);
+      with_finish(AddBiasActivation{space.part[0], step.activation}, 0, [&](auto finish) {
         for (int64_t i = 0; i < (r1 - r0) * args.out.width * out_channels; i += kLanes<float>) {
           const vec<float> a = load(x + i), b = load(other + i);
           store(out + i, finish.activate(step.maximum ? maximum(a, b) : a + b));

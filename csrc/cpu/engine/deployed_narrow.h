@@ -32,12 +32,13 @@ void narrow_linear(NarrowLinear args, Epilogue epilogue) {
     return narrow_linear(args);
   }
   narrow_linear(args);
-  if constexpr (std::is_same<Epilogue, AddBias>::value) return;
-  for (int64_t p = 0; p < args.rows; ++p) {
-    float* row = args.out + p * args.out_stride;
-    for (int64_t o = 0; o < args.to - args.from; o += kLanes<float>) {
-      store(row + o, epilogue.at(o)(load(row + o), p));
-    }
+  for (int64_t o = 0; o < args.to - args.from; o += kLanes<float>) {
+    with_finish(epilogue, o, [&](auto finish) __attribute__((always_inline)) {
+      for (int64_t p = 0; p < args.rows; ++p) {
+        float* at = args.out + p * args.out_stride + o;
+        store(at, finish(load(at), p));
+      }
+    });
   }
 }
 

@@ -1,3 +1,4 @@
+#include "activation.h"
 #include "activation_pass.h"
 #include "as_stored.h"
 #include "deployed_narrow.h"
@@ -55,22 +56,11 @@ struct StateSteps {
     auto run = [&](auto epilogue) {
       linear(l, step.rows, place(step.source), step.source_stride, target, step.target_stride, epilogue);
     };
-    if (step.added) {
-      run(AddResidual<float>{bias, target, step.target_stride});
-    } else if (step.activation == kGelu) {
-      run(AddBiasGelu{bias});
-    } else if (step.activation == kRelu) {
-      run(AddBiasRelu{bias});
-    } else if (step.activation == kRelu6) {
-      run(AddBiasRelu6{bias});
-    } else if (step.activation == kHardsigmoid) {
-      run(AddBiasHardsigmoid{bias});
-    } else {
-      run(AddBias{bias});
-      if (!has_pass(step.activation)) return;
-      for (int64_t t = 0; t < step.rows; ++t) {
-        activation_pass(step.activation, target + t * step.target_stride, l.outputs);
-      }
+    if (step.added) return run(AddResidual<float>{bias, target, step.target_stride});
+    run(AddBiasActivation{bias, step.activation});
+    if (!has_pass(step.activation)) return;
+    for (int64_t t = 0; t < step.rows; ++t) {
+      activation_pass(step.activation, target + t * step.target_stride, l.outputs);
     }
   }
 

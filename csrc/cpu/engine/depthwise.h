@@ -17,7 +17,6 @@ void depthwise_run(const In* const (&rows)[kSize], int64_t pixel, const float* w
   constexpr int n = kLanes<float>, kColumns = (kOutputs - 1) * kStride + kSize, kPadding = kSize / 2;
   for (int64_t c = 0, in = 0; c < channels; c += n, in += n) {
     if (in == pixel) in = 0;
-    const auto finish = epilogue.at(c);
     vec<float> acc[kOutputs] = {};
 #pragma GCC unroll 3
     for (int ky = 0; ky < kSize; ++ky) {
@@ -33,7 +32,9 @@ void depthwise_run(const In* const (&rows)[kSize], int64_t pixel, const float* w
         }
       }
     }
-    for (int i = 0; i < kOutputs; ++i) store(out + i * channels + c, finish.activate(acc[i] + finish.bias));
+    with_finish(epilogue, c, [&](auto finish) __attribute__((always_inline)) {
+      for (int i = 0; i < kOutputs; ++i) store(out + i * channels + c, finish.activate(acc[i] + finish.bias));
+    });
   }
 }
 

@@ -86,15 +86,16 @@ void tiles(int64_t size, int64_t steps, Rows<T> x, const float* w, int64_t panel
   if (kTiles > 1) store_rows<2>(sums[2], row);
   if (kTiles > 1 && kPanels > 1) store_rows<3>(sums[3], row);
   for (int v = 0; v < kPanels; ++v) {
-    const auto finish = epilogue.at(o + v * kPanel);
     const SumEnd<T> end(w + v * panel);
-    for (int t = 0; t < kTiles; ++t) {
-      for (int64_t p = 0; p < size; ++p) {
-        const vec<float> sum = end(load(sums[2 * t + v] + p * kPanel));
-        const int64_t position = t * size + p;
-        store(out + position * out_stride + v * kPanel, finish(sum + finish.bias, first + position));
+    with_finish(epilogue, o + v * kPanel, [&](auto finish) __attribute__((always_inline)) {
+      for (int t = 0; t < kTiles; ++t) {
+        for (int64_t p = 0; p < size; ++p) {
+          const vec<float> sum = end(load(sums[2 * t + v] + p * kPanel));
+          const int64_t position = t * size + p;
+          store(out + position * out_stride + v * kPanel, finish(sum + finish.bias, first + position));
+        }
       }
-    }
+    });
   }
 }
 

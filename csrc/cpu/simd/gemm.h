@@ -155,7 +155,8 @@ struct AddBiasHardsigmoid {
   const float* bias;
   struct At {
     vec<float> bias;
-    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return relu6(y + 3.0f) / 6; }
+    MFK_INLINE vec<float> activate(vec<float> y) const { return relu6(y + 3.0f) / 6; }
+    MFK_INLINE vec<float> operator()(vec<float> y, int64_t) const { return activate(y); }
   };
   MFK_INLINE At at(int64_t o) const { return {load(bias + o)}; }
 };
@@ -288,20 +289,23 @@ __attribute__((noinline)) void gemm_tiles(int64_t tiles, Rows<T> x, const W* w, 
         for (; c < end; ++c) step(one);
       }
     }
+    if (chains > 0) {
+      unrolled<P * V>([&](auto i) __attribute__((always_inline)) { sums[i] += load(total + i * n); });
+    }
     unrolled<V>([&](auto v) __attribute__((always_inline)) {
-      const auto finish = epilogue.at(o + v * n);
       SumEnd<T> end(w + v * n / kPanel * panel + v * n % kPanel + x.runs * steps * kPanel);
       if constexpr (kInteger<T> && kSignedBytes) {
         end.start = add_sums<T>(end.start, add_sums<T>(lacking[v], lacking[v]));
       }
-      unrolled<P>([&](auto p) __attribute__((always_inline)) {
-        constexpr int i = p * V + v;
-        vec<float> sum = sums[i];
-        if (chains > 0) sum += load(total + i * n);
-        unrolled<kSums - 1>([&](auto k) __attribute__((always_inline)) {
-          sum = add_sums<T>(sum, sums[(k + 1) * P * V + i]);
+      with_finish(epilogue, o + v * n, [&](auto finish) __attribute__((always_inline)) {
+        unrolled<P>([&](auto p) __attribute__((always_inline)) {
+          constexpr int i = p * V + v;
+          vec<float> sum = sums[i];
+          unrolled<kSums - 1>([&](auto k) __attribute__((always_inline)) {
+            sum = add_sums<T>(sum, sums[(k + 1) * P * V + i]);
+          });
+          store(out + p * out_stride + v * n, finish(end(sum) + finish.bias, first + p));
         });
-        store(out + p * out_stride + v * n, finish(end(sum) + finish.bias, first + p));
       });
     });
   }

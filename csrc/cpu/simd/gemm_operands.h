@@ -160,6 +160,13 @@ struct SumEnd {
   }
 };
 
+// Calls f with what an epilogue does to sums of the outputs from o on. Epilogues that choose it as the
+// program runs have a function of this name of their own.
+template <class Epilogue, class F>
+MFK_INLINE void with_finish(const Epilogue& epilogue, int64_t o, F f) {
+  f(epilogue.at(o));
+}
+
 // So many positions as tiles of nearly equal size, of at most `most`, rather than full ones and a small rest:
 // the first `longer` ones have one position more.
 struct Tiles {

@@ -67,13 +67,14 @@ __attribute__((noinline)) void tiles(int64_t count, Rows<T> x, const float* w, O
       if (c < steps) step(std::integral_constant<int, 1>());
     }
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      const auto finish = epilogue.at(o + v * n);
       const SumEnd<T> end(row + v * n);
-      unrolled<P>([&](auto p) __attribute__((always_inline)) {
-        const auto* pair = sums + (p / 2 * kVectors + v) * 2;
-        const auto a = vreinterpretq_f64_f32(pair[0]), b = vreinterpretq_f64_f32(pair[1]);
-        const vec<float> sum = vreinterpretq_f32_f64(p % 2 == 0 ? vzip1q_f64(a, b) : vzip2q_f64(a, b));
-        store(out + p * out_stride + v * n, finish(end(sum) + finish.bias, first + p));
+      with_finish(epilogue, o + v * n, [&](auto finish) __attribute__((always_inline)) {
+        unrolled<P>([&](auto p) __attribute__((always_inline)) {
+          const auto* pair = sums + (p / 2 * kVectors + v) * 2;
+          const auto a = vreinterpretq_f64_f32(pair[0]), b = vreinterpretq_f64_f32(pair[1]);
+          const vec<float> sum = vreinterpretq_f32_f64(p % 2 == 0 ? vzip1q_f64(a, b) : vzip2q_f64(a, b));
+          store(out + p * out_stride + v * n, finish(end(sum) + finish.bias, first + p));
+        });
       });
     });
   }
