@@ -150,7 +150,15 @@ MODULES = dict(
     former_to_mobile="former_to_mobile",
     pointwise="pointwise",
 )
-kernels = pytest.mark.parametrize("reference, make, shape", KERNELS, ids=str)
+
+
+def named(value: object) -> str:
+    """Return a name that is the same in all processes of a test run; functions' own have addresses in them."""
+    function = getattr(value, "func", value)  # of a partial
+    return getattr(function, "__name__", str(value))
+
+
+kernels = pytest.mark.parametrize("reference, make, shape", KERNELS, ids=named)
 
 
 def cast(given: list, *to) -> list:
@@ -208,7 +216,7 @@ def test_interpreted(reference, make, shape, dtype):
     "reference, make, shape",
     [(dynamic_conv_reference, partial(make_conv, gelu=False), shape) for shape in CONVS]
     + [(pointwise_reference, make_pointwise, shape | dict(gelu=False)) for shape in POINTWISE],
-    ids=str,
+    ids=named,
 )
 def test_integers_are_exact(reference, make, shape):
     generator = torch.Generator().manual_seed(0)
