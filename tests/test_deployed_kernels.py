@@ -153,7 +153,7 @@ MODULES = dict(
 
 
 def named(value: object) -> str:
-    """Return a name that is the same in all processes of a test run; functions' own have addresses in them."""
+    """Return a name that is the same in all processes of a test run: without addresses."""
     function = getattr(value, "func", value)  # of a partial
     return getattr(function, "__name__", str(value))
 
