@@ -27,7 +27,7 @@ def seen(mask, b, p, pixels):
     return inside
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "q_b", "q_t"])
 def forward_kernel(
     x, q, mask, out, stats, logits, scale, pixels, tokens, heads, depth, split, splits, q_b, q_t,
     x_b, x_c, x_p, KEEP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
