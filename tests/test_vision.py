@@ -75,9 +75,10 @@ def test_accelerated_in_training_and_in_inference(timm, name):
 @pytest.mark.parametrize("name", RELEASED)
 def test_deployed_verified_and_loaded(timm, name):
     plain = make(timm, name)
-    x = torch.randn(2, 3, 65, 47)
+    x = torch.randn(8, 3, 65, 47)  # of few results the largest error is a matter of luck
     deployed = mfkernels.deploy(plain)
     assert mfkernels.verify(plain, deployed, x).passed
+    x = x[:2]
     ours = create_model(name.removesuffix("_distilled"), num_classes=5, distillation="distilled" in name)
     load_released(ours, {"model": plain.state_dict()})
     with torch.inference_mode():
