@@ -155,10 +155,7 @@ arm-networks: $(ARM)/networks .venv/installed
 # g++-aarch64-linux-gnu, qemu-user, debootstrap and fakeroot.
 COUNTED ?= mobile_former_214m dmf_s iformer_m mobilenet_v3_large
 arm-counts: $(ARM)/networks .venv-rivals/installed
-	PYTHON="$(PYTHON)" tests/arm/emulate.sh root
-	build/arm/tools/bin/pip install -q --disable-pip-version-check --only-binary=:all: --python-version 311 \
-	  $(addprefix --platform manylinux,_2_28_aarch64 _2_27_aarch64 _2_17_aarch64 2014_aarch64) --upgrade --target build/arm/rivals \
-	  --no-compile numpy onnxruntime ncnn ai-edge-litert
+	PYTHON="$(PYTHON)" tests/arm/emulate.sh rivals
 	$(CC) -O2 -shared -fPIC -o build/arm/plugin.so benchmarks/arm_counts/plugin.c
 	PYTHONPATH=. .venv-rivals/bin/python benchmarks/arm_counts/counts.py $(COUNTED)
 

@@ -1,6 +1,6 @@
 """Calls a network in a runtime under emulation, where there is no PyTorch.
 
-    call.py RUNTIME PATH IMAGE OUT
+    call.py RUNTIME PATH IMAGE OUT CALLS
 
 Before each call and at the end stands a call of getppid, at which `plugin.c` writes how many instructions
 there were. The result of the last call goes to OUT.
@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-
-CALLS = 3
 
 
 def onnxruntime(path: str, image: np.ndarray) -> Callable[[], np.ndarray]:
@@ -62,9 +60,9 @@ def ncnn(path: str, image: np.ndarray) -> Callable[[], np.ndarray]:
 
 
 def main() -> None:
-    runtime, path, image, out = sys.argv[1:]
+    runtime, path, image, out, calls = sys.argv[1:]
     call = {"onnxruntime": onnxruntime, "litert": litert, "ncnn": ncnn}[runtime](path, np.load(image))
-    for _ in range(CALLS):
+    for _ in range(int(calls)):
         os.getppid()
         result = call()
     os.getppid()

@@ -23,13 +23,12 @@ from torch import Tensor
 
 import mfkernels
 from mfkernels.bench.figures import RESULTS
-from mfkernels.bench.run import formulations, machine, network
-from mfkernels.bench.runtimes import Job, write_litert, write_ncnn
+from mfkernels.bench.run import LIMITS, formulations, machine, network
+from mfkernels.bench.runtimes import ONNX, Job, write_litert, write_ncnn
 
 ROOT = Path(__file__).parents[2]
 ARM = ROOT / "build" / "arm"
-PROCESSOR, SIDE, CLASSES = "neoverse-n1", 224, 1000
-LARGEST_DIFFERENCE = 1e-3  # of the largest output
+PROCESSOR, SIDE, CLASSES, CALLS = "neoverse-n1", 224, 1000, 3
 RUNTIMES = ("litert", "ncnn", "onnxruntime")
 # What Linux says of such a processor: runtimes read it, and would find this machine's.
 FEATURES = (
@@ -75,7 +74,7 @@ def ours(folder: Path, model: Any, x: Tensor) -> tuple[int, np.ndarray]:
     deployed.plan[3:].numpy().tofile(f"{path}.plan")
     deployed.weights.numpy().tofile(f"{path}.weights")
     x.numpy().tofile(f"{path}.image")
-    count = emulated(folder, ARM / "networks" / "networks", "--calls", 3, SIDE, CLASSES, path)
+    count = emulated(folder, ARM / "networks" / "networks", "--calls", CALLS, SIDE, CLASSES, path)
     return count, np.fromfile(f"{path}.out", np.float32)[None]
 
 
@@ -87,7 +86,7 @@ def written(runtime: str, job: Job, path: Path) -> Iterator[tuple[str, Callable[
         elif runtime == "ncnn":
             yield name, lambda model=model: write_ncnn(model, job.x, path)
         else:
-            for how, newer in (("ONNX", True), ("ONNX by TorchScript", False)):
+            for how, newer in ONNX.items():
                 yield (
                     f"{name}, {how}",
                     lambda name=name, newer=newer: path.write_bytes(job.onnx(name, newer)),
@@ -105,7 +104,7 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
         np.save(folder / "image.npy", x.numpy())
 
         def agrees(result: np.ndarray) -> bool:
-            return bool(abs(result - expected).max() <= LARGEST_DIFFERENCE * abs(expected).max())
+            return bool(abs(result - expected).max() <= LIMITS[torch.float32] * abs(expected).max())
 
         def row(runtime: str, form: str, count: int) -> dict[str, Any]:
             return machine() | dict(
@@ -125,7 +124,7 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
                     write()
                     python = ARM / "root" / "usr" / "bin" / "python3.11"
                     call = Path(__file__).with_name("call.py")
-                    count = emulated(folder, python, call, runtime, path, folder / "image.npy", out)
+                    count = emulated(folder, python, call, runtime, path, folder / "image.npy", out, CALLS)
                     if not agrees(np.load(out)):
                         raise RuntimeError("its numbers differ")
                 except Exception as error:  # converters raise whatever they like

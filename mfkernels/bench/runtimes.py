@@ -52,7 +52,7 @@ class Job:
         return self.exported[key]
 
 
-_ONNX = {"ONNX": True, "ONNX by TorchScript": False}  # name: whether the newer exporter makes it
+ONNX = {"ONNX": True, "ONNX by TorchScript": False}  # name: whether the newer exporter makes it
 
 
 def _need(*modules: str) -> None:
@@ -122,7 +122,7 @@ def _onnxruntime(job: Job) -> Iterator[Form]:
     _need("onnxruntime", "onnx", "onnxscript")
     _only(job, torch.float32)
     for name in job.formulations:
-        for how, dynamo in _ONNX.items():
+        for how, dynamo in ONNX.items():
             yield f"{name}, {how}", functools.partial(_in_onnxruntime, job, name, dynamo)
 
 
@@ -162,7 +162,7 @@ def _openvino(job: Job) -> Iterator[Form]:
             raise Skipped("the processor has no bfloat16, so it would compute in float32")
     for name, model in job.formulations.items():
         yield f"{name}, PyTorch", functools.partial(_pytorch_in_openvino, job, model)
-        for how, dynamo in _ONNX.items() if importlib.util.find_spec("onnxscript") else ():
+        for how, dynamo in ONNX.items() if importlib.util.find_spec("onnxscript") else ():
             yield f"{name}, {how}", functools.partial(_onnx_in_openvino, job, name, dynamo)
 
 

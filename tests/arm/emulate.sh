@@ -4,7 +4,7 @@
 # Debian's Python for arm64, and in it PyTorch, what the tests need and the package.
 #
 #   emulate.sh [quick]   # quick: a part of the tests, in ten minutes
-#   emulate.sh root      # makes the folder with Debian's Python alone
+#   emulate.sh rivals    # makes the folder with Debian's Python, and other runtimes beside it, alone
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin
@@ -12,7 +12,7 @@ repository=$PWD arm=$PWD/build/arm
 root=$arm/root
 site=$root/usr/local/lib/python3.11/dist-packages
 for_arm=(--only-binary=:all: --python-version 311 --platform manylinux_2_28_aarch64
-  --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64)
+  --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64)
 
 check_programs() {
   local missing=""
@@ -60,6 +60,12 @@ wheels() {
   "${pip[@]}" install "${for_arm[@]}" --target "$site" --upgrade --no-deps --no-index --no-compile "$arm"/wheels/*.whl
 }
 
+# For benchmarks/arm_counts.
+rivals() {
+  "$arm/tools/bin/pip" install -q --disable-pip-version-check "${for_arm[@]}" --target "$arm/rivals" --upgrade \
+    --no-compile numpy onnxruntime ncnn ai-edge-litert
+}
+
 # Ninja builds again what has changed; the Python sources are copied each time.
 package() {
   local bin=$arm/tools/bin
@@ -99,7 +105,7 @@ check_programs
 mkdir -p "$arm"
 once tools
 once debian
-test "${1-}" != root || exit 0
+if test "${1-}" = rivals; then once rivals && exit; fi
 once wheels
 package
 emulated max -m mfkernels info
